@@ -1,0 +1,1 @@
+"""The network: configuration and model."""

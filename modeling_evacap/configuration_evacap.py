@@ -1,0 +1,333 @@
+# Copyright 2026 The EVACap authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""EVACap model configuration."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+
+FUSION_TYPES = ("gated_cross_attention", "concat", "audio_only", "video_only")
+GATE_TYPES = ("entropy", "learned", "none")
+VIDEO_ATTENTION_TYPES = ("full", "frame")
+
+
+def _require(condition: bool, field: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"`{field}` is {value!r}, but it must be {expected}.")
+
+
+def _require_choice(field: str, value: Any, choices: Iterable[str]) -> None:
+    _require(value in choices, field, value, "one of " + ", ".join(repr(choice) for choice in choices))
+
+
+class _TransformerConfig(PreTrainedConfig):
+    """What the two towers and the decoder have in common: the checks of a Transformer stack's sizes."""
+
+    def validate_sizes(self, *fields: str) -> None:
+        """Raises a `ValueError` that names the first of `fields` that is not a positive whole number."""
+        name = self.base_config_key
+        for field in fields:
+            value = getattr(self, field)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            _require(whole and value > 0, f"{name}.{field}", value, "a whole number above 0")
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"{name}.num_attention_heads",
+            self.num_attention_heads,
+            f"a divisor of `{name}.hidden_size` ({self.hidden_size})",
+        )
+
+
+_TOWER_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
+
+
+class EVACapAudioConfig(_TransformerConfig):
+    r"""
+    Configuration of the audio tower: a pre-norm ViT over a log-mel filterbank (AVCap, after CAV-MAE).
+
+    Args:
+        hidden_size (`int`, defaults to 768): Width of the tower.
+        num_hidden_layers (`int`, defaults to 11): Blocks of the tower, without the joint block.
+        num_attention_heads (`int`, defaults to 12): Heads of each attention.
+        intermediate_size (`int`, defaults to 3072): Width of the MLP.
+        hidden_act (`str`, defaults to `"gelu"`): Activation of the MLP.
+        attention_dropout (`float`, defaults to 0.0): Dropout of the attention probabilities.
+        layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the layer norms.
+        qkv_bias (`bool`, defaults to `True`): Whether queries, keys and values have a bias.
+        num_mel_bins (`int`, defaults to 128): Mel bins of the filterbank; a multiple of `patch_size`.
+        max_frames (`int`, defaults to 1024): Filterbank frames that the position table covers; a multiple of
+            `patch_size`. Other lengths interpolate the table along time.
+        patch_size (`int`, defaults to 16): Side of a square patch, in mel bins and in frames.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of fresh weights.
+
+    Raises:
+        ValueError: names the field, its value and what is legal.
+    """
+
+    model_type = "evacap_audio"
+    base_config_key = "audio_config"
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 11
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    attention_dropout: float = 0.0
+    layer_norm_eps: float = 1e-5
+    qkv_bias: bool = True
+    num_mel_bins: int = 128
+    max_frames: int = 1024
+    patch_size: int = 16
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.validate_sizes(*_TOWER_SIZES, "num_mel_bins", "max_frames")
+        for field in ("num_mel_bins", "max_frames"):
+            value = getattr(self, field)
+            _require(
+                value % self.patch_size == 0,
+                f"audio_config.{field}",
+                value,
+                f"a multiple of `audio_config.patch_size` ({self.patch_size})",
+            )
+
+
+class EVACapVideoConfig(_TransformerConfig):
+    r"""
+    Configuration of the video tower: a pre-norm ViT over tubelets (AVCap, after CAV-MAE).
+
+    Args:
+        hidden_size (`int`, defaults to 768): Width of the tower.
+        num_hidden_layers (`int`, defaults to 11): Blocks of the tower, without the joint block.
+        num_attention_heads (`int`, defaults to 12): Heads of each attention.
+        intermediate_size (`int`, defaults to 3072): Width of the MLP.
+        hidden_act (`str`, defaults to `"gelu"`): Activation of the MLP.
+        attention_dropout (`float`, defaults to 0.0): Dropout of the attention probabilities.
+        layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the layer norms.
+        qkv_bias (`bool`, defaults to `True`): Whether queries, keys and values have a bias.
+        image_size (`int`, defaults to 224): Height and width of a frame in pixels; a multiple of `patch_size`.
+        num_channels (`int`, defaults to 3): Colour channels.
+        num_frames (`int`, defaults to 18): Frames that the position table covers; a multiple of `tubelet_size`. Other
+            lengths interpolate the table along time.
+        tubelet_size (`int`, *optional*): Frames of a tubelet; 2 by default, 1 where `num_frames` is 1.
+        patch_size (`int`, defaults to 16): Side of a square patch in pixels.
+        attention (`str`, defaults to `"full"`): `"full"`: all tokens of a clip see each other (AVCap). `"frame"`: only
+            the tokens of one tubelet do, so that the cost grows linearly with the number of frames (ours).
+        initializer_range (`float`, defaults to 0.02): Standard deviation of fresh weights.
+
+    Raises:
+        ValueError: names the field, its value and what is legal.
+    """
+
+    model_type = "evacap_video"
+    base_config_key = "video_config"
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 11
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    attention_dropout: float = 0.0
+    layer_norm_eps: float = 1e-5
+    qkv_bias: bool = True
+    image_size: int = 224
+    num_channels: int = 3
+    num_frames: int = 18
+    tubelet_size: int | None = None
+    patch_size: int = 16
+    attention: str = "full"
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.tubelet_size is None:
+            self.tubelet_size = 1 if self.num_frames == 1 else 2
+        self.validate_sizes(*_TOWER_SIZES, "image_size", "num_channels", "num_frames", "tubelet_size")
+        _require(
+            self.image_size % self.patch_size == 0,
+            "video_config.image_size",
+            self.image_size,
+            f"a multiple of `video_config.patch_size` ({self.patch_size})",
+        )
+        _require(
+            self.num_frames % self.tubelet_size == 0,
+            "video_config.num_frames",
+            self.num_frames,
+            f"a multiple of `video_config.tubelet_size` ({self.tubelet_size})",
+        )
+        _require_choice("video_config.attention", self.attention, VIDEO_ATTENTION_TYPES)
+
+
+class EVACapTextConfig(_TransformerConfig):
+    r"""
+    Configuration of the decoder: a GIT-style prefix language model of post-norm BERT layers (AVCap, after GIT).
+
+    Args:
+        vocab_size (`int`, defaults to 30522): Entries of the vocabulary (BERT uncased WordPiece).
+        hidden_size (`int`, defaults to 768): Width of the decoder.
+        num_hidden_layers (`int`, defaults to 6): Layers.
+        num_attention_heads (`int`, defaults to 12): Heads of each attention.
+        intermediate_size (`int`, defaults to 3072): Width of the MLP.
+        hidden_act (`str`, defaults to `"gelu"`): Activation of the MLP.
+        hidden_dropout_prob (`float`, defaults to 0.1): Dropout of embeddings, attention outputs and MLP outputs.
+        attention_probs_dropout_prob (`float`, defaults to 0.1): Dropout of the attention probabilities.
+        max_position_embeddings (`int`, defaults to 1024): Text positions; the prefix has none.
+        layer_norm_eps (`float`, defaults to 1e-12): Epsilon of the layers' layer norms.
+        embedding_layer_norm_eps (`float`, defaults to 1e-8): Epsilon of the word embeddings' layer norm.
+        prefix_layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the prefix projection's layer norm.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of fresh weights.
+        pad_token_id (`int`, defaults to 0): `[PAD]`.
+        bos_token_id (`int`, defaults to 101): `[CLS]`, which starts a caption.
+        eos_token_id (`int`, defaults to 102): `[SEP]`, which ends a caption.
+        use_cache (`bool`, defaults to `True`): Whether decoding keeps keys and values.
+
+    Raises:
+        ValueError: names the field, its value and what is legal.
+    """
+
+    model_type = "evacap_text"
+    base_config_key = "text_config"
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 1024
+    layer_norm_eps: float = 1e-12
+    embedding_layer_norm_eps: float = 1e-8
+    prefix_layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 101
+    eos_token_id: int | list[int] | None = 102
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.validate_sizes(
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+        )
+
+
+class EVACapConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`EVACapModel`] and [`EVACapForConditionalGeneration`]. The defaults are the paper's EVACap.
+
+    Args:
+        audio_config (`dict` or [`EVACapAudioConfig`], *optional*): The audio tower.
+        video_config (`dict` or [`EVACapVideoConfig`], *optional*): The video tower.
+        text_config (`dict` or [`EVACapTextConfig`], *optional*): The decoder.
+        fusion_type (`str`, defaults to `"gated_cross_attention"`): `"gated_cross_attention"` (EVACap), `"concat"`
+            (AVCap: the joint block and the decoder see audio and video tokens), `"audio_only"` or `"video_only"`.
+        gate_type (`str`, defaults to `"entropy"`): The gate of `"gated_cross_attention"`: `"entropy"` (paper,
+            equations 2 and 3), `"learned"` (a linear gate on audio and context: the paper's "w/o E") or `"none"` (the
+            context replaces the audio: the paper's "w/o G").
+        num_joint_layers (`int`, defaults to 1): Blocks after the fusion (AVCap: 12 - 11).
+        gate_weight_init (`float`, defaults to -4.0): Birth value of the entropy gate's weight w_g (ours: negative, as
+            high entropy should close the gate).
+        gate_bias_init (`float`, defaults to 4.0): Birth value of the entropy gate's bias b_g (ours: half open where
+            the attention is uniform, nearly open where it is sharp).
+        label_smoothing (`float`, defaults to 0.1): Probability spread over the other classes (AVCap).
+        gate_stability_weight (`float`, defaults to 0.0): Weight of the mean squared difference between the gates of
+            neighbouring audio time steps (the paper names the term, the formula is ours). 0 costs nothing.
+        semantic_consistency_weight (`float`, defaults to 0.0): Weight of KL(p(y|a,v) ‖ p(y|a,v̂)) over the samples
+            whose video was swapped (the paper names the term, the formula is ours). 0 costs nothing.
+        decoder_start_token_id (`int`, defaults to 101): `[CLS]`.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of fresh weights outside the three parts.
+
+    Raises:
+        ValueError: names the field, its value and what is legal.
+
+    Example:
+
+    ```python
+    >>> from evacap import EVACapConfig, EVACapForConditionalGeneration
+
+    >>> config = EVACapConfig(video_config={"num_frames": 8}, gate_type="learned")
+    >>> model = EVACapForConditionalGeneration(config)
+    ```
+    """
+
+    model_type = "evacap"
+    sub_configs = {
+        "audio_config": EVACapAudioConfig,
+        "video_config": EVACapVideoConfig,
+        "text_config": EVACapTextConfig,
+    }
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    audio_config: dict | PreTrainedConfig | None = None
+    video_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    fusion_type: str = "gated_cross_attention"
+    gate_type: str = "entropy"
+    num_joint_layers: int = 1
+    gate_weight_init: float = -4.0
+    gate_bias_init: float = 4.0
+    label_smoothing: float = 0.1
+    gate_stability_weight: float = 0.0
+    semantic_consistency_weight: float = 0.0
+    decoder_start_token_id: int | None = 101
+    initializer_range: float = 0.02
+    is_encoder_decoder: bool = True
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        for key, config_class in self.sub_configs.items():
+            value = getattr(self, key)
+            if value is None:
+                setattr(self, key, config_class())
+            elif isinstance(value, dict):
+                setattr(self, key, config_class(**value))
+            elif not isinstance(value, PreTrainedConfig):
+                _require(False, key, value, f"a dict or an {config_class.__name__}")
+        super().__post_init__(**kwargs)
+        self._validate()
+
+    def _validate(self) -> None:
+        _require_choice("fusion_type", self.fusion_type, FUSION_TYPES)
+        _require_choice("gate_type", self.gate_type, GATE_TYPES)
+        whole = isinstance(self.num_joint_layers, int) and self.num_joint_layers >= 0
+        _require(whole, "num_joint_layers", self.num_joint_layers, "a whole number from 0 up")
+        _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "at least 0 and below 1")
+        for field in ("gate_stability_weight", "semantic_consistency_weight"):
+            _require(getattr(self, field) >= 0, field, getattr(self, field), "at least 0")
+        if self.fusion_type == "concat":
+            _require(
+                self.video_config.hidden_size == self.audio_config.hidden_size,
+                "video_config.hidden_size",
+                self.video_config.hidden_size,
+                f"`audio_config.hidden_size` ({self.audio_config.hidden_size}) with `fusion_type='concat'`",
+            )
+
+    @property
+    def encoder_config(self) -> PreTrainedConfig:
+        """The tower configuration whose width the fused sequence has: audio's, or video's for `"video_only"`."""
+        return self.video_config if self.fusion_type == "video_only" else self.audio_config
+
+
+__all__ = ["EVACapAudioConfig", "EVACapConfig", "EVACapTextConfig", "EVACapVideoConfig"]

@@ -1,0 +1,1 @@
+"""From a media file to tensors, and from tensors to a caption."""

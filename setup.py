@@ -1,0 +1,44 @@
+"""Packaging: the top-level folders install as `evacap` and its sub-packages."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+
+EXTRAS = {
+    "torchaudio": ["torchaudio>=2.11"],
+    "decord": ["decord>=0.6"],
+    "dev": ["pytest>=9.0", "ruff>=0.15"],
+}
+
+setup(
+    name="evacap",
+    version="0.1.0",
+    description="Audio-visual captioning for Transformers that does not get fooled when sound and picture disagree",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=["evacap", "evacap.modeling_evacap", "evacap.processing", "evacap.training"],
+    package_dir={
+        "evacap": "evacap",
+        "evacap.modeling_evacap": "modeling_evacap",
+        "evacap.processing": "processing",
+        "evacap.training": "training",
+    },
+    package_data={"evacap": ["tiny/*"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "transformers>=5.17",
+        "accelerate>=1.15",
+        "datasets>=5.2",
+        "evaluate>=0.4.6",
+        "huggingface-hub>=1.33",
+        "safetensors>=0.8",
+        "av>=18.1",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["evacap=evacap.cli:main"]},
+)
