@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
@@ -598,7 +597,9 @@ class EVACapEncoder(EVACapPreTrainedModel):
                 if token_mask is not None:
                     gate, entropy = gate.masked_fill(~token_mask, 0.0), entropy.masked_fill(~token_mask, 0.0)
         elif fusion_type == "concat" and video is not None:
-            token_mask = _concatenate_masks(audio, video)
+            token_mask = _concatenate_masks(
+                (audio.last_hidden_state, audio.attention_mask), (video.last_hidden_state, video.attention_mask), dim=1
+            )
             hidden_states = torch.cat([hidden_states, video.last_hidden_state], dim=1)
         joint = self.joint(hidden_states, token_mask, **outputs)
 
@@ -620,18 +621,14 @@ def _main_input_name(config: EVACapConfig) -> str:
     return "pixel_values_videos" if config.fusion_type == "video_only" else "input_features"
 
 
-def _concatenate_masks(*outputs: EVACapEncoderOutput) -> torch.Tensor | None:
-    if all(output.attention_mask is None for output in outputs):
+def _concatenate_masks(*parts: tuple[torch.Tensor, torch.Tensor | None], dim: int) -> torch.Tensor | None:
+    """One mask (rows, length) for `(tensor, mask)` parts that are joined along `dim`; `None` where none has a mask."""
+    if all(mask is None for _, mask in parts):
         return None
-    return torch.cat(
-        [
-            output.last_hidden_state.new_ones(output.last_hidden_state.shape[:2], dtype=torch.bool)
-            if output.attention_mask is None
-            else output.attention_mask
-            for output in outputs
-        ],
-        dim=1,
-    )
+    masks = [
+        tensor.new_ones(tensor.shape[:2], dtype=torch.bool) if mask is None else mask.bool() for tensor, mask in parts
+    ]
+    return torch.cat(masks, dim=dim)
 
 
 class EVACapDecoderAttention(nn.Module):
@@ -850,7 +847,6 @@ class EVACapDecoder(EVACapPreTrainedModel):
         text_mask = text_mask[None, None]
         if attention_mask is not None:
             seen = F.pad(attention_mask.bool(), (0, key_length - attention_mask.shape[1]))
-            # A padded position sees itself, so that its softmax is not over nothing in an empty prefix.
             text_mask = text_mask & seen[:, None, None, :]
 
         prefix_states = prefix_mask = token_mask = None
@@ -939,7 +935,11 @@ class EVACapModel(EVACapPreTrainedModel):
             )
         elif isinstance(encoder_outputs, tuple):
             encoder_outputs = EVACapEncoderOutput(*encoder_outputs[:1])
-        if decoder_input_ids is None and decoder_inputs_embeds is None and self.config.decoder_start_token_id is not None:
+        if (
+            decoder_input_ids is None
+            and decoder_inputs_embeds is None
+            and self.config.decoder_start_token_id is not None
+        ):
             rows = encoder_outputs.last_hidden_state.shape[0]
             decoder_input_ids = torch.full(
                 (rows, 1), self.config.decoder_start_token_id, device=encoder_outputs.last_hidden_state.device
@@ -1002,6 +1002,34 @@ def label_smoothed_kl(
         loss = negative_entropy - (1 - epsilon) * true_class - share * others
     total = loss.masked_fill(~counted, 0.0).sum()
     return total / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def gate_stability(gate: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """
+    The mean squared difference between the gates of neighbouring audio time steps (the paper names the term, the
+    formula is ours).
+
+    Args:
+        gate (`torch.Tensor` of shape `(batch_size, num_rows * steps)`): The gate of each audio token, mel row by row.
+        num_rows (`int`): Mel rows, over which the gates are averaged first.
+    """
+    return gate.unflatten(1, (num_rows, -1)).mean(1).diff(dim=1).square().mean()
+
+
+def semantic_consistency(matched: torch.Tensor, swapped: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    KL(p(y|a,v) ‖ p(y|a,v̂)), mean over the tokens of samples whose video was swapped, without a gradient through the
+    matched side (the paper names the term, the formula is ours).
+
+    Args:
+        matched (`torch.Tensor` of shape `(samples, length, n)`): Scores with the own video.
+        swapped (`torch.Tensor` of shape `(samples, length, n)`): Scores with the other video.
+        labels (`torch.LongTensor` of shape `(samples, length)`): -100 is not counted.
+    """
+    counted = labels != -100
+    target = matched.detach()[counted].float().log_softmax(-1)
+    prediction = swapped[counted].float().log_softmax(-1)
+    return F.kl_div(prediction, target, reduction="batchmean", log_target=True)
 
 
 class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
@@ -1095,11 +1123,36 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
                 labels, self.config.text_config.pad_token_id, self.config.decoder_start_token_id
             )
 
+        batch_size = swapped = audio_index = None
+        if labels is not None and matched_pixel_values_videos is not None:
+            if self.config.semantic_consistency_weight > 0 and len(matched_pixel_values_videos) > 0:
+                # The own videos of the swapped samples ride along as more rows of the same pass.
+                batch_size, swapped = labels.shape[0], shuffled.nonzero().squeeze(1)
+                audio_index = torch.cat([torch.arange(batch_size, device=labels.device), swapped])
+                if len(swapped) != len(matched_pixel_values_videos):
+                    raise ValueError(
+                        f"`matched_pixel_values_videos` has {len(matched_pixel_values_videos)} videos, but `shuffled` "
+                        f"marks {len(swapped)} samples: it must hold the own video of each of those, in their order."
+                    )
+                pixel_values_videos_mask = _concatenate_masks(
+                    (pixel_values_videos, pixel_values_videos_mask),
+                    (matched_pixel_values_videos, matched_pixel_values_videos_mask),
+                    dim=0,
+                )
+                pixel_values_videos = torch.cat([pixel_values_videos, matched_pixel_values_videos])
+                decoder_input_ids = decoder_input_ids[audio_index]
+        if encoder_outputs is None:
+            encoder_outputs = self.model.encoder(
+                input_features,
+                pixel_values_videos,
+                input_features_mask,
+                pixel_values_videos_mask,
+                audio_index=audio_index,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                return_dict=True,
+            )
         outputs = self.model(
-            input_features,
-            pixel_values_videos,
-            input_features_mask=input_features_mask,
-            pixel_values_videos_mask=pixel_values_videos_mask,
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
@@ -1115,7 +1168,18 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
+            logits, matched_logits = logits[:batch_size], logits[labels.shape[0] :]
             loss = label_smoothed_kl(logits, labels, self.config.label_smoothing, num_items_in_batch)
+            # The regularisers are means over this batch: where it is a part of a larger one, they count as its part.
+            share = 1 if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
+            if self.config.gate_stability_weight > 0 and encoder_outputs.fusion_gate is not None:
+                term = gate_stability(
+                    encoder_outputs.fusion_gate[: labels.shape[0]], self.model.encoder.audio_tower.embeddings.num_rows
+                )
+                loss = loss + share * self.config.gate_stability_weight * term
+            if swapped is not None:
+                term = semantic_consistency(matched_logits, logits[swapped], labels[swapped])
+                loss = loss + share * self.config.semantic_consistency_weight * term
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,

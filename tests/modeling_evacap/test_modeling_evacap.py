@@ -1,0 +1,527 @@
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import BATCH_SIZE, FRAMES, VIDEO_FRAMES, VOCABULARY, tiny_config, tiny_inputs, tiny_labels
+from transformers import TextStreamer
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from evacap.modeling_evacap.configuration_evacap import EVACapConfig
+from evacap.modeling_evacap.modeling_evacap import (
+    EVACapDecoderLayer,
+    EVACapEncoderOutput,
+    EVACapForConditionalGeneration,
+    EVACapModel,
+    interpolate_in_time,
+    label_smoothed_kl,
+    sincos_position_table,
+)
+
+
+FUSION_TYPES = ["gated_cross_attention", "concat", "audio_only", "video_only"]
+TOLERANCE = {"atol": 1e-5, "rtol": 0}
+AUDIO_TOKENS = 8  # 2 mel rows x 4 time steps
+VIDEO_TOKENS = 8  # 2 tubelets x 4 patches
+
+
+def build(seed: int = 0, model_class=EVACapForConditionalGeneration, **kwargs):
+    torch.manual_seed(seed)
+    model = model_class(tiny_config(**kwargs)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Weights far from their birth values, so that no path is close to the identity.
+            if parameter.ndim > 1 and "position" not in name:
+                parameter.normal_(std=0.2)
+            elif "bias" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def streams(fusion_type: str, inputs: dict) -> dict:
+    """The streams that a variant reads."""
+    unread = {"audio_only": "pixel_values_videos", "video_only": "input_features"}.get(fusion_type, "")
+    return {name: value for name, value in inputs.items() if not name.startswith(unread or "-")}
+
+
+@pytest.mark.parametrize(
+    ("fusion_type", "low", "high"),
+    [("audio_only", 153.0, 153.1), ("concat", 233.5, 233.7), ("gated_cross_attention", 235.2, 235.5)],
+)
+def test_parameter_counts_are_the_papers(fusion_type, low, high):
+    with torch.device("meta"):
+        model = EVACapForConditionalGeneration(EVACapConfig(fusion_type=fusion_type))
+    assert low <= model.num_parameters() / 1e6 <= high
+
+
+@pytest.mark.parametrize("attention", ["full", "frame"])
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_encoder_output_shapes(fusion_type, attention):
+    model = build(fusion_type=fusion_type, attention=attention, attn_implementation="eager")
+    output = model.get_encoder()(**tiny_inputs(), output_hidden_states=True, output_attentions=True)
+    length = {"concat": AUDIO_TOKENS + VIDEO_TOKENS, "video_only": VIDEO_TOKENS}.get(fusion_type, AUDIO_TOKENS)
+    assert output.last_hidden_state.shape == (BATCH_SIZE, length, 32)
+    assert len(output.hidden_states) == 2 + 1 + 1
+    assert len(output.attentions) == 2 + 1
+    gated = fusion_type == "gated_cross_attention"
+    assert (output.fusion_gate is not None) == gated
+    if gated:
+        assert output.fusion_gate.shape == output.attention_entropy.shape == (BATCH_SIZE, AUDIO_TOKENS)
+        assert output.cross_attentions.shape == (BATCH_SIZE, 4, AUDIO_TOKENS, VIDEO_TOKENS)
+        assert len(output.video_hidden_states) == 3
+
+
+@pytest.mark.parametrize("model_class", [EVACapModel, EVACapForConditionalGeneration])
+def test_outputs_as_tuple_and_dict(model_class):
+    model = build(model_class=model_class, attn_implementation="eager")
+    inputs = {**tiny_inputs(), "decoder_input_ids": torch.tensor([[1, 5, 6]] * BATCH_SIZE)}
+    output = model(**inputs, output_hidden_states=True, output_attentions=True)
+    assert len(output.decoder_hidden_states) == 3 + 1
+    assert [weights.shape for weights in output.decoder_attentions] == [(BATCH_SIZE, 4, 3, 3)] * 3
+    assert [weights.shape for weights in output.cross_attentions] == [(BATCH_SIZE, 4, 3, AUDIO_TOKENS)] * 3
+    both = torch.cat([output.decoder_attentions[0], output.cross_attentions[0]], -1)
+    torch.testing.assert_close(both.sum(-1), torch.ones(BATCH_SIZE, 4, 3), **TOLERANCE)
+    as_tuple = model(**inputs, output_hidden_states=True, output_attentions=True, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    torch.testing.assert_close(as_tuple[0], output[0])
+
+
+def plain_fusion(model, audio, video):
+    """Equations 1 to 3 of the paper as they are written."""
+    fusion, heads = model.model.encoder.fusion, 4
+    query, key, value = (
+        projection(states).view(*states.shape[:2], heads, -1).transpose(1, 2)
+        for projection, states in ((fusion.q_proj, audio), (fusion.k_proj, video), (fusion.v_proj, video))
+    )
+    weights = (query @ key.transpose(2, 3) / query.shape[-1] ** 0.5).softmax(-1)
+    context = (weights @ value).transpose(1, 2).reshape(audio.shape)
+    entropy = -(weights * weights.log()).sum(-1).mean(1) / torch.tensor(float(video.shape[1])).log()
+    gate = torch.sigmoid(fusion.gate_weight * entropy + fusion.gate_bias)
+    return (1 - gate[..., None]) * audio + gate[..., None] * context, gate, entropy
+
+
+def test_entropy_gate_is_the_papers_equations():
+    model = build()
+    audio, video = torch.randn(2, 8, 32), torch.randn(2, 6, 32)
+    fused, gate, entropy, _ = model.model.encoder.fusion(audio, video)
+    expected = plain_fusion(model, audio, video)
+    for mine, wanted in zip((fused, gate, entropy), expected, strict=True):
+        torch.testing.assert_close(mine, wanted, **TOLERANCE)
+
+
+def test_entropy_is_one_for_uniform_attention_and_zero_for_sharp():
+    fusion = build().model.encoder.fusion
+    video = torch.randn(1, 6, 32)
+    with torch.no_grad():
+        fusion.q_proj.weight.zero_(), fusion.q_proj.bias.zero_()
+        assert fusion(torch.randn(1, 8, 32), video)[2].min() > 1 - 1e-6
+        fusion.q_proj.bias.fill_(1e4)
+        assert fusion(torch.randn(1, 8, 32), video)[2].max() < 1e-6
+
+
+def test_one_visible_video_token_has_no_entropy():
+    _, gate, entropy, _ = build().model.encoder.fusion(torch.randn(2, 8, 32), torch.randn(2, 1, 32))
+    assert torch.equal(entropy, torch.zeros(2, 8))
+    assert gate.min() > 0
+
+
+def test_gate_types():
+    audio, video = torch.randn(2, 8, 32), torch.randn(2, 6, 32)
+    fused, gate, entropy, weights = build(gate_type="none").model.encoder.fusion(audio, video)
+    assert torch.equal(gate, torch.ones(2, 8))
+    value = build(gate_type="none").model.encoder.fusion.v_proj(video).view(2, 6, 4, 8).transpose(1, 2)
+    torch.testing.assert_close(fused, (weights @ value).transpose(1, 2).reshape(2, 8, 32), **TOLERANCE)
+    fusion = build(gate_type="learned").model.encoder.fusion
+    fused, gate, _, weights = fusion(audio, video)
+    context = (weights @ fusion.v_proj(video).view(2, 6, 4, 8).transpose(1, 2)).transpose(1, 2).reshape(2, 8, 32)
+    torch.testing.assert_close(gate, fusion.gate(torch.cat([audio, context], -1)).sigmoid()[..., 0], **TOLERANCE)
+
+
+def test_entropy_gate_gradients_stay_finite_with_masks_and_sharp_attention():
+    fusion = build().model.encoder.fusion
+    audio = (torch.randn(3, 8, 32) * 100).requires_grad_()
+    video = (torch.randn(3, 6, 32) * 100).requires_grad_()
+    mask = torch.tensor([[True] * 6, [True] + [False] * 5, [False] * 6])
+    fused, gate, entropy, _ = fusion(audio, video, mask)
+    (fused.sum() + gate.sum() + entropy.sum()).backward()
+    for tensor in (audio, video, fusion.gate_weight, fusion.gate_bias, fusion.q_proj.weight):
+        assert tensor.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("fusion_type", ["gated_cross_attention", "concat"])
+@pytest.mark.parametrize("attention", ["full", "frame"])
+def test_rows_of_a_mixed_batch_equal_what_they_give_alone(fusion_type, attention):
+    model = build(fusion_type=fusion_type, attention=attention)
+    inputs = tiny_inputs()
+    ids = torch.tensor([[1, 5, 6]] * BATCH_SIZE)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
+    batch = model(**inputs, pixel_values_videos_mask=mask, decoder_input_ids=ids).logits
+    for row, frames in enumerate((4, 2, 0)):
+        audio = inputs["input_features"][row : row + 1]
+        video = inputs["pixel_values_videos"][row : row + 1, :frames] if frames else None
+        alone = model(input_features=audio, pixel_values_videos=video, decoder_input_ids=ids[:1]).logits
+        torch.testing.assert_close(batch[row : row + 1], alone, **TOLERANCE)
+
+
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_what_a_masked_frame_holds_changes_nothing(fusion_type):
+    model = build(fusion_type=fusion_type)
+    inputs = {**tiny_inputs(), "decoder_input_ids": torch.tensor([[1, 5, 6]] * BATCH_SIZE)}
+    inputs["pixel_values_videos_mask"] = torch.tensor([[1, 1, 0, 0]] * BATCH_SIZE)
+    inputs["input_features_mask"] = (torch.arange(FRAMES) < 32).expand(BATCH_SIZE, -1)
+    expected = model(**inputs).logits
+    inputs["pixel_values_videos"][:, 2:] = float("nan")
+    inputs["input_features"][:, 32:] = float("inf")
+    torch.testing.assert_close(model(**inputs).logits, expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("fusion_type", ["gated_cross_attention", "concat", "audio_only"])
+def test_padded_audio_equals_what_it_gives_alone(fusion_type):
+    model = build(fusion_type=fusion_type)
+    inputs = streams(fusion_type, tiny_inputs())
+    ids = torch.tensor([[1, 5, 6]] * BATCH_SIZE)
+    mask = (torch.arange(FRAMES) < 32).expand(BATCH_SIZE, -1)
+    padded = model(**inputs, input_features_mask=mask, decoder_input_ids=ids).logits
+    inputs["input_features"] = inputs["input_features"][:, :32]
+    torch.testing.assert_close(padded, model(**inputs, decoder_input_ids=ids).logits, **TOLERANCE)
+
+
+def test_without_video_the_gate_is_exactly_zero():
+    model = build()
+    inputs = tiny_inputs()
+    audio_alone = model.get_encoder()(input_features=inputs["input_features"])
+    masked = model.get_encoder()(**inputs, pixel_values_videos_mask=torch.zeros(BATCH_SIZE, VIDEO_FRAMES))
+    for output in (audio_alone, masked):
+        assert torch.equal(output.fusion_gate, torch.zeros(BATCH_SIZE, AUDIO_TOKENS))
+        assert torch.equal(output.attention_entropy, torch.zeros(BATCH_SIZE, AUDIO_TOKENS))
+    torch.testing.assert_close(masked.last_hidden_state, audio_alone.last_hidden_state, atol=0, rtol=0)
+
+
+def test_frame_attention_keeps_tubelets_apart():
+    inputs = tiny_inputs()
+    changed = {**inputs, "pixel_values_videos": inputs["pixel_values_videos"].clone()}
+    changed["pixel_values_videos"][:, 2:] += 1
+    for attention, apart in (("frame", True), ("full", False)):
+        tower = build(attention=attention).model.encoder.video_tower
+        first = tower(inputs["pixel_values_videos"]).last_hidden_state[:, :4]
+        second = tower(changed["pixel_values_videos"]).last_hidden_state[:, :4]
+        assert torch.allclose(first, second, atol=1e-6) == apart
+
+
+@pytest.mark.parametrize(
+    ("fusion_type", "change", "message"),
+    [
+        ("gated_cross_attention", {"input_features": None}, "fusion_type='video_only'"),
+        ("video_only", {"pixel_values_videos": None}, "`pixel_values_videos` is missing"),
+        ("concat", {"input_features": torch.zeros(3, 64, 31)}, "(3, 64, 31)"),
+        ("concat", {"input_features": torch.zeros(3, 60, 32)}, "60 frames"),
+        ("concat", {"pixel_values_videos": torch.zeros(3, 3, 3, 32, 32)}, "3 frames"),
+        ("concat", {"pixel_values_videos": torch.zeros(3, 4, 3, 32, 48)}, "(3, 4, 3, 32, 48)"),
+        ("concat", {"pixel_values_videos_mask": torch.ones(3, 5)}, "`pixel_values_videos_mask` has shape (3, 5)"),
+        ("concat", {"input_features_mask": torch.ones(3, 5)}, "`input_features_mask` has shape (3, 5)"),
+    ],
+)
+def test_wrong_inputs_say_what_to_do(fusion_type, change, message):
+    with pytest.raises(ValueError) as error:
+        build(fusion_type=fusion_type)(**{**tiny_inputs(), **change}, labels=tiny_labels())
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("frames", [2, 8])
+def test_other_frame_counts_interpolate_the_table(frames):
+    output = build()(**tiny_inputs(video_frames=frames), labels=tiny_labels())
+    assert output.loss.isfinite()
+
+
+def test_interpolation_in_time():
+    table = torch.arange(4.0)[:, None, None]
+    assert interpolate_in_time(table, 4)[0, :, 0, 0].tolist() == [0, 1, 2, 3]
+    expected = F.interpolate(torch.arange(4.0)[None, None], size=6, mode="linear", align_corners=False)[0, 0]
+    torch.testing.assert_close(interpolate_in_time(table, 6)[0, :, 0, 0], expected)
+    mask = torch.tensor([[True, True, False, False], [False, True, True, True]])
+    masked = interpolate_in_time(table, 4, mask)[..., 0, 0]
+    torch.testing.assert_close(masked[0, :2], interpolate_in_time(table, 2)[0, :, 0, 0])
+    torch.testing.assert_close(masked[1, 1:], interpolate_in_time(table, 3)[0, :, 0, 0])
+
+
+def test_position_tables_tell_all_places_apart():
+    table = sincos_position_table(3, 5, 16)
+    assert table.shape == (15, 16)
+    assert torch.pdist(table).min() > 0.1
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+def test_loss_is_the_divergence_to_the_smoothed_target(epsilon):
+    logits, labels = torch.randn(BATCH_SIZE, 7, VOCABULARY), tiny_labels()
+    target = torch.full((BATCH_SIZE, 7, VOCABULARY), epsilon / (VOCABULARY - 1))
+    target.scatter_(-1, labels.clamp(min=0)[..., None], 1 - epsilon)
+    counted = labels != -100
+    expected = F.kl_div(logits.log_softmax(-1)[counted], target[counted], reduction="batchmean")
+    torch.testing.assert_close(label_smoothed_kl(logits, labels, epsilon), expected)
+    half = label_smoothed_kl(logits, labels, epsilon, num_items_in_batch=2 * counted.sum())
+    torch.testing.assert_close(half, expected / 2)
+
+
+def test_labels_are_shifted_into_decoder_inputs():
+    model, labels = build(), tiny_labels()
+    ids = torch.cat([torch.full((BATCH_SIZE, 1), 1), labels[:, :-1].clamp(min=0)], dim=1)
+    expected = model(**tiny_inputs(), decoder_input_ids=ids).logits
+    torch.testing.assert_close(model(**tiny_inputs(), labels=labels).logits, expected, **TOLERANCE)
+
+
+def test_gate_stability_adds_its_weighted_mean():
+    plain, weighted = build(), build(gate_stability_weight=3.0)
+    gate = plain.get_encoder()(**tiny_inputs()).fusion_gate.view(BATCH_SIZE, 2, 4).mean(1)
+    expected = plain(**tiny_inputs(), labels=tiny_labels()).loss + 3.0 * (gate[:, 1:] - gate[:, :-1]).pow(2).mean()
+    torch.testing.assert_close(weighted(**tiny_inputs(), labels=tiny_labels()).loss, expected)
+
+
+def test_semantic_consistency_is_the_divergence_of_the_swapped_samples():
+    plain, weighted = build(), build(semantic_consistency_weight=2.0)
+    own, labels = tiny_inputs(), tiny_labels()
+    swapped = {**own, "pixel_values_videos": own["pixel_values_videos"][[1, 0, 2]]}
+    shuffled = torch.tensor([True, True, False])
+    runs = []
+    weighted.model.encoder.video_tower.register_forward_hook(lambda *_: runs.append(1))
+    output = weighted(
+        **swapped, labels=labels, shuffled=shuffled, matched_pixel_values_videos=own["pixel_values_videos"][:2]
+    )
+    matched = plain(**own, labels=labels).logits.log_softmax(-1)
+    other = plain(**swapped, labels=labels)
+    divergence = (matched.exp() * (matched - other.logits.log_softmax(-1))).sum(-1)[:2]
+    expected = other.loss + 2.0 * divergence[labels[:2] != -100].mean()
+    torch.testing.assert_close(output.loss, expected)
+    assert output.logits.shape[0] == BATCH_SIZE
+    assert len(runs) == 1
+    with pytest.raises(ValueError, match="marks 2 samples"):
+        weighted(**swapped, labels=labels, shuffled=shuffled, matched_pixel_values_videos=own["pixel_values_videos"])
+
+
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_cached_logits_equal_uncached(fusion_type):
+    model = build(fusion_type=fusion_type)
+    inputs = streams(fusion_type, tiny_inputs())
+    ids = torch.randint(3, VOCABULARY, (BATCH_SIZE, 6))
+    uncached = model(**inputs, decoder_input_ids=ids, use_cache=False)
+    assert uncached.past_key_values is None
+    past, steps = None, []
+    encoder_outputs = model.get_encoder()(**inputs)
+    for step in range(6):
+        output = model(
+            encoder_outputs=encoder_outputs,
+            decoder_input_ids=ids[:, step : step + 1],
+            past_key_values=past,
+            use_cache=True,
+        )
+        past = output.past_key_values
+        steps.append(output.logits)
+    torch.testing.assert_close(torch.cat(steps, dim=1), uncached.logits, **TOLERANCE)
+
+
+def test_padded_text_changes_nothing():
+    model = build()
+    ids = torch.tensor([[1, 5, 6]] * BATCH_SIZE)
+    expected = model(**tiny_inputs(), decoder_input_ids=ids).logits
+    padded = F.pad(ids, (2, 0))
+    output = model(
+        **tiny_inputs(),
+        decoder_input_ids=padded,
+        decoder_attention_mask=F.pad(torch.ones_like(ids), (2, 0)),
+        decoder_position_ids=torch.tensor([[0, 0, 0, 1, 2]] * BATCH_SIZE),
+    )
+    torch.testing.assert_close(output.logits[:, 2:], expected, **TOLERANCE)
+
+
+GENERATION = [
+    {},
+    {"num_beams": 3},
+    {"num_beams": 4, "num_return_sequences": 3},
+    {"do_sample": True, "num_return_sequences": 2},
+    {"num_beams": 2, "do_sample": True},
+    {"repetition_penalty": 1.5},
+    {"cache_implementation": "static"},
+    {"cache_implementation": "static", "num_beams": 3},
+]
+
+
+@pytest.mark.parametrize("kwargs", GENERATION, ids=str)
+@pytest.mark.parametrize("fusion_type", ["gated_cross_attention", "concat"])
+def test_generation_with_and_without_cache(fusion_type, kwargs):
+    model = build(fusion_type=fusion_type)
+    model.generation_config.eos_token_id = None
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
+    inputs = {**tiny_inputs(), "pixel_values_videos_mask": mask, "max_new_tokens": 8}
+    torch.manual_seed(1)
+    cached = model.generate(**inputs, **kwargs)
+    torch.manual_seed(1)
+    uncached = model.generate(
+        **inputs, use_cache=False, **{k: v for k, v in kwargs.items() if k != "cache_implementation"}
+    )
+    assert cached.shape == (BATCH_SIZE * kwargs.get("num_return_sequences", 1), 9)
+    assert cached.unique().numel() > 2
+    assert torch.equal(cached, uncached)
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_the_prefix_is_computed_once_a_clip_and_layer(num_beams):
+    model = build()
+    model.generation_config.eos_token_id = None
+    prefixes = []
+    for layer in model.modules():
+        if isinstance(layer, EVACapDecoderLayer):
+            layer.register_forward_pre_hook(lambda _, args: prefixes.append(args[1]))
+    model.generate(**tiny_inputs(), num_beams=num_beams, max_new_tokens=8)
+    computed = [prefix.shape for prefix in prefixes if prefix is not None]
+    assert computed == [(BATCH_SIZE, AUDIO_TOKENS, 32)] * 3
+    assert len(prefixes) == 3 * 8
+
+
+def test_encoder_outputs_can_be_handed_to_generate():
+    model = build()
+    encoder_outputs = model.get_encoder()(**tiny_inputs())
+    runs = []
+    model.get_encoder().register_forward_hook(lambda *_: runs.append(1))
+    given = model.generate(encoder_outputs=encoder_outputs, num_beams=2, max_new_tokens=5)
+    assert not runs
+    assert torch.equal(given, model.generate(**tiny_inputs(), num_beams=2, max_new_tokens=5))
+    as_tuple = model(encoder_outputs=(encoder_outputs.last_hidden_state,), labels=tiny_labels()).loss
+    assert torch.equal(as_tuple, model(encoder_outputs=encoder_outputs, labels=tiny_labels()).loss)
+
+
+def test_streaming(capsys):
+    class Words:
+        def decode(self, ids, **kwargs):
+            return " ".join(f"w{int(i)}" for i in ids) + " "
+
+    model = build()
+    model.generation_config.eos_token_id = None
+    inputs = {name: value[:1] for name, value in tiny_inputs().items()}
+    ids = model.generate(**inputs, max_new_tokens=5, streamer=TextStreamer(Words()))
+    assert capsys.readouterr().out.split() == [f"w{i}" for i in ids[0].tolist()]
+
+
+def test_a_user_made_cache_works():
+    model = build()
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    first = model(**tiny_inputs(), decoder_input_ids=torch.full((BATCH_SIZE, 2), 5), past_key_values=cache)
+    assert first.logits.isfinite().all()
+    assert cache.get_seq_length() == 2
+    assert cache.cross_attention_cache.get_seq_length() == AUDIO_TOKENS
+
+
+@pytest.mark.parametrize("attention", ["full", "frame"])
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_sdpa_and_eager_agree(fusion_type, attention):
+    model = build(fusion_type=fusion_type, attention=attention)
+    inputs = {**tiny_inputs(), "labels": tiny_labels()}
+    inputs["pixel_values_videos_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])
+    outputs = []
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        assert model.model.encoder.joint.config._attn_implementation == implementation
+        outputs.append(model(**inputs).logits)
+    torch.testing.assert_close(*outputs, **TOLERANCE)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_gradient_checkpointing_gives_the_same_gradients(fusion_type, use_reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = build(fusion_type=fusion_type).train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.config.text_config.attention_probs_dropout_prob = 0.0
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        model(**tiny_inputs(), labels=tiny_labels(), use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(gradient is not None for gradient in gradients[0].values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_save_and_load_round_trip(tmp_path, caplog):
+    model = build()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    with caplog.at_level(logging.WARNING):
+        loaded, info = EVACapForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not caplog.records
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], value, atol=0, rtol=0)
+
+
+def test_every_weight_is_born_by_init_weights():
+    model = EVACapForConditionalGeneration.from_pretrained(None, config=tiny_config(), state_dict={})
+    for name, value in model.state_dict().items():
+        assert value.device.type == "cpu" and value.isfinite().all(), name
+    fusion = model.model.encoder.fusion
+    assert (fusion.gate_weight.item(), fusion.gate_bias.item()) == (-4.0, 4.0)
+    expected = sincos_position_table(2, 4, 32)
+    torch.testing.assert_close(model.model.encoder.audio_tower.embeddings.position_embeddings.data, expected)
+
+
+def test_device_map_and_half_precision(tmp_path):
+    build().save_pretrained(tmp_path)
+    model = EVACapForConditionalGeneration.from_pretrained(tmp_path, device_map="auto", dtype="bfloat16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    output = model(**tiny_inputs(), labels=tiny_labels())
+    assert output.logits.dtype == torch.bfloat16
+    reference = build()(**tiny_inputs(), labels=tiny_labels())
+    torch.testing.assert_close(output.loss.float(), reference.loss, atol=0.1, rtol=0.1)
+    assert model.generate(**tiny_inputs(), num_beams=2, max_new_tokens=4).shape == (BATCH_SIZE, 5)
+
+
+def test_resizing_token_embeddings_keeps_the_tie():
+    model = build()
+    model.resize_token_embeddings(VOCABULARY + 5)
+    assert model.config.text_config.vocab_size == VOCABULARY + 5
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.lm_head.bias.shape == (VOCABULARY + 5,)
+    assert model(**tiny_inputs(), labels=tiny_labels()).logits.shape[-1] == VOCABULARY + 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_compiled_forward_agrees(fusion_type):
+    model = build(fusion_type=fusion_type)
+    inputs = {**streams(fusion_type, tiny_inputs()), "labels": tiny_labels(), "use_cache": False}
+    expected = model(**inputs)
+    compiled = torch.compile(model.forward, fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs).logits, expected.logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+def test_one_batch_can_be_learned_by_heart(fusion_type):
+    model = EVACapForConditionalGeneration(tiny_config(fusion_type=fusion_type, label_smoothing=0.0)).train()
+    inputs, labels = streams(fusion_type, tiny_inputs()), tiny_labels()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    torch.manual_seed(0)
+    for _ in range(150):
+        loss = model(**inputs, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5
+    captions = model.eval().generate(**inputs, max_new_tokens=7)
+    assert torch.equal(captions[:, 1:][labels != -100], labels[labels != -100])
+
+
+def test_copies_and_determinism():
+    model = build()
+    twin = copy.deepcopy(model)
+    for _ in range(2):
+        assert torch.equal(
+            twin(**tiny_inputs(), labels=tiny_labels()).loss, model(**tiny_inputs(), labels=tiny_labels()).loss
+        )
+
+
+def test_output_class_is_a_model_output():
+    output = EVACapEncoderOutput(last_hidden_state=torch.zeros(1))
+    assert list(output.keys()) == ["last_hidden_state"]
