@@ -6,6 +6,7 @@ a jump to the key frame before it. The time line starts at 0, where the first st
 """
 
 import bisect
+import errno
 import http.client
 import math
 import os
@@ -41,7 +42,7 @@ _PREROLL = 0.5  # seconds a sound decoder gets to settle before the window start
 _INTERLEAVE = 10.0  # seconds by which the streams of one file may lag behind each other
 _MAX_JITTER = 0.05  # seconds a time stamp may stray from the count of samples before it is believed
 _MAX_JUMP = 3600.0  # seconds; a time stamp that leaps further ahead is damage, not a pause
-_TOLERANCE = 0.5  # seconds by which a file may be shorter than announced without being called truncated
+_TOLERANCE = 0.25  # seconds by which a file may be shorter than announced without being called truncated
 _CLOCK = 1e-6  # seconds lost when time stamps become floats
 
 
@@ -92,7 +93,13 @@ class MediaFile:
 
     def __init__(self, file: BinaryIO, label: str):
         self.label = label
-        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+        self.read, self.tell, self._seek = file.read, file.tell, file.seek
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            return self._seek(offset, whence)
+        except (OSError, ValueError):  # a place that damaged data names
+            return -errno.EINVAL
 
 
 @contextmanager
@@ -301,12 +308,17 @@ class _Reader:
         """Yield `(time, packet)` up to the end of the file, or to damage that nothing can be read beyond."""
         self.fresh = False
         clocks = {stream.index: float(stream.time_base) for stream in streams}
-        try:
-            for packet in self.container.demux(streams):
-                stamp = packet.dts if packet.pts is None or self.decoding_times else packet.pts
-                yield None if stamp is None else stamp * clocks[packet.stream_index] - self.origin, packet
-        except av.FFmpegError:
-            self.note("data damaged up to the end")
+        while True:
+            try:
+                for packet in self.container.demux(streams):
+                    stamp = packet.dts if packet.pts is None or self.decoding_times else packet.pts
+                    yield None if stamp is None else stamp * clocks[packet.stream.index] - self.origin, packet
+                return
+            except IndexError:  # a packet of a stream that PyAV does not know, as it came up after opening
+                continue
+            except av.FFmpegError:
+                self.note("data damaged up to the end")
+                return
 
     def decode(self, packet, time: float | None) -> Iterator[tuple]:
         """Yield `(time, frame)`; a frame without a time stamp gets `time`."""
@@ -321,7 +333,7 @@ class _Reader:
         missing = {} if since <= 0 else {s.index: max(start, self._starts(s)) for s in streams}
         scan = _Scan()
         for time, packet in self.packets(streams):
-            index, is_sound = packet.stream_index, packet.stream.type == "audio"
+            index, is_sound = packet.stream.index, packet.stream.type == "audio"
             if time is not None:
                 if time - reached[index] > (1.0 if time > self.announced + 1.0 else _MAX_JUMP):
                     self.note("some time stamps damaged")
@@ -374,6 +386,8 @@ class _Reader:
             if frames is None:
                 frames = np.empty((len(times), *picture.shape), dtype=np.uint8)
             frames[i], last = picture, frame
+            if frame.is_corrupt:
+                self.note("some pictures damaged")
         return frames, stamps
 
     def _shown(self, times: list[float], keys: list[float]) -> Iterator[tuple]:
@@ -457,7 +471,8 @@ class _Waveform:
         layout = (frame.format.name, frame.layout.name, frame.sample_rate)
         if layout != self.layout or abs(time - self.due) > _MAX_JITTER:
             self._flush()
-            self.resampler = av.AudioResampler(format="fltp", rate=self.sampling_rate)
+            # Not the planar "fltp": PyAV reads beyond the planes of a frame with more than eight channels.
+            self.resampler = av.AudioResampler(format="flt", rate=self.sampling_rate)
             self.layout, self.due = layout, time
             self.pieces.append((time, []))
         self.due += frame.samples / frame.sample_rate
@@ -471,8 +486,8 @@ class _Waveform:
     def _keep(self, frames: list):
         for frame in frames:
             if frame is not None:
-                samples = frame.to_ndarray()
-                self.pieces[-1][1].append(samples.mean(axis=0) if self.channels == "average" else samples[0].copy())
+                samples = frame.to_ndarray().reshape(frame.samples, -1)
+                self.pieces[-1][1].append(samples.mean(axis=1) if self.channels == "average" else samples[:, 0].copy())
 
     def cut(self, start: float, end: float) -> np.ndarray:
         """The sound from `start` to `end`, silent where there is none, up to the last there is."""
