@@ -192,7 +192,7 @@ class EVACapFeatureExtractor(SequenceFeatureExtractor):
                 f"`sampling_rate` is {sampling_rate} but this {self.__class__.__name__} was made for "
                 f"{self.sampling_rate}: resample `raw_speech` to {self.sampling_rate} Hz first."
             )
-        clips = self._split_batch(raw_speech)
+        clips = self.split_batch(raw_speech)
         if device is None:
             device = clips[0].device if isinstance(clips[0], torch.Tensor) else "cpu"
         waveforms = [self._prepare_waveform(clip, index, device) for index, clip in enumerate(clips)]
@@ -215,7 +215,7 @@ class EVACapFeatureExtractor(SequenceFeatureExtractor):
             data = {name: list(value.cpu().numpy()) for name, value in data.items()}
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _split_batch(self, raw_speech) -> list:
+    def split_batch(self, raw_speech) -> list:
         """The clips of the input, each an array, a tensor or a list of numbers."""
         if isinstance(raw_speech, (np.ndarray, torch.Tensor)):
             if raw_speech.ndim not in (1, 2, 3):
@@ -227,7 +227,7 @@ class EVACapFeatureExtractor(SequenceFeatureExtractor):
                 self._check_samples_last("raw_speech", raw_speech)
             clips = [raw_speech] if raw_speech.ndim == 1 else list(raw_speech)
         elif isinstance(raw_speech, (list, tuple)):
-            one_clip = len(raw_speech) > 0 and not isinstance(raw_speech[0], (np.ndarray, torch.Tensor, list, tuple))
+            one_clip = len(raw_speech) > 0 and isinstance(raw_speech[0], (int, float, np.number))
             clips = [raw_speech] if one_clip else list(raw_speech)
         else:
             raise ValueError(f"`raw_speech` must be an array, a tensor or a list, got {type(raw_speech).__name__}.")

@@ -149,7 +149,7 @@ class EVACapVideoProcessor(BaseVideoProcessor):
         input_data_format = kwargs.pop("input_data_format", None)
 
         frames, is_file = [], []
-        for index, video in enumerate(self._split_batch(videos)):
+        for index, video in enumerate(self.split_batch(videos)):
             is_file.append(_is_path_or_file(video))
             if is_file[-1]:
                 frames.append(self._read(video, do_sample_frames, sampling))
@@ -165,7 +165,7 @@ class EVACapVideoProcessor(BaseVideoProcessor):
         return super().preprocess(frames, **kwargs)
 
     @staticmethod
-    def _split_batch(videos) -> list:
+    def split_batch(videos) -> list:
         """The videos of the input: one video becomes a list of one."""
         if isinstance(videos, (np.ndarray, torch.Tensor)):
             if videos.ndim == 5:

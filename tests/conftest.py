@@ -2,6 +2,7 @@
 
 import os
 
+
 # Read by huggingface_hub when it is imported, so it has to be set before any test imports transformers.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -1,0 +1,300 @@
+import json
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from media_files import write_clip
+from PIL import Image
+from transformers import BertTokenizer
+
+from evacap.processing.feature_extraction_evacap import EVACapFeatureExtractor
+from evacap.processing.media_evacap import MediaError, load_media
+from evacap.processing.processing_evacap import EVACapProcessor
+from evacap.processing.video_processing_evacap import EVACapVideoProcessor
+
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "bark", "##s", "while", "man", "speak"]
+PAD, CLS, SEP = 0, 2, 3
+RATE = 16000
+
+
+def make_processor(modalities: str = "audio_video", **video_kwargs) -> EVACapProcessor:
+    return EVACapProcessor(
+        EVACapFeatureExtractor(feature_size=32, max_frames=128, frame_shift_ms=20),
+        EVACapVideoProcessor(**{"num_frames": 4, "size": {"shortest_edge": 32}, "crop_size": 32, **video_kwargs}),
+        BertTokenizer(vocab={word: index for index, word in enumerate(WORDS)}),
+        modalities=modalities,
+    )
+
+
+@pytest.fixture
+def processor() -> EVACapProcessor:
+    return make_processor()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    """Files of 2 s and 6 s; the window of `make_processor` is 2.56 s."""
+    folder = tmp_path_factory.mktemp("files")
+    Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(folder / "still.png")
+    return {
+        "clip": str(write_clip(folder / "clip.mp4", seconds=2)),
+        "long": str(write_clip(folder / "long.mp4", seconds=6)),
+        "sound": str(write_clip(folder / "sound.wav", seconds=2, video=None, audio="pcm_s16le")),
+        "silent": str(write_clip(folder / "silent.mp4", seconds=2, audio=None)),
+        "still": str(folder / "still.png"),
+    }
+
+
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-0.5, 0.5, int(seconds * RATE)).astype(np.float32)
+
+
+def frames(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, 40, 60, 3), dtype=np.uint8)
+
+
+def assert_same(batch, expected):
+    assert list(batch) == list(expected)
+    for name in batch:
+        torch.testing.assert_close(batch[name], expected[name])
+
+
+def test_media_gives_what_its_streams_give(processor, files):
+    batch = processor(media=files["clip"], return_tensors="pt")
+    assert batch.input_features.shape == (1, 128, 32)
+    assert batch.pixel_values_videos.shape == (1, 4, 3, 32, 32)
+    clip = load_media(files["clip"], num_frames=4)
+    expected = processor(audio=clip.waveform, sampling_rate=RATE, videos=clip.frames, return_tensors="pt")
+    assert_same(batch, expected)
+    assert_same(processor(audio=files["clip"], videos=files["clip"], return_tensors="pt"), batch)
+
+
+def test_kinds_of_source(processor, files):
+    expected = processor(files["clip"], return_tensors="pt")
+    content = Path(files["clip"]).read_bytes()
+    for same in (
+        Path(files["clip"]),
+        content,
+        {"bytes": content, "path": None},
+        {"path": files["clip"], "bytes": None},
+    ):
+        assert_same(processor(media=same, return_tensors="pt"), expected)
+        assert_same(processor(audio=same, videos=[same], return_tensors="pt"), expected)
+    with open(files["clip"], "rb") as file:
+        assert_same(processor(media=[file], return_tensors="pt"), expected)
+
+
+def test_batches(processor, files):
+    sources = [files["clip"], files["long"]]
+    batch = processor(media=sources, duration=2.0, return_tensors="pt")
+    for index, source in enumerate(sources):
+        alone = processor(media=source, duration=2.0, return_tensors="pt")
+        assert_same({name: value[index : index + 1] for name, value in batch.items()}, alone)
+    lists = processor(media=sources, duration=2.0)
+    assert isinstance(lists["input_features"], list) and lists["pixel_values_videos"][0].shape == (4, 3, 32, 32)
+    arrays = processor(media=sources, duration=2.0, text=["a dog", "a man speaks"], return_tensors="np")
+    np.testing.assert_array_equal(arrays["input_features"], batch.input_features.numpy())
+    assert arrays["labels"].shape == (2, 5)
+
+
+def test_clips_without_a_picture(processor, files):
+    batch = processor(media=[files["sound"], files["clip"], files["sound"]], return_tensors="pt")
+    assert batch.pixel_values_videos_mask.tolist() == [[0] * 4, [1] * 4, [0] * 4]
+    assert batch.pixel_values_videos[0].abs().max() == 0
+    alone = processor(media=files["clip"], return_tensors="pt")
+    torch.testing.assert_close(batch.pixel_values_videos[1:2], alone.pixel_values_videos)
+    assert list(processor(media=files["sound"], return_tensors="pt")) == ["input_features"]
+    separately = processor(
+        audio=[noise(1), noise(1)], videos=[None, frames(8)], sampling_rate=RATE, return_tensors="pt"
+    )
+    assert separately.pixel_values_videos_mask.tolist() == [[0] * 4, [1] * 4]
+
+
+def test_ragged_frames(files):
+    processor = make_processor(fps=2.0)
+    batch = processor(media=[files["clip"], files["long"]], duration=2.5, return_tensors="pt")
+    assert batch.pixel_values_videos_mask.sum(-1).tolist() == [4, 6]
+    assert "pixel_values_videos_mask" not in processor(media=files["long"], duration=2.5, return_tensors="pt")
+
+
+def test_stills_are_repeated(processor, files):
+    still = Image.open(files["still"])
+    batch = processor(audio=files["sound"], images=still, return_tensors="pt")
+    assert batch.pixel_values_videos.shape == (1, 4, 3, 32, 32)
+    assert torch.equal(batch.pixel_values_videos, batch.pixel_values_videos[:, :1].expand(-1, 4, -1, -1, -1))
+    array = np.asarray(still)
+    for same in ({"images": files["still"]}, {"images": [array]}, {"videos": array}, {"videos": files["still"]}):
+        assert_same(processor(audio=files["sound"], **same, return_tensors="pt"), batch)
+        others = make_processor(fps=2.0)(audio=files["sound"], **same, return_tensors="pt")
+        torch.testing.assert_close(others.pixel_values_videos, batch.pixel_values_videos)
+    two = processor(audio=[files["sound"]] * 2, images=[still, files["still"]], return_tensors="pt")
+    torch.testing.assert_close(two.pixel_values_videos, batch.pixel_values_videos.repeat(2, 1, 1, 1, 1))
+
+
+def test_windows(processor, files):
+    assert processor.window_seconds == pytest.approx(2.56)
+    second = processor(media=files["long"], start=2.0, duration=2.0, return_tensors="pt")
+    clip = load_media(files["long"], start=2.0, duration=2.0, num_frames=4)
+    assert_same(second, processor(audio=clip.waveform, videos=clip.frames, sampling_rate=RATE, return_tensors="pt"))
+    sound = noise(6)
+    window = processor(audio=sound, sampling_rate=RATE, start=2.0, duration=1.5, return_tensors="pt")
+    expected = processor(audio=sound[2 * RATE : int(3.5 * RATE)], sampling_rate=RATE, return_tensors="pt")
+    assert_same(window, expected)
+    for duration in (0, 3.0):
+        with pytest.raises(ValueError, match="`duration` must be above 0 and at most 2.56 s"):
+            processor(media=files["long"], duration=duration)
+    with pytest.raises(ValueError, match="`start` is 7.0 s but `audio.0.` has 6.00 s"):
+        processor(audio=sound, sampling_rate=RATE, start=7.0)
+
+
+def test_longer_clips_are_announced_once(files, caplog):
+    caplog.set_level(logging.WARNING)
+    processor = make_processor()
+    processor(media=files["clip"])
+    processor(media=files["long"], duration=2.56)
+    assert not caplog.records
+    processor(media=[files["long"], files["long"]])
+    processor(audio=noise(6), sampling_rate=RATE)
+    assert [record.getMessage().split(": ")[0] for record in caplog.records] == [f"{files['long']} lasts 6.00 s"]
+    make_processor()(audio=[noise(1), noise(4)], sampling_rate=RATE)
+    assert caplog.records[-1].getMessage().startswith("audio[1] lasts 4.00 s: only the first 2.56 s are used")
+
+
+def test_modalities(files):
+    audio, video = make_processor("audio"), make_processor("video")
+    assert list(audio(media=files["clip"], return_tensors="pt")) == ["input_features"]
+    assert list(audio(audio=noise(1), videos=frames(4), sampling_rate=RATE)) == ["input_features"]
+    assert list(video(media=files["silent"], return_tensors="pt")) == ["pixel_values_videos"]
+    assert list(video(audio=noise(1), videos=frames(4), sampling_rate=RATE)) == ["pixel_values_videos"]
+    assert audio.model_input_names == ["input_features"]
+    assert video.model_input_names == ["pixel_values_videos", "pixel_values_videos_mask"]
+    with pytest.raises(ValueError, match="sound.wav: has no picture"):
+        video(media=files["sound"])
+    with pytest.raises(ValueError, match="silent.mp4: has no sound.*fusion_type='video_only'"):
+        audio(media=files["silent"])
+    with pytest.raises(ValueError, match="silent.mp4: has no sound.*fusion_type='video_only'"):
+        make_processor()(media=[files["clip"], files["silent"]])
+    with pytest.raises(ValueError, match="`modalities` must be one of"):
+        make_processor("image")
+
+
+def test_labels(processor):
+    labels = processor(text=["a dog barks", "a man"], return_tensors="pt")
+    assert list(labels) == ["labels"]
+    a, dog, bark, s, man = (WORDS.index(word) for word in ("a", "dog", "bark", "##s", "man"))
+    assert labels["labels"].tolist() == [[a, dog, bark, s, SEP], [a, man, SEP, -100, -100]]
+    assert processor(text="a dog", return_tensors="pt")["labels"].tolist() == [[a, dog, SEP]]
+    assert processor(text=["a dog", "a"])["labels"] == [[a, dog, SEP], [a, SEP]]
+    long = processor(text=" ".join(["dog"] * 100), return_tensors="pt")["labels"]
+    assert long.shape == (1, 39) and long[0, -1] == SEP, "40 tokens with the [CLS] that labels lack"
+    fixed = processor(text="a dog", text_kwargs={"padding": "max_length", "max_length": 8}, return_tensors="pt")
+    assert fixed["labels"].tolist() == [[a, dog, SEP, -100, -100, -100, -100]]
+
+
+def test_decode(processor):
+    ids = processor(text=["a dog barks"], return_tensors="pt")["labels"]
+    assert processor.batch_decode(ids, skip_special_tokens=True) == ["a dog barks"]
+    assert processor.decode(ids[0]) == "a dog barks [SEP]"
+
+
+def test_options_reach_the_parts(processor, files):
+    batch = processor(
+        media=files["clip"], num_frames=6, do_normalize=False, return_attention_mask=True, return_tensors="pt"
+    )
+    assert batch.pixel_values_videos.shape[1] == 6 and batch.pixel_values_videos.min() >= 0
+    assert batch.input_features_mask.sum() == 1 + (2 * RATE - 400) // 320
+    nested = processor(media=files["clip"], videos_kwargs={"num_frames": 2}, return_tensors="pt")
+    assert nested.pixel_values_videos.shape[1] == 2
+
+
+def test_sampling_rate(processor, caplog):
+    with pytest.raises(ValueError, match="`audio.0.` has a sampling rate of 44100 Hz"):
+        processor(audio=noise(1), sampling_rate=44100)
+    good, bad = {"array": noise(1), "sampling_rate": RATE}, {"array": noise(1), "sampling_rate": 8000}
+    with pytest.raises(ValueError, match="`audio.1.` has a sampling rate of 8000 Hz"):
+        processor(audio=[good, bad])
+    caplog.set_level(logging.WARNING)
+    assert_same(
+        processor(audio=good, return_tensors="pt"), processor(audio=noise(1), sampling_rate=RATE, return_tensors="pt")
+    )
+    assert not caplog.records
+    processor(audio=noise(1))
+    assert "recommended to pass the `sampling_rate`" in caplog.text
+
+
+def test_bad_calls(processor, files, tmp_path):
+    with pytest.raises(ValueError, match="Nothing|at least one of them"):
+        processor()
+    with pytest.raises(ValueError, match="either `media`, or `audio`"):
+        processor(media=files["clip"], audio=noise(1))
+    with pytest.raises(ValueError, match="either `videos` or `images`"):
+        processor(audio=noise(1), videos=frames(2), images=frames(1)[0], sampling_rate=RATE)
+    with pytest.raises(ValueError, match="got 2, 1 and 0"):
+        processor(audio=[noise(1), noise(1)], videos=[frames(4)], sampling_rate=RATE)
+    with pytest.raises(ValueError, match="got 1, 1 and 2"):
+        processor(media=files["clip"], text=["a", "a"])
+    with pytest.raises(ValueError, match="`audio.1.` is None"):
+        processor(audio=[noise(1), None], sampling_rate=RATE)
+    with pytest.raises(ValueError, match=r"`audio\[0\]` must be .* got the keys \['samples'\]"):
+        processor(audio={"samples": noise(1)})
+    with pytest.raises(MediaError, match="missing.mp4"):
+        processor(media=[files["clip"], str(tmp_path / "missing.mp4")])
+
+
+IN_A_PROCESS_WITHOUT_THE_PACKAGE = """
+    import sys
+    sys.modules["evacap"] = None
+    from transformers import AutoFeatureExtractor, AutoProcessor, AutoTokenizer, AutoVideoProcessor
+    folder, clip = sys.argv[1:]
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert type(processor).__name__ == "EVACapProcessor" and processor.modalities == "audio_video", processor
+    parts = (
+        AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=True),
+        AutoVideoProcessor.from_pretrained(folder, trust_remote_code=True),
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=True),
+    )
+    assert [type(part).__name__ for part in parts[:2]] == ["EVACapFeatureExtractor", "EVACapVideoProcessor"]
+    assert parts[0].to_dict() == processor.feature_extractor.to_dict()
+    assert parts[1].to_dict() == processor.video_processor.to_dict()
+    assert parts[2].get_vocab() == processor.tokenizer.get_vocab()
+    batch = processor(media=clip, text="a dog barks", return_tensors="pt")
+    print(*(f"{name} {value.double().abs().sum().item():.4f}" for name, value in batch.items()), sep="\\n")
+"""
+
+
+def run_without_the_package(code: str, *arguments: str, cache: Path) -> str:
+    environment = {**os.environ, "HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
+    result = subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_saved_folder_loads_with_and_without_the_package(files, tmp_path):
+    processor = make_processor(num_frames=6)
+    folder = tmp_path / "saved"
+    processor.save_pretrained(folder)
+    saved = json.loads((folder / "processor_config.json").read_text())
+    assert saved["modalities"] == "audio_video" and saved["max_text_length"] == 40
+    assert {path.name for path in folder.glob("*.py")} == {
+        "feature_extraction_evacap.py",
+        "media_evacap.py",
+        "processing_evacap.py",
+        "video_processing_evacap.py",
+    }
+    loaded = EVACapProcessor.from_pretrained(folder)
+    assert loaded.feature_extractor.to_dict() == processor.feature_extractor.to_dict()
+    assert loaded.video_processor.to_dict() == processor.video_processor.to_dict()
+    batch = loaded(media=files["clip"], text="a dog barks", return_tensors="pt")
+    assert_same(batch, processor(media=files["clip"], text="a dog barks", return_tensors="pt"))
+    printed = run_without_the_package(IN_A_PROCESS_WITHOUT_THE_PACKAGE, str(folder), files["clip"], cache=tmp_path)
+    assert printed.split("\n")[:-1] == [
+        f"{name} {value.double().abs().sum().item():.4f}" for name, value in batch.items()
+    ]
