@@ -20,9 +20,10 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["evacap", "evacap.modeling_evacap", "evacap.processing", "evacap.training"],
+    packages=["evacap", "evacap.commands", "evacap.modeling_evacap", "evacap.processing", "evacap.training"],
     package_dir={
         "evacap": "evacap",
+        "evacap.commands": "evacap/commands",
         "evacap.modeling_evacap": "modeling_evacap",
         "evacap.processing": "processing",
         "evacap.training": "training",

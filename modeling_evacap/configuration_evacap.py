@@ -23,6 +23,16 @@ FUSION_TYPES = ("gated_cross_attention", "concat", "audio_only", "video_only")
 GATE_TYPES = ("entropy", "learned", "none")
 VIDEO_ATTENTION_TYPES = ("full", "frame")
 
+# A folder that carries its code names here what loads the model besides `AutoModel`, and its pipeline.
+GENERATION_AUTO_CLASSES = ("AutoModelForSeq2SeqLM", "AutoModelForMultimodalLM")
+CUSTOM_PIPELINES = {
+    "audio-visual-captioning": {
+        "impl": "pipeline_evacap.AudioVisualCaptioningPipeline",
+        "pt": ["AutoModel"],
+        "type": "multimodal",
+    }
+}
+
 
 def _require(condition: bool, field: str, value: Any, expected: str) -> None:
     if not condition:
@@ -297,6 +307,9 @@ class EVACapConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        if not type(self).__module__.startswith("transformers_modules"):
+            # The installed package has registered its own pipeline, which needs no `trust_remote_code`.
+            kwargs.pop("custom_pipelines", None)
         for key, config_class in self.sub_configs.items():
             value = getattr(self, key)
             if value is None:
@@ -323,6 +336,15 @@ class EVACapConfig(PreTrainedConfig):
                 self.video_config.hidden_size,
                 f"`audio_config.hidden_size` ({self.audio_config.hidden_size}) with `fusion_type='concat'`",
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a dict; saved beside the model's code, it also names the classes that load it."""
+        output = super().to_dict()
+        model = output.get("auto_map", {}).get("AutoModel")
+        if model is not None:
+            output["auto_map"].update(dict.fromkeys(GENERATION_AUTO_CLASSES, model))
+            output["custom_pipelines"] = CUSTOM_PIPELINES
+        return output
 
     @property
     def encoder_config(self) -> PreTrainedConfig:

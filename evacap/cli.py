@@ -1,0 +1,36 @@
+"""The command line `evacap COMMAND …`; a command's module is imported when it is asked for."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+
+COMMANDS = {
+    "caption": "caption media files",
+    "import-weights": "turn AVCap, CAV-MAE and GIT weights into a model folder",
+    "publish": "check a model folder, complete its card and upload it",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status: 0, 1 after an error that a sentence explains, 2 for a wrong call."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="evacap", description="Audio-visual captioning with EVACap.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    module = None
+    for name, summary in COMMANDS.items():
+        command_parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if argv[:1] == [name]:
+            module = importlib.import_module(f"evacap.commands.{name.replace('-', '_')}")
+            module.add_arguments(command_parser)
+    arguments = parser.parse_args(argv)
+    try:
+        return module.run(arguments) or 0
+    except (ValueError, OSError) as error:
+        print(f"evacap {arguments.command}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

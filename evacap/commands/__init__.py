@@ -1,0 +1,1 @@
+"""The commands of `evacap`: each module has `add_arguments(parser)` and `run(arguments)`."""
