@@ -12,23 +12,26 @@ class EVACapDataCollator:
     """Stacks clips into a batch and swaps some of their videos (Stochastic Modality Shuffling; paper, algorithm 1).
 
     A uniformly random permutation of the batch is drawn, and each sample's video is replaced by the permuted one with
-    probability `p_mix`; sound and caption stay. The swaps follow from `seed` and from the captions in the batch (ours),
-    not from the state of a generator: they are the same whatever the number of workers, whichever process makes the
-    batch, and after a training is resumed. A shuffling sampler brings other batches, hence other swaps, in every epoch.
+    probability `p_mix`; sound and caption stay. The swaps follow from `seed` and the captions in the batch (ours), not
+    from the state of a generator: they are the same whatever the number of workers, whichever process makes the batch,
+    and after a training is resumed. A shuffling sampler brings other batches, hence other swaps, in every epoch.
 
     Args:
         p_mix (`float`, *optional*, defaults to 0.05): Probability of a swap, 0 to 1. 0 for evaluation.
         seed (`int`, *optional*, defaults to 0): Other seeds give other swaps.
+        keep_matched (`bool`, *optional*, defaults to `False`): Whether the own videos of the swapped clips come along,
+            as a model with `semantic_consistency_weight` above 0 needs them.
 
     Raises:
         ValueError: If `p_mix` is not within 0 and 1.
     """
 
-    def __init__(self, p_mix: float = 0.05, seed: int = 0):
+    def __init__(self, p_mix: float = 0.05, seed: int = 0, keep_matched: bool = False):
         if not 0 <= p_mix <= 1:
             raise ValueError(f"p_mix={p_mix} is no probability; choose a value from 0 to 1")
         self.p_mix = p_mix
         self.seed = seed
+        self.keep_matched = keep_matched
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Makes one batch.
@@ -49,6 +52,9 @@ class EVACapDataCollator:
             * `shuffled` (B,), bool: the sample carries another sample's video;
             * `video_index` (B,), long: the place in the batch from which the sample's video comes.
 
+            With `keep_matched` and at least one swap also `matched_pixel_values_videos` (swapped, F, 3, H, W) and
+            `matched_pixel_values_videos_mask` (swapped, F; under the same condition as the other mask).
+
             In a batch where no clip has a picture, only `input_features` and `labels` remain.
 
         Raises:
@@ -66,11 +72,11 @@ class EVACapDataCollator:
         if any(clip.get("pixel_values_videos") is not None for clip in features):
             videos, mask = _pad_videos(features)
             video_index = self._draw_video_index(features)
-            batch["pixel_values_videos"] = videos[video_index]
-            if not mask.all():
-                batch["pixel_values_videos_mask"] = mask[video_index]
-            batch["shuffled"] = video_index != torch.arange(len(features))
-            batch["video_index"] = video_index
+            shuffled = video_index != torch.arange(len(features))
+            batch |= _masked_videos("", videos[video_index], mask[video_index], masked=not mask.all())
+            if self.keep_matched and shuffled.any():
+                batch |= _masked_videos("matched_", videos[shuffled], mask[shuffled], masked=not mask.all())
+            batch |= {"shuffled": shuffled, "video_index": video_index}
         return batch
 
     def _draw_video_index(self, features: Sequence[Mapping[str, Any]]) -> torch.Tensor:
@@ -92,6 +98,11 @@ def _fingerprint(features: Sequence[Mapping[str, Any]]) -> int:
         content = clip["labels"] if clip.get("labels") is not None else clip["input_features"]
         checksum = crc32(torch.as_tensor(content).contiguous().view(torch.uint8).numpy(), checksum)
     return checksum
+
+
+def _masked_videos(prefix: str, videos: torch.Tensor, mask: torch.Tensor, masked: bool) -> dict[str, torch.Tensor]:
+    batch = {f"{prefix}pixel_values_videos": videos}
+    return batch | {f"{prefix}pixel_values_videos_mask": mask} if masked else batch
 
 
 def _stack(name: str, values: list[Any]) -> torch.Tensor:

@@ -122,6 +122,22 @@ def test_missing_videos_and_frames_are_masked_and_travel_with_the_swap():
     assert torch.equal(swapped["pixel_values_videos_mask"].sum(1), own[swapped["video_index"]])
 
 
+def test_the_own_videos_of_swapped_clips_come_along_on_request():
+    features = make_features(16)
+    batch = EVACapDataCollator(p_mix=0.5, keep_matched=True)(features)
+    own = torch.arange(16.0)[batch["shuffled"]]
+    assert len(own) > 0 and torch.equal(batch["matched_pixel_values_videos"][:, 0, 0, 0, 0], own)
+    assert "matched_pixel_values_videos_mask" not in batch
+
+    features[0]["pixel_values_videos"] = None
+    batch = EVACapDataCollator(p_mix=1.0, keep_matched=True)(features)
+    frames = torch.tensor([0] + [4] * 15)[batch["shuffled"]]
+    assert torch.equal(batch["matched_pixel_values_videos_mask"].sum(1), frames)
+
+    assert "matched_pixel_values_videos" not in EVACapDataCollator(p_mix=0.0, keep_matched=True)(features)
+    assert "matched_pixel_values_videos" not in EVACapDataCollator(p_mix=1.0)(features)
+
+
 def test_sound_alone():
     features = make_features(3)
     for clip in features:
