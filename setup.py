@@ -23,7 +23,6 @@ setup(
     packages=["evacap", "evacap.commands", "evacap.modeling_evacap", "evacap.processing", "evacap.training"],
     package_dir={
         "evacap": "evacap",
-        "evacap.commands": "evacap/commands",
         "evacap.modeling_evacap": "modeling_evacap",
         "evacap.processing": "processing",
         "evacap.training": "training",

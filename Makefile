@@ -1,0 +1,44 @@
+# Everything runs in a virtual environment of the checkout's own, made on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The captions of the sample need no word of what the libraries do meanwhile.
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: help install caption test test-slow style tiny clean
+
+help:
+	@echo "make caption    install, then caption a sample clip with the bundled checkpoint"
+	@echo "make test       install, then run the tests (make test-slow: the slow ones)"
+	@echo "make style      format and lint"
+	@echo "make tiny       train the bundled checkpoint and its audio-only twin anew"
+
+$(VENV)/.installed: setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+install: $(VENV)/.installed
+
+caption: install
+	$(BIN)/evacap sample sample.mp4
+	$(BIN)/evacap caption sample.mp4
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+style: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) sample.mp4
