@@ -40,6 +40,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_evacap import EVACapAudioConfig, EVACapConfig, EVACapTextConfig, EVACapVideoConfig
 
 
+# Tokens of the longest caption, with [CLS] and [SEP] (AVCap).
+MAX_CAPTION_LENGTH = 40
+
+
 @dataclass
 class EVACapEncoderOutput(BaseModelOutput):
     r"""
@@ -1059,6 +1063,8 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         self.main_input_name = _main_input_name(config)
         self.model = EVACapModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size)
+        # A checkpoint's generation_config.json takes precedence.
+        self.generation_config.max_length = MAX_CAPTION_LENGTH
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -525,3 +525,9 @@ def test_copies_and_determinism():
 def test_output_class_is_a_model_output():
     output = EVACapEncoderOutput(last_hidden_state=torch.zeros(1))
     assert list(output.keys()) == ["last_hidden_state"]
+
+
+def test_captions_are_at_most_forty_tokens_by_default():
+    model = build()
+    model.generation_config.eos_token_id = None
+    assert model.generate(**tiny_inputs()).shape == (BATCH_SIZE, 40)
