@@ -1,0 +1,439 @@
+"""AVCap's, CAV-MAE's and GIT's published weights in an EVACap model."""
+
+import fnmatch
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GitForCausalLM
+from transformers.utils import logging
+
+from .checkpoint_files import read_checkpoint
+from .configuration_evacap import EVACapConfig
+from .modeling_evacap import EVACapForConditionalGeneration
+from .presets import get_preset
+from .source_names import QKV, NameTable, git_names_to_avcap
+
+
+VIDEO_EMBEDDINGS = ("inflate", "fresh")
+MAX_CAPTION_LENGTH = 42
+"""`[CLS]`, AVCap's 40 tokens and `[SEP]`."""
+
+_STANDARD_WIDTH, _STANDARD_HEADS = 768, 12
+_STANDARD_IMAGE_SIZE = 224
+_STANDARD_MEL_BINS = 128
+
+
+@dataclass
+class ImportReport:
+    """
+    What became of every tensor of the files and of the model. As a string it is a table by module.
+
+    Args:
+        loaded (`list[str]`): Parameters that got a tensor of the same shape.
+        reshaped (`list[str]`): Parameters that got a part of a tensor, or one of another shape.
+        new (`list[str]`): Parameters that no file had: freshly initialised, or tied to another one.
+        unused (`list[str]`): Tensors of the files that the model has no use for, under AVCap's names.
+        notes (`list[str]`): Values that no file told.
+        parameters (`int`): Parameters of the model.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    reshaped: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    parameters: int = 0
+
+    def __str__(self) -> str:
+        kinds = ("loaded", "reshaped", "new", "unused")
+        counts = {kind: Counter(_module_of(name) for name in getattr(self, kind)) for kind in kinds}
+        modules = dict.fromkeys(module for kind in kinds for module in counts[kind])
+        rows = [(module, *(str(counts[kind][module] or "-") for kind in kinds)) for module in sorted(modules)]
+        rows.append(("total", *(str(counts[kind].total()) for kind in kinds)))
+        width = max(len(row[0]) for row in rows)
+        lines = [
+            f"{row[0]:<{width}}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in [("tensors", *kinds), *rows]
+        ]
+        return "\n".join([*lines, f"{self.parameters:,} parameters", *(f"note: {note}" for note in self.notes)])
+
+
+def _module_of(name: str) -> str:
+    """The row of the table: `encoder.audio_tower`, `decoder.layers`; for a tensor of the file `file: blocks_u`."""
+    parts = name.split(".")
+    if parts[0] == "model":
+        return ".".join(parts[1:3])
+    if parts[0] == "lm_head":
+        return "lm_head"
+    return "file: " + (".".join(parts[:2]) if parts[0] in ("av_encoder", "textual") else parts[0])
+
+
+def import_weights(
+    *,
+    avcap: str | os.PathLike | None = None,
+    cav_mae: str | os.PathLike | None = None,
+    git: str | os.PathLike | None = None,
+    preset: str | None = None,
+    num_attention_heads: int | None = None,
+    num_mel_bins: int | None = None,
+    image_size: int | None = None,
+    num_frames: int | None = None,
+    video_embedding: str = "inflate",
+    allow_missing: Sequence[str] = (),
+) -> tuple[EVACapForConditionalGeneration, ImportReport]:
+    r"""
+    Builds a captioner from published weights. Its sizes are those of the tensors.
+
+    Args:
+        avcap (`str` or `os.PathLike`, *optional*): A captioner of AVCap. It takes the place of the two others.
+        cav_mae (`str` or `os.PathLike`, *optional*): A pretrained or fine-tuned CAV-MAE, for the encoder.
+        git (`str` or `os.PathLike`, *optional*): A GIT, for the decoder: a folder or Hub name of Transformers, or
+            GIT's original `model.pt`. Its projection of CLIP's tokens is not used (AVCap): the prefix projection is
+            new.
+        preset (`str`, *optional*): A key of [`PRESETS`]; `"avcap"` with `avcap`, `"evacap"` without by default.
+        num_attention_heads (`int`, *optional*): Heads of towers and decoder, which no tensor shows; 12 by default
+            where the width is 768.
+        num_mel_bins (`int`, *optional*): Mel bins of the filterbank; 128 by default.
+        image_size (`int`, *optional*): Height and width of a frame; needed where the video position table leaves it
+            open. 224 by default where the table can be one of 224 pixels.
+        num_frames (`int`, *optional*): Frames of a clip, for weights that saw single pictures or no `cav_mae`: 18 by
+            default, but 1 for an `avcap` of single pictures that stays AVCap.
+        video_embedding (`str`, defaults to `"inflate"`): What becomes of the embedding of single pictures where
+            `num_frames` is more: `"inflate"` repeats patch weights over the tubelet, divided by its length, so that a
+            still gives the same tokens, and repeats the position table over time (ours); `"fresh"` starts both anew
+            (AVCap).
+        allow_missing (`Sequence[str]`): Shell patterns of the parameters that may start new though a file should have
+            them, and of the tensors of a file that may be left out though nobody knows them.
+
+    Returns:
+        The model in float32, in evaluation mode, and the [`ImportReport`].
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file is of another kind, a size cannot be told, or names or shapes do not fit.
+
+    Example:
+
+    ```python
+    >>> from evacap.modeling_evacap.import_weights import import_weights
+
+    >>> model, report = import_weights(cav_mae="cav-mae-scale++.pth", git="microsoft/git-base")
+    >>> print(report)
+    >>> model.save_pretrained("evacap-start")
+    ```
+    """
+    if (avcap is None) == (cav_mae is None and git is None):
+        raise ValueError("Give either `avcap`, or `cav_mae`, `git` or both.")
+    if video_embedding not in VIDEO_EMBEDDINGS:
+        raise ValueError(f"`video_embedding` is {video_embedding!r}, but it must be 'inflate' or 'fresh'.")
+    report = ImportReport()
+    preset_name = preset or ("evacap" if avcap is None else "avcap")
+    get_preset(preset_name)
+
+    tensors, text_fields = {}, {}
+    if avcap is not None:
+        tensors = _read(avcap, "AVCap captioner", ("av_encoder.", "textual."))
+    if cav_mae is not None:
+        encoder = _read(cav_mae, "audio-visual CAV-MAE", ("patch_embed_a.", "blocks_a.", "blocks_u."))
+        tensors |= {f"av_encoder.{name}": tensor for name, tensor in encoder.items()}
+    if git is not None:
+        git_tensors, text_fields = _read_git(git)
+        tensors |= git_tensors
+    sizes = _Sizes(tensors, num_attention_heads, report.notes)
+    config = get_preset(preset_name).config(
+        audio_config=sizes.audio(num_mel_bins),
+        video_config=sizes.video(image_size, num_frames, keep_frames=avcap is not None and preset_name == "avcap"),
+        text_config=sizes.text(text_fields),
+        **sizes.joint(),
+    )
+    _untie_if_needed(config, tensors, report.notes)
+
+    expected_new = [r"model\.encoder\.fusion\..+"]
+    if cav_mae is None and avcap is None:
+        expected_new.append(r"model\.encoder\..+")
+    if avcap is None:
+        expected_new.append(r"model\.decoder\.prefix_.+" if git is not None else r"(model\.decoder|lm_head)\..+")
+    if video_embedding == "fresh":
+        for name in ("patch_embed_v.proj.weight", "patch_embed_v.proj.bias", "pos_embed_v"):
+            if tensors.pop(f"av_encoder.{name}", None) is not None:
+                report.unused.append(f"av_encoder.{name}")
+        expected_new.append(r"model\.encoder\.video_tower\.embeddings\.(patch|position)_embeddings.*")
+    state = _convert(tensors, config, report, expected_new, allow_missing)
+    model = _build(config, state)
+    model.generation_config.max_length = min(MAX_CAPTION_LENGTH, config.text_config.max_position_embeddings)
+    report.parameters = model.num_parameters()
+    return model, report
+
+
+def _build(config: EVACapConfig, state: dict[str, torch.Tensor]) -> EVACapForConditionalGeneration:
+    """The model with the tensors of `state` (not copies); the library initialises what `state` has not got."""
+    verbosity = logging.get_verbosity()
+    # Its own report of what is new would come before ours and say less.
+    logging.set_verbosity_error()
+    try:
+        return EVACapForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=state, dtype=torch.float32
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _read(path: str | os.PathLike, kind: str, prefixes: Sequence[str]) -> dict[str, torch.Tensor]:
+    tensors = read_checkpoint(path)
+    if not all(any(name.startswith(prefix) for name in tensors) for prefix in prefixes):
+        found = ", ".join(sorted({name.split(".")[0] for name in tensors})[:8])
+        raise ValueError(
+            f"{path}: not the weights of an {kind}: names that begin with {' and '.join(prefixes)} were expected, but "
+            f"they begin with {found}."
+        )
+    return tensors
+
+
+def _read_git(source: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors under AVCap's names, and the fields of the decoder's configuration that tensors do not show."""
+    if Path(source).is_file():
+        tensors = git_names_to_avcap(read_checkpoint(source))
+        if not any(name.startswith("textual.transformer.") for name in tensors):
+            found = ", ".join(sorted({name.split(".")[0] for name in tensors})[:8])
+            raise ValueError(f"{source}: not a GIT: its names begin with {found}, but textual. or git. was expected.")
+        return tensors, {}
+    try:
+        model, loading = GitForCausalLM.from_pretrained(source, output_loading_info=True)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{source}: neither a file nor a folder nor a model of the Hub that can be had now ({reason}). Give the "
+            "path of a downloaded GIT, or go online."
+        ) from error
+    missing = [name for name in loading["missing_keys"] if not name.startswith("git.image_encoder.")]
+    if missing:
+        raise ValueError(f"{source}: not a whole GIT: it lacks {_list(missing)}.")
+    shared = ("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "num_attention_heads")
+    tokens = ("pad_token_id", "bos_token_id", "eos_token_id")
+    fields = {name: getattr(model.config, name) for name in (*shared, *tokens, "layer_norm_eps")}
+    # Transformers' GIT has one epsilon for all layer norms, where the original has 1e-8 for the embeddings'.
+    fields["embedding_layer_norm_eps"] = model.config.layer_norm_eps
+    return git_names_to_avcap(model.state_dict()), fields
+
+
+class _Sizes:
+    """The fields of a configuration that the shapes of AVCap's tensors tell."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], num_attention_heads: int | None, notes: list[str]):
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.num_attention_heads = num_attention_heads
+        self.notes = notes
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def _count(self, stack: str) -> int:
+        return len({match[1] for name in self.shapes if (match := re.match(rf"{re.escape(stack)}\.(\d+)\.", name))})
+
+    def _heads(self, width: int) -> dict[str, int]:
+        if self.num_attention_heads is None:
+            if width != _STANDARD_WIDTH:
+                raise ValueError(
+                    f"The tensors are {width} wide and do not show the number of attention heads: give "
+                    "`num_attention_heads` (--num-attention-heads), as the model was trained."
+                )
+            self._note(f"{_STANDARD_HEADS} attention heads, the usual number for a width of {width}")
+        return {"num_attention_heads": self.num_attention_heads or _STANDARD_HEADS}
+
+    def _tower(self, letter: str) -> dict[str, int]:
+        width, patch_size = (self.shapes[f"av_encoder.patch_embed_{letter}.proj.weight"][dim] for dim in (0, -1))
+        fields = {"hidden_size": width, "patch_size": patch_size, **self._heads(width)}
+        fields["num_hidden_layers"] = self._count(f"av_encoder.blocks_{letter}")
+        mlp = self.shapes.get(f"av_encoder.blocks_{letter}.0.mlp.fc1.weight")
+        if mlp is not None:
+            fields["intermediate_size"] = mlp[0]
+            fields["qkv_bias"] = f"av_encoder.blocks_{letter}.0.attn.qkv.bias" in self.shapes
+        return fields
+
+    def audio(self, num_mel_bins: int | None) -> dict[str, Any] | None:
+        table = self.shapes.get("av_encoder.pos_embed_a")
+        if table is None:
+            return None if num_mel_bins is None else {"num_mel_bins": num_mel_bins}
+        fields = self._tower("a")
+        if num_mel_bins is None:
+            num_mel_bins = _STANDARD_MEL_BINS
+            frames = table[1] * fields["patch_size"] ** 2 // num_mel_bins
+            self._note(f"{num_mel_bins} mel bins, the usual number: then {table[1]} positions are {frames} frames")
+        rows, rest = divmod(num_mel_bins, fields["patch_size"])
+        if rest or table[1] % max(rows, 1):
+            raise ValueError(
+                f"`num_mel_bins` is {num_mel_bins}, but the audio position table has {table[1]} places for patches of "
+                f"{fields['patch_size']}: give the mel bins (--num-mel-bins) that the model was trained with."
+            )
+        return {**fields, "num_mel_bins": num_mel_bins, "max_frames": table[1] // rows * fields["patch_size"]}
+
+    def video(self, image_size: int | None, num_frames: int | None, keep_frames: bool) -> dict[str, Any] | None:
+        table = self.shapes.get("av_encoder.pos_embed_v")
+        if table is None:
+            given = {"image_size": image_size, "num_frames": num_frames}
+            return {name: value for name, value in given.items() if value is not None} or None
+        fields = self._tower("v")
+        kernel = self.shapes["av_encoder.patch_embed_v.proj.weight"]
+        fields["num_channels"] = kernel[1]
+        patches, patch_size = table[1], fields["patch_size"]
+        if len(kernel) == 4:
+            side = math.isqrt(patches) * patch_size
+            if side**2 != patches * patch_size**2 or image_size not in (None, side):
+                raise ValueError(
+                    f"`image_size` is {image_size}, but the video position table has {patches} places, for a square "
+                    f"picture of {side} pixels or none."
+                )
+            if num_frames is None and keep_frames:
+                num_frames = 1
+            return {**fields, "image_size": side} | ({} if num_frames is None else {"num_frames": num_frames})
+
+        tubelet_size = kernel[2]
+        if image_size is None:
+            if patches % (_STANDARD_IMAGE_SIZE // patch_size) ** 2:
+                raise ValueError(
+                    f"The video position table has {patches} places, which tell neither the number of frames nor "
+                    "their size: give `image_size` (--image-size) in pixels, as the model was trained."
+                )
+            image_size = _STANDARD_IMAGE_SIZE
+            self._note(f"frames of {image_size} pixels, the usual size")
+        steps, rest = divmod(patches, (image_size // patch_size) ** 2)
+        if rest or image_size % patch_size or not steps:
+            raise ValueError(
+                f"`image_size` is {image_size}, but the video position table has {patches} places, no multiple of "
+                f"those of one frame in patches of {patch_size}."
+            )
+        if num_frames not in (None, steps * tubelet_size):
+            raise ValueError(
+                f"`num_frames` is {num_frames}, but the weights are for {steps * tubelet_size} frames. Leave it out: "
+                "the model takes other numbers of frames as it is."
+            )
+        return {**fields, "image_size": image_size, "num_frames": steps * tubelet_size, "tubelet_size": tubelet_size}
+
+    def text(self, known: dict[str, Any]) -> dict[str, Any] | None:
+        words = self.shapes.get("textual.embedding.words.weight")
+        if words is None:
+            return None
+        stack = "textual.transformer.encoder.layer"
+        fields = {"vocab_size": words[0], "hidden_size": words[1], "num_hidden_layers": self._count(stack)}
+        for field_name, name in (
+            ("max_position_embeddings", "textual.embedding.positions.weight"),
+            ("intermediate_size", f"{stack}.0.intermediate.dense.weight"),
+        ):
+            if name in self.shapes:
+                fields[field_name] = self.shapes[name][0]
+        return {**fields, **(known or self._heads(words[1]))}
+
+    def joint(self) -> dict[str, int]:
+        depth = self._count("av_encoder.blocks_u")
+        return {"num_joint_layers": depth} if "av_encoder.norm.weight" in self.shapes else {}
+
+
+def _untie_if_needed(config: EVACapConfig, tensors: dict[str, torch.Tensor], notes: list[str]) -> None:
+    """AVCap and GIT tie the output layer to the word embeddings; a GIT fine-tuned in Transformers may not."""
+    words, output = tensors.get("textual.embedding.words.weight"), tensors.get("textual.output.weight")
+    if words is not None and output is not None and not torch.equal(words, output):
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+        notes.append("the output layer has weights of its own: it is not tied to the word embeddings")
+
+
+def _convert(
+    tensors: dict[str, torch.Tensor],
+    config: EVACapConfig,
+    report: ImportReport,
+    expected_new: list[str],
+    allow_missing: Sequence[str],
+) -> dict[str, torch.Tensor]:
+    """The model's state dict, as far as `tensors` go; fills the report and raises where they do not fit."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in EVACapForConditionalGeneration(config).state_dict().items()}
+    names = NameTable(config.fusion_type)
+    steps = config.video_config.num_frames // config.video_config.tubelet_size
+
+    state, unknown, misfits = {}, [], []
+    for name, tensor in tensors.items():
+        target = names.target(name)
+        if target is None or (QKV.fullmatch(target) is None and target not in shapes):
+            known = names.is_known_unused(name) or any(fnmatch.fnmatchcase(name, pattern) for pattern in allow_missing)
+            (report.unused if known else unknown).append(name)
+            continue
+        for part_name, part in _parts(target, tensor.float()):
+            shape = shapes.get(part_name)
+            if part_name.endswith("video_tower.embeddings.patch_embeddings.weight") and part.ndim == 4:
+                part = inflate_patch_embedding(part, config.video_config.tubelet_size)
+            elif part_name.endswith("video_tower.embeddings.position_embeddings") and _is_picture(tensors):
+                part = part.flatten(0, -2).repeat(steps, 1)
+            elif part_name.endswith((".position_embeddings", ".modality_embedding")):
+                part = part.reshape(
+                    part.shape[-1:] if part_name.endswith("modality_embedding") else (-1, part.shape[-1])
+                )
+            if part.shape != shape:
+                misfits.append(f"{name} {tuple(tensor.shape)} for {part_name} {tuple(shape or ())}")
+                continue
+            (report.loaded if part.shape == tensor.shape else report.reshaped).append(part_name)
+            state[part_name] = part
+
+    if config.tie_word_embeddings:
+        # One tensor under two names: the library ties them.
+        state.pop("lm_head.weight", None)
+    missing = []
+    for name in shapes:
+        if name in state or (name == "lm_head.weight" and config.tie_word_embeddings):
+            continue
+        expected = any(re.fullmatch(pattern, name) for pattern in expected_new)
+        allowed = expected or any(fnmatch.fnmatchcase(name, pattern) for pattern in allow_missing)
+        (report.new if allowed else missing).append(name)
+    _raise_mismatch(unknown, missing, misfits)
+    return state
+
+
+def _raise_mismatch(unknown: list[str], missing: list[str], misfits: list[str]) -> None:
+    problems = []
+    if misfits:
+        problems.append(f"shapes do not fit: {_list(misfits)}")
+    if missing:
+        problems.append(f"the files lack weights for {_list(missing)}")
+    if unknown:
+        problems.append(f"the files hold unknown tensors {_list(unknown)}")
+    if problems:
+        raise ValueError(
+            "The weights do not fit the model: " + "; ".join(problems) + ". If that is meant, name them by a pattern "
+            "in `allow_missing` (--allow-missing)."
+        )
+
+
+def _list(names: Sequence[str], limit: int = 20) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _parts(target: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """The tensors that go to `target`: a joint projection holds queries, keys and values one after the other."""
+    match = QKV.fullmatch(target)
+    if match is None:
+        return [(target, tensor)]
+    return [(f"{match[1]}.{part}_proj.{match[2]}", rows) for part, rows in zip("qkv", tensor.chunk(3), strict=True)]
+
+
+def _is_picture(tensors: dict[str, torch.Tensor]) -> bool:
+    kernel = tensors.get("av_encoder.patch_embed_v.proj.weight")
+    return kernel is not None and kernel.ndim == 4
+
+
+def inflate_patch_embedding(weight: torch.Tensor, tubelet_size: int) -> torch.Tensor:
+    """
+    The kernel of a tubelet embedding that answers a still as a picture embedding does (inflation, after I3D).
+
+    Args:
+        weight (`torch.Tensor` of shape `(hidden_size, channels, height, width)`): Kernel of the picture embedding.
+        tubelet_size (`int`): Frames of a tubelet.
+
+    Returns:
+        `torch.Tensor` of shape `(hidden_size, channels, tubelet_size, height, width)`.
+    """
+    return weight[:, :, None].expand(-1, -1, tubelet_size, -1, -1) / tubelet_size

@@ -1,0 +1,62 @@
+"""The rows of the paper's tables as configurations, each with the processing that belongs to it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .configuration_evacap import EVACapConfig
+
+
+PAPER_PROCESSING = {"window_type": "hamming", "channels": "average", "frame_sampling": "uniform"}
+"""Hamming window and frames uniformly over the clip (paper); stereo is averaged (ours)."""
+
+AVCAP_PROCESSING = {"window_type": "hanning", "channels": "first", "frame_sampling": "middle", "fps": 2}
+"""Hann window, first channel, and the middle run of the frames of a clip sampled twice a second (AVCap)."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """
+    A variant of the model.
+
+    Args:
+        description (`str`): What it is, in a line.
+        fusion (`dict`): The fields of [`EVACapConfig`] that make it.
+        processing (`Mapping`): `window_type` and `channels` of the feature extractor, `frame_sampling` and where given
+            `fps` of the video processor.
+    """
+
+    description: str
+    fusion: Mapping[str, str]
+    processing: Mapping[str, Any]
+
+    def config(self, **fields: Any) -> EVACapConfig:
+        """The configuration at the paper's size; `fields` are further fields of [`EVACapConfig`]."""
+        return EVACapConfig(**{**self.fusion, **fields})
+
+
+PRESETS = {
+    "audio-only": Preset("the sound alone (the paper's lower bound)", {"fusion_type": "audio_only"}, PAPER_PROCESSING),
+    "avcap": Preset(
+        "AVCap: the decoder reads the tokens of both streams", {"fusion_type": "concat"}, AVCAP_PROCESSING
+    ),
+    "evacap": Preset("EVACap: entropy-gated cross-attention", {"gate_type": "entropy"}, PAPER_PROCESSING),
+    "evacap-learned-gate": Preset(
+        "a learned gate instead of the entropy's (the paper's w/o E)", {"gate_type": "learned"}, PAPER_PROCESSING
+    ),
+    "evacap-ungated": Preset(
+        "cross-attention without a gate (the paper's w/o G)", {"gate_type": "none"}, PAPER_PROCESSING
+    ),
+    "video-only": Preset(
+        "the picture alone (AVCap's `video_captioning`, not in the paper)",
+        {"fusion_type": "video_only"},
+        AVCAP_PROCESSING,
+    ),
+}
+
+
+def get_preset(name: str) -> Preset:
+    """The preset called `name`; raises a `ValueError` that lists the names where there is none."""
+    if name not in PRESETS:
+        raise ValueError(f"There is no preset {name!r}, but it must be one of {', '.join(map(repr, PRESETS))}.")
+    return PRESETS[name]

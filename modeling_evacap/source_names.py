@@ -1,0 +1,128 @@
+"""What the tensors of AVCap, CAV-MAE and GIT checkpoints are called, and what they are called here.
+
+AVCap's names are the common ground: CAV-MAE's are AVCap's behind `av_encoder.`, GIT's original ones are AVCap's behind
+`textual.`, and GIT's names in Transformers are translated.
+"""
+
+import re
+
+
+QKV = re.compile(r"(.*\.self_attn)\.qkv\.(\w+)")
+
+_TRANSFORMERS_GIT = (
+    (r"git\.embeddings\.word_embeddings\.weight", "textual.embedding.words.weight"),
+    (r"git\.embeddings\.position_embeddings\.weight", "textual.embedding.positions.weight"),
+    (r"git\.embeddings\.LayerNorm\.(\w+)", r"textual.embedding.layer_norm.\1"),
+    (r"git\.encoder\.(layer\..+)", r"textual.transformer.encoder.\1"),
+    (r"git\.visual_projection\.(visual_projection\..+)", r"textual.\1"),
+    (r"git\.(image_encoder\..+)", r"\1"),
+    (r"git\.img_tempor?e?al_embedding\.(.+)", r"img_temperal_embedding.\1"),
+    (r"output\.(\w+)", r"textual.output.\1"),
+    (r"git\.embeddings\.(position_ids)", r"\1"),
+)
+
+_BLOCK = (
+    (r"norm1{pair}\.(\w+)", "layernorm_before"),
+    (r"attn\.qkv\.(\w+)", "self_attn.qkv"),
+    (r"attn\.proj\.(\w+)", "self_attn.o_proj"),
+    (r"norm2{pair}\.(\w+)", "layernorm_after"),
+    (r"mlp\.fc1\.(\w+)", "mlp.fc1"),
+    (r"mlp\.fc2\.(\w+)", "mlp.fc2"),
+)
+
+_DECODER = (
+    (r"av_projection\.0\.(\w+)", r"model.decoder.prefix_projection.\1"),
+    (r"av_projection\.1\.(\w+)", r"model.decoder.prefix_layer_norm.\1"),
+    (r"embedding\.words\.weight", "model.decoder.embed_tokens.weight"),
+    (r"embedding\.positions\.weight", "model.decoder.embed_positions.weight"),
+    (r"embedding\.layer_norm\.(\w+)", r"model.decoder.layernorm_embedding.\1"),
+    (r"output\.(\w+)", r"lm_head.\1"),
+)
+
+_DECODER_LAYER = (
+    (r"attention\.self\.query\.(\w+)", "self_attn.q_proj"),
+    (r"attention\.self\.key\.(\w+)", "self_attn.k_proj"),
+    (r"attention\.self\.value\.(\w+)", "self_attn.v_proj"),
+    (r"attention\.output\.dense\.(\w+)", "self_attn.o_proj"),
+    (r"attention\.output\.LayerNorm\.(\w+)", "self_attn_layer_norm"),
+    (r"intermediate\.dense\.(\w+)", "fc1"),
+    (r"output\.dense\.(\w+)", "fc2"),
+    (r"output\.LayerNorm\.(\w+)", "final_layer_norm"),
+)
+
+# What these projects' files hold beside the weights of a captioner, and why nothing here wants it.
+_UNUSED = (
+    r"av_encoder\.mlp_head\..+",  # the classification head of a fine-tuned CAV-MAE
+    r"av_encoder\.(mask_token|decoder_.+)",  # the reconstruction decoder of a pretrained CAV-MAE
+    r"av_encoder\.blocks_[avu]\.\d+\.norm[12](_[av])?\.\w+",  # the layer norms of a modality that a block never sees
+    r"av_encoder\.norm(_[av])?\.\w+",
+    r"image_encoder\..+",  # GIT's picture encoder, and the projection of its tokens
+    r"textual\.visual_projection\..+",
+    r"img_temperal_embedding\..+",  # GIT's frame embeddings
+    r"position_ids",
+)
+_UNUSED_STREAM = r"av_encoder\.(blocks_{0}\..+|patch_embed_{0}\..+|pos_embed_{0}|modality_{0})"
+
+
+def _rename(name: str, rules: list[tuple[str, str]]) -> str | None:
+    for pattern, replacement in rules:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return match.expand(replacement)
+    return None
+
+
+class NameTable:
+    """
+    Where each tensor of a checkpoint under AVCap's names goes.
+
+    The blocks of a tower use the layer norms without a suffix whatever their modality (CAV-MAE, AVCap). The joint
+    blocks have three pairs: `_a` for `"audio_only"`, `_v` for `"video_only"`, and the pair without a suffix for what
+    both modalities went into, which EVACap's fused sequence is (ours).
+
+    Args:
+        fusion_type (`str`): Of the [`EVACapConfig`] to fill.
+    """
+
+    def __init__(self, fusion_type: str):
+        pair = {"audio_only": "_a", "video_only": "_v"}.get(fusion_type, "")
+        streams = {"video_only": "v", "audio_only": "a"}.get(fusion_type, "av")
+        self.rules = [(rf"av_encoder\.norm{pair}\.(\w+)", r"model.encoder.joint.layernorm.\1")]
+        stacks = {"u": ("joint", pair)}
+        for stream, tower in (("a", "audio_tower"), ("v", "video_tower")):
+            if stream not in streams:
+                continue
+            stacks[stream] = (tower, "")
+            embeddings = f"model.encoder.{tower}.embeddings"
+            self.rules += [
+                (rf"av_encoder\.patch_embed_{stream}\.proj\.(\w+)", rf"{embeddings}.patch_embeddings.\1"),
+                (rf"av_encoder\.pos_embed_{stream}", f"{embeddings}.position_embeddings"),
+                (rf"av_encoder\.modality_{stream}", f"{embeddings}.modality_embedding"),
+            ]
+        for letter, (stack, norms) in stacks.items():
+            self.rules += [
+                (
+                    rf"av_encoder\.blocks_{letter}\.(\d+)\." + source.format(pair=norms),
+                    rf"model.encoder.{stack}.layers.\1.{target}.\2",
+                )
+                for source, target in _BLOCK
+            ]
+        self.rules += [(r"textual\." + source, target) for source, target in _DECODER]
+        self.rules += [
+            (r"textual\.transformer\.encoder\.layer\.(\d+)\." + source, rf"model.decoder.layers.\1.{target}.\2")
+            for source, target in _DECODER_LAYER
+        ]
+        self.unused = [*_UNUSED, *(_UNUSED_STREAM.format(stream) for stream in "av" if stream not in streams)]
+
+    def target(self, name: str) -> str | None:
+        """The parameter that `name` fills (`….self_attn.qkv.…` stands for three), or `None`."""
+        return _rename(name, self.rules)
+
+    def is_known_unused(self, name: str) -> bool:
+        """Whether `name` is one of the tensors that these checkpoints have and a captioner has no use for."""
+        return any(re.fullmatch(pattern, name) for pattern in self.unused)
+
+
+def git_names_to_avcap(state: dict) -> dict:
+    """A GIT state dict of Transformers under AVCap's names; names that are neither are left as they are."""
+    return {_rename(name, _TRANSFORMERS_GIT) or name: tensor for name, tensor in state.items()}
