@@ -39,6 +39,11 @@ def file_source(item):
     return item
 
 
+def is_still(frames) -> bool:
+    """Whether decoded frames are one picture: a PIL image, a 3-D array, or a video of one frame."""
+    return is_pil_image(frames) or getattr(frames, "ndim", None) == 3 or len(frames) == 1
+
+
 class EVACapProcessor(ProcessorMixin):
     r"""
     Makes the inputs of EVACap from media files, or from sound and pictures that are already decoded, and its labels
@@ -171,7 +176,7 @@ class EVACapProcessor(ProcessorMixin):
                 self.feature_extractor(waveforms, sampling_rate=known_rate, **audio_kwargs, return_tensors="pt")
             )
         if any(video is not None for video in pixels):
-            data.update(self._stack(pixels))
+            data.update(self.stack_videos(pixels))
         if return_tensors != "pt":
             data = {name: list(value.cpu().numpy()) for name, value in data.items()}
         if captions:
@@ -301,8 +306,7 @@ class EVACapProcessor(ProcessorMixin):
         if frames is None:
             return None
         options = {**videos_kwargs, **overrides, "return_tensors": "pt"}
-        is_still = is_pil_image(frames) or getattr(frames, "ndim", None) == 3 or len(frames) == 1
-        if not is_still:
+        if not is_still(frames):
             return self.video_processor(frames, **options)["pixel_values_videos"][0]
         # A still is shown all the time, whatever the rule by which moving pictures are sampled.
         options.update(do_sample_frames=False, tubelet_size=1, video_metadata=None)
@@ -313,7 +317,7 @@ class EVACapProcessor(ProcessorMixin):
         return pixels.repeat(num_frames + -num_frames % tubelet_size, 1, 1, 1)
 
     @staticmethod
-    def _stack(pixels: list[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    def stack_videos(pixels: list[torch.Tensor | None]) -> dict[str, torch.Tensor]:
         """One batch of videos; zeros and a mask of zeros where a clip has fewer frames or no picture."""
         lengths = torch.tensor([0 if video is None else len(video) for video in pixels])
         first = next(video for video in pixels if video is not None)

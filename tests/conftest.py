@@ -1,6 +1,7 @@
-"""What every test needs: no network, and the way to the known answers that are not part of the repository."""
+"""What every test needs: no network, the right `evacap`, and the way to known answers that are not in the repository."""
 
 import os
+import sys
 
 
 # Read by huggingface_hub when it is imported, so it has to be set before any test imports transformers.
@@ -12,7 +13,12 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 
 
-ROOT = Path(__file__).resolve().parents[1]
+TESTS = Path(__file__).resolve().parent
+
+# pytest puts this folder on the path, where a folder `evacap` of tests would be taken for an editable install's package.
+with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys, "path", [folder for folder in sys.path if Path(folder).resolve() != TESTS])
+    import evacap  # noqa: F401
 
 
 @pytest.fixture(scope="session")
@@ -23,10 +29,10 @@ def shared() -> Callable[[str], Path]:
     """
 
     def find(name: str) -> Path:
-        for parent in (ROOT, ROOT.parent):
+        for parent in TESTS.parents[:2]:
             if (parent / "shared" / name).exists():
                 return parent / "shared" / name
-        message = f"shared/{name} is neither in {ROOT} nor beside it"
+        message = f"shared/{name} is neither in {TESTS.parent} nor beside it"
         if os.environ.get("CI") == "true":
             pytest.fail(message)
         pytest.skip(message)
