@@ -273,7 +273,7 @@ class _Reader:
         self.problems = ["the file breaks off"] if _breaks_off(file) else []
         self._open()
         if self.audio is None and self.video is None:
-            raise MediaError(f"{self.label}: has neither sound nor picture; choose another file")
+            raise MediaError(f"{self.label}: has no readable sound or picture; check that it is a complete media file")
         self.still = self.container.format.name.endswith("_pipe")
         self.announced = math.inf if self.container.duration is None else self.container.duration * 1e-6
 
@@ -496,13 +496,14 @@ class _Waveform:
         waveform, last = np.zeros(total, dtype=np.float32), 0
         # The last piece goes first: where time stamps run back, what was read earlier stays.
         for time, chunks in reversed(self.pieces):
-            samples = np.concatenate([np.zeros(0, dtype=np.float32), *chunks])
             first = round((time - start) * self.sampling_rate)
-            samples = samples[max(0, -first) : max(0, total - first)]
-            first = max(0, first)
-            waveform[first : first + len(samples)] = samples
-            if len(samples):
-                last = max(last, first + len(samples))
+            for chunk in chunks:
+                part = chunk[max(0, -first) : max(0, total - first)]
+                at = max(0, first)
+                waveform[at : at + len(part)] = part
+                first += len(chunk)
+                if len(part):
+                    last = max(last, at + len(part))
         return waveform[:last] if last else waveform
 
 

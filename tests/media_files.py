@@ -75,7 +75,7 @@ def write_clip(
         video: Encoder of the picture, `None` for none.
         audio: Encoder of the sound, `None` for none.
         rate: Samples a second.
-        layout: Channels: `"mono"`, `"stereo"`, `"5.1"`.
+        layout: Channels: `"mono"`, `"stereo"`, `"5.1"`, or another name that FFmpeg knows.
         sound: `(channels, samples)` instead of beeps.
         audio_delay: Time stamp of the first sample, in seconds. The beeps still begin with it.
         gop: Frames from key frame to key frame.
@@ -107,8 +107,8 @@ def write_clip(
         if audio is not None:
             samples = beeps(seconds, rate, voice.codec_context.layout.nb_channels) if sound is None else sound
             for first in range(0, samples.shape[1], 1024):
-                chunk = np.ascontiguousarray(samples[:, first : first + 1024])
-                frame = av.AudioFrame.from_ndarray(chunk, format="fltp", layout=layout)
+                chunk = np.ascontiguousarray(samples[:, first : first + 1024].T).reshape(1, -1)
+                frame = av.AudioFrame.from_ndarray(chunk, format="flt", layout=layout)
                 frame.sample_rate, frame.time_base = rate, Fraction(1, rate)
                 frame.pts = first + round(audio_delay * rate)
                 packets += voice.encode(frame)
