@@ -199,7 +199,7 @@ class EVACapVideoProcessor(BaseVideoProcessor):
                 video = np.stack([np.asarray(frame.convert("RGB")) for frame in video])
                 input_data_format = ChannelDimension.LAST
             else:
-                video = torch.stack([torch.as_tensor(np.asarray(frame)) for frame in video])
+                video = torch.stack(list(video)) if isinstance(video[0], torch.Tensor) else np.stack(video)
         if isinstance(video, np.ndarray):
             video = torch.from_numpy(np.array(video))
         if not isinstance(video, torch.Tensor):

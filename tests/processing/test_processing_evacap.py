@@ -19,7 +19,8 @@ from evacap.processing.processing_evacap import EVACapProcessor
 from evacap.processing.video_processing_evacap import EVACapVideoProcessor
 
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "bark", "##s", "while", "man", "speak"]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "##s", "a", "dog", "bark", "while", "man", "speak", "rain"]
+WORDS += ["bird", "sing", "car", "pass", "by", "water", "run", "and", "then", "engine", "idle", "bell", "ring", "wind"]
 PAD, CLS, SEP = 0, 2, 3
 RATE = 16000
 

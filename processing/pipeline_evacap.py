@@ -1,0 +1,410 @@
+"""The task "audio-visual-captioning": from files of any length to captions of what is heard."""
+
+import math
+import pickle
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from transformers import BatchFeature
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.pipelines.base import ChunkPipeline
+from transformers.utils import ModelOutput
+
+from .media_evacap import open_media, probe_media
+from .processing_evacap import NEGLIGIBLE_SECONDS, EVACapProcessor, file_source, is_file, is_still
+
+
+ON_ERROR = ("raise", "skip")
+# Keys of an input, and the argument of the processor that takes what they hold.
+STREAMS = {"media": "media", "audio": "audio", "video": "videos", "image": "images"}
+
+
+def split_streams(inputs: Any, processor: EVACapProcessor) -> dict[str, Any]:
+    """
+    The streams of one input that the model takes, by the processor's argument for each, the one that sets the length
+    first.
+
+    Raises:
+        `ValueError`: if there is none, or no sound for a model that listens.
+    """
+    if is_file(inputs):
+        inputs = {"media": inputs}
+    elif isinstance(inputs, Mapping) and {"array", "sampling_rate"} <= inputs.keys():
+        inputs = {"audio": inputs}
+    if not isinstance(inputs, Mapping) or not STREAMS.keys() & inputs.keys():
+        found = f"the keys {sorted(inputs)}" if isinstance(inputs, Mapping) else type(inputs).__name__
+        raise ValueError(
+            "An input must be a file (path, URL, bytes, file object) or a dict of `media`, or of `audio` with `video` or "
+            f"`image`, got {found}."
+        )
+    modalities = processor.modalities
+    unused = {"audio": ("video", "image"), "video": ("audio",), "audio_video": ()}[modalities]
+    streams = {
+        argument: inputs[key] for key, argument in STREAMS.items() if inputs.get(key) is not None and key not in unused
+    }
+    needed = {"videos", "images"} if modalities == "video" else {"audio"}
+    if not streams.keys() & {"media", *needed}:
+        raise ValueError(
+            "The input has no picture."
+            if modalities == "video"
+            else "The input has no sound: only a model with fusion_type='video_only' captions without."
+        )
+    if "audio" in streams and not is_file(streams["audio"]) and not isinstance(streams["audio"], Mapping):
+        rate = processor.feature_extractor.sampling_rate
+        streams["audio"] = {"array": streams["audio"], "sampling_rate": rate}
+    return streams
+
+
+def stream_seconds(stream: Any) -> float | None:
+    """How long a stream lasts: 0 for the file of a still, `None` for frames, which have no clock."""
+    if is_file(stream):
+        return probe_media(stream).duration
+    if isinstance(stream, Mapping):
+        return np.shape(stream["array"])[-1] / stream["sampling_rate"]
+    return None
+
+
+def read_windows(inputs: Any, processor: EVACapProcessor, window_seconds: float) -> Iterator[dict[str, Any]]:
+    """
+    Read one input window by window, so that memory does not grow with its length.
+
+    The windows follow each other without overlap; the last is shorter, and a rest below half a second is left out
+    (ours). The sound sets the length: a picture that ends earlier is missing in later windows, a still stays, and
+    decoded frames, which have no clock, are spread evenly over the sound.
+
+    Yields:
+        `{"timestamp": (start, end), "is_last": bool, "inputs": BatchFeature}`.
+    """
+    with ExitStack() as files:
+        streams = {
+            name: files.enter_context(open_media(file_source(stream))) if is_file(stream) else stream
+            for name, stream in split_streams(inputs, processor).items()
+        }
+        seconds = {name: stream_seconds(stream) for name, stream in streams.items()}
+        total = seconds[next(iter(streams))] or window_seconds
+        count = max(1, math.ceil((total - NEGLIGIBLE_SECONDS) / window_seconds))
+        for index in range(count):
+            start = index * window_seconds
+            end = min(start + window_seconds, total)
+            window = {}
+            for name, stream in streams.items():
+                if seconds[name] is None and count > 1 and not is_still(stream):
+                    first = int(start / total * len(stream))
+                    stream = stream[first : max(first + 1, math.ceil(end / total * len(stream)))]
+                if not seconds[name] or start < seconds[name]:
+                    window[name] = [stream]
+            yield {
+                "timestamp": (start, end),
+                "is_last": index == count - 1,
+                "inputs": processor(**window, start=start, duration=window_seconds, return_tensors="pt"),
+            }
+
+
+class WindowDataset(IterableDataset):
+    """
+    The windows of many inputs, each with the number of its input, in the order of the inputs. Workers share out the
+    inputs. Where reading fails the error takes the place of the input's remaining windows, so that it is the caller
+    who decides, and no other input is lost.
+    """
+
+    def __init__(self, inputs: Any, read: Callable[[Any], Iterator[dict[str, Any]]]):
+        self.inputs, self.read = inputs, read
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any] | Exception]]:
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        if hasattr(self.inputs, "__len__"):
+            getters = ((i, partial(self.inputs.__getitem__, i)) for i in range(first, len(self.inputs), step))
+        else:
+            getters = ((i, lambda item=item: item) for i, item in enumerate(self.inputs))
+        for index, get in getters:
+            try:
+                for window in self.read(get()):
+                    yield index, window
+            except Exception as error:
+                yield index, portable(error)
+
+
+def portable(error: Exception) -> Exception:
+    """The error itself, or one of the same message that survives the way from a worker process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def collate_windows(items: list[tuple[int, dict[str, Any] | Exception]]) -> tuple[list, dict[str, torch.Tensor]]:
+    """Windows as one batch, beside what is known of each: its timestamp, or the error."""
+    batch = [item.pop("inputs") for _, item in items if not isinstance(item, Exception)]
+    inputs = {
+        name: torch.cat([window[name] for window in batch])
+        for name in ("input_features", "input_features_mask")
+        if batch and name in batch[0]
+    }
+    videos = [window["pixel_values_videos"][0] if "pixel_values_videos" in window else None for window in batch]
+    if any(video is not None for video in videos):
+        inputs.update(EVACapProcessor.stack_videos(videos))
+    return items, inputs
+
+
+class _Rows(Dataset):
+    """Any indexable collection, such as a `datasets.Dataset` or a column of one, as a PyTorch dataset."""
+
+    def __init__(self, rows: Any):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index]
+
+
+class _Captions:
+    """The results of many inputs, computed when iterated over; as long as the inputs, where their number is known."""
+
+    def __init__(self, inputs: Any, iterate: Callable[[], Iterator[dict[str, Any]]]):
+        self.inputs, self.iterate = inputs, iterate
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.iterate()
+
+
+class AudioVisualCaptioningPipeline(ChunkPipeline):
+    r"""
+    Describes what is heard in audio-visual clips of any length.
+
+    Args:
+        model ([`EVACapForConditionalGeneration`]): The captioner.
+        processor ([`EVACapProcessor`]): Its processor.
+        kwargs: As in every [`Pipeline`]: `device`, `dtype`, `batch_size`, `num_workers`, …, and defaults for the
+            arguments of a call.
+
+    Example:
+
+    ```python
+    >>> import evacap
+    >>> from transformers import pipeline
+
+    >>> captioner = pipeline("audio-visual-captioning", model=evacap.TINY, trust_remote_code=True)
+    >>> captioner("clip.mp4")
+    {"text": "a dog barks while a man speaks"}
+    >>> captioner(["clip.mp4", {"audio": "sound.wav", "image": "still.png"}], batch_size=2, num_beams=4)
+    >>> captioner("two_hours.mp4", batch_size=8)["chunks"][0]
+    {"timestamp": (0.0, 10.24), "text": "music plays"}
+    ```
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_feature_extractor = False
+    _load_image_processor = False
+    _load_video_processor = False
+
+    def __init__(self, model, processor: EVACapProcessor | None = None, **kwargs):
+        if processor is None:
+            raise ValueError("`processor` is missing: pass the EVACapProcessor of the checkpoint.")
+        super().__init__(model, processor=processor, **kwargs)
+
+    def __call__(self, inputs: Any, **kwargs) -> dict | list[dict] | Iterator[dict]:
+        r"""
+        Caption one input or many.
+
+        Args:
+            inputs: One input is a file (path, URL, bytes, file object, or the undecoded `{"bytes": …, "path": …}` of
+                `datasets`) or a dict of `"media"`, or of `"audio"` (file or `{"array": …, "sampling_rate": …}`) and, if
+                there is a picture, `"video"` (file, array, list of PIL images) or `"image"`; other keys are not read.
+                A list or tuple gives a list. A generator, a PyTorch or `datasets` dataset or a column of one gives an
+                iterator that reads as it goes.
+            batch_size (`int`, *optional*, defaults to 1): Windows to caption at a time, across inputs.
+            num_workers (`int`, *optional*, defaults to 0):
+                Processes that read and decode; a generator is read by one at most.
+            chunk_length_s (`float`, *optional*, defaults to `processor.window_seconds`):
+                Length of the windows in which a longer input is captioned, at most `processor.window_seconds`. The
+                windows do not overlap, the last is shorter; a rest below 0.5 s is left out.
+            return_timestamps (`bool`, *optional*):
+                Whether to return `"chunks"`; by default for inputs of more than one window.
+            return_gate (`bool`, *optional*, defaults to `False`):
+                Whether to return, for each audio time step, `"gate"` (0: the picture is ignored), `"entropy"`, means
+                over the mel rows, and `"times"`, the middle of the step in seconds.
+            on_error (`str`, *optional*, defaults to `"raise"`):
+                `"skip"` gives `{"error": message}` for an input that cannot be read, and goes on with the others.
+            kwargs: Arguments of `generate` (`max_new_tokens`, `num_beams`, `num_return_sequences`, …), flat or as
+                `generate_kwargs`.
+
+        Returns:
+            For each input `{"text": str}`, where the captions of several windows are joined by ". ", with
+            `"chunks": [{"timestamp": (start, end), "text": str}, …]` and the gate where they apply; with
+            `num_return_sequences` above 1 a list of such dicts.
+
+        Raises:
+            `ValueError`: for an argument out of range, an input that is none, and with `on_error="raise"` for a file
+            that cannot be read, naming it.
+        """
+        if isinstance(inputs, (list, tuple)):
+            inputs = list(inputs)
+            if not inputs:
+                return []
+        elif not (is_file(inputs) or isinstance(inputs, (Mapping, Dataset)) or hasattr(inputs, "ndim")):
+            if hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__"):
+                inputs = _Rows(inputs)
+            elif hasattr(inputs, "__iter__"):
+                inputs = (item for item in inputs)
+        return super().__call__(inputs, **kwargs)
+
+    def _sanitize_parameters(
+        self,
+        chunk_length_s: float | None = None,
+        return_timestamps: bool | None = None,
+        return_gate: bool | None = None,
+        on_error: str | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> tuple[dict, dict, dict]:
+        if on_error is not None and on_error not in ON_ERROR:
+            raise ValueError(f"`on_error` must be one of {', '.join(map(repr, ON_ERROR))}, got {on_error!r}.")
+        longest = self.processor.window_seconds
+        if chunk_length_s is not None and not NEGLIGIBLE_SECONDS <= chunk_length_s <= longest:
+            raise ValueError(
+                f"`chunk_length_s` must be between {NEGLIGIBLE_SECONDS} and {longest:g} s, which one caption covers, got "
+                f"{chunk_length_s}."
+            )
+        groups = (
+            {"chunk_length_s": chunk_length_s},
+            {"return_gate": return_gate},
+            {"return_timestamps": return_timestamps, "on_error": on_error},
+        )
+        preprocess, forward, postprocess = (
+            {name: value for name, value in group.items() if value is not None} for group in groups
+        )
+        return preprocess, {**forward, **(generate_kwargs or {}), **kwargs}, postprocess
+
+    def get_iterator(
+        self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
+    ) -> _Captions:
+        # The base class reads in one process at most, cannot batch windows with and without a picture, and loses a
+        # batch to one bad file.
+        most = len(inputs) if hasattr(inputs, "__len__") else 1
+        loader = DataLoader(
+            WindowDataset(inputs, partial(read_windows, **self._reading(**preprocess_params))),
+            batch_size=batch_size,
+            num_workers=min(num_workers, most),
+            collate_fn=collate_windows,
+        )
+        return _Captions(inputs, partial(self._caption, loader, forward_params, **postprocess_params))
+
+    def _reading(self, chunk_length_s: float | None = None) -> dict[str, Any]:
+        return {"processor": self.processor, "window_seconds": chunk_length_s or self.processor.window_seconds}
+
+    def _caption(
+        self, loader: DataLoader, forward_params: dict, on_error: str = "raise", **postprocess_params
+    ) -> Iterator[dict]:
+        """Run the model on batches of windows and yield the results in the order of the inputs."""
+        windows, results, upcoming = defaultdict(list), {}, 0
+        for items, inputs in loader:
+            outputs = self.forward(inputs, **forward_params) if inputs else {}
+            rows = iter(range(len(items)))
+            for index, item in items:
+                if isinstance(item, Exception):
+                    windows.pop(index, None)
+                    results[index] = item
+                    continue
+                row = next(rows)
+                windows[index].append({**item, **{name: value[row] for name, value in outputs.items()}})
+                if item["is_last"]:
+                    results[index] = self.postprocess(windows.pop(index), **postprocess_params)
+            while upcoming in results:
+                result = results.pop(upcoming)
+                if isinstance(result, Exception):
+                    if on_error == "raise":
+                        raise result
+                    result = {"error": str(result)}
+                yield result
+                upcoming += 1
+
+    def preprocess(self, inputs: Any, **preprocess_params) -> Iterator[dict[str, Any]]:
+        """The windows of one input, see [`read_windows`]."""
+        return read_windows(inputs, **self._reading(**preprocess_params))
+
+    def _forward(self, model_inputs: BatchFeature | dict, return_gate: bool = False, **generate_kwargs) -> dict:
+        inputs = {
+            name: value.to(self.model.dtype) if value.is_floating_point() else value
+            for name, value in model_inputs.items()
+        }
+        if "max_new_tokens" in generate_kwargs:
+            # Otherwise `generate` warns of the default `max_length` at every call.
+            generate_kwargs.setdefault("max_length", None)
+        encoder_outputs = self.model.get_encoder()(**inputs, return_dict=True)
+        tokens = self.model.generate(encoder_outputs=encoder_outputs, **generate_kwargs)
+        if isinstance(tokens, ModelOutput):
+            tokens = tokens.sequences
+        batch_size = len(next(iter(inputs.values())))
+        outputs = {"tokens": tokens.unflatten(0, (batch_size, -1))}
+        if return_gate:
+            if encoder_outputs.fusion_gate is None:
+                raise ValueError(
+                    f"`return_gate=True`, but a model with fusion_type={self.model.config.fusion_type!r} has no gate."
+                )
+            steps = inputs["input_features"].shape[1] // self.model.config.audio_config.patch_size
+            for name, value in (("gate", "fusion_gate"), ("entropy", "attention_entropy")):
+                outputs[name] = encoder_outputs[value].float().unflatten(1, (-1, steps)).mean(dim=1)
+        return outputs
+
+    def postprocess(self, windows: list[dict[str, Any]], return_timestamps: bool | None = None) -> dict | list[dict]:
+        """The result of one input from its windows."""
+        tokenizer = self.processor.tokenizer
+        captions = [
+            [text.strip() for text in tokenizer.batch_decode(window["tokens"], skip_special_tokens=True)]
+            for window in windows
+        ]
+        results = []
+        for texts in zip(*captions):
+            result = {"text": ". ".join(filter(None, texts))}
+            if return_timestamps or (return_timestamps is None and len(windows) > 1):
+                result["chunks"] = [
+                    {"timestamp": window["timestamp"], "text": text} for window, text in zip(windows, texts)
+                ]
+            if "gate" in windows[0]:
+                result.update(self._gate_over_time(windows))
+            results.append(result)
+        return results if len(results) > 1 else results[0]
+
+    def _gate_over_time(self, windows: list[dict[str, Any]]) -> dict[str, list[float]]:
+        extractor = self.processor.feature_extractor
+        step = self.model.config.audio_config.patch_size * extractor.hop_length / extractor.sampling_rate
+        curves = {"times": [], "gate": [], "entropy": []}
+        for window in windows:
+            start, end = window["timestamp"]
+            # The steps of the zero-padding past the end hold no sound.
+            count = min(len(window["gate"]), math.ceil((end - start) / step - 1e-6))
+            curves["times"] += [start + (i + 0.5) * step for i in range(count)]
+            for name in ("gate", "entropy"):
+                curves[name] += window[name][:count].tolist()
+        return curves
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Save the model, the processor and the code of all, so that the folder loads without this package."""
+        # The base class would write two parts of the processor once more, into files that nobody reads.
+        parts = {name: getattr(self, name) for name in ("tokenizer", "feature_extractor")}
+        self.tokenizer = self.feature_extractor = None
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            vars(self).update(parts)
+        self.processor.save_pretrained(save_directory, **kwargs)
+        if not hasattr(self, "_registered_impl"):
+            # The base class saves the code of registered pipelines only, which one loaded from a folder is not.
+            custom_object_save(self, save_directory)
+
+
+__all__ = ["AudioVisualCaptioningPipeline"]

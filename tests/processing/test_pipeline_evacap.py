@@ -1,0 +1,345 @@
+import itertools
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from media_files import write_clip
+from PIL import Image
+from test_processing_evacap import RATE, WORDS, frames, make_processor, noise, run_without_the_package
+from transformers import pipeline
+from transformers.pipelines.pt_utils import KeyDataset
+
+from evacap import EVACapConfig, EVACapForConditionalGeneration
+from evacap.processing.media_evacap import MediaError
+from evacap.processing.pipeline_evacap import AudioVisualCaptioningPipeline, read_windows
+
+
+WINDOW = 2.56
+# Words instead of special tokens, whatever the random weights say.
+WORDS_ONLY = {"suppress_tokens": [0, 1, 2, 3, 4, 5], "max_new_tokens": 6, "no_repeat_ngram_size": 1}
+
+
+def make_model(fusion_type: str = "gated_cross_attention") -> EVACapForConditionalGeneration:
+    torch.manual_seed(0)
+    tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    text = {"vocab_size": len(WORDS), "max_position_embeddings": 64, "bos_token_id": 2, "eos_token_id": 3}
+    config = EVACapConfig(
+        audio_config={**tower, "num_mel_bins": 32, "max_frames": 128},
+        video_config={**tower, "image_size": 32, "num_frames": 4},
+        text_config={**tower, **text},
+        fusion_type=fusion_type,
+        decoder_start_token_id=2,
+    )
+    model = EVACapForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        # Large weights, so that different clips get different captions.
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def make_pipeline(modalities: str = "audio_video", **kwargs) -> AudioVisualCaptioningPipeline:
+    fusion_type = {"audio": "audio_only", "video": "video_only"}.get(modalities, "gated_cross_attention")
+    return AudioVisualCaptioningPipeline(
+        make_model(fusion_type), make_processor(modalities), device="cpu", **WORDS_ONLY, **kwargs
+    )
+
+
+@pytest.fixture(scope="module")
+def captioner() -> AudioVisualCaptioningPipeline:
+    return make_pipeline()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("files")
+    hiss = {"sound": noise(2, seed=5)[None], "rate": RATE}
+    Image.fromarray(frames(1)[0]).save(folder / "still.png")
+    (folder / "bad.mp4").write_bytes(b"no video at all" * 50)
+    return {
+        "clip": str(write_clip(folder / "clip.mp4", seconds=2)),
+        "hiss": str(write_clip(folder / "hiss.mp4", seconds=2, **hiss)),
+        "long": str(write_clip(folder / "long.mp4", seconds=6)),
+        "sound": str(write_clip(folder / "sound.wav", seconds=2, video=None, audio="pcm_s16le")),
+        "silent": str(write_clip(folder / "silent.mp4", seconds=2, audio=None)),
+        "still": str(folder / "still.png"),
+        "bad": str(folder / "bad.mp4"),
+    }
+
+
+def expected_text(captioner: AudioVisualCaptioningPipeline, **inputs) -> str:
+    batch = captioner.processor(**inputs, return_tensors="pt")
+    tokens = captioner.model.generate(**batch, max_length=None, **WORDS_ONLY)
+    return captioner.processor.batch_decode(tokens, skip_special_tokens=True)[0]
+
+
+def assert_close(results, expected):
+    """Equal results, curves up to float rounding."""
+    assert len(results) == len(expected)
+    for result, other in zip(results, expected):
+        assert result.keys() == other.keys()
+        for name, value in result.items():
+            assert value == (pytest.approx(other[name], abs=1e-5) if name in ("gate", "entropy") else other[name])
+
+
+def test_one_clip(captioner, files):
+    result = captioner(files["clip"])
+    assert result == {"text": expected_text(captioner, media=files["clip"])}
+    assert result["text"] and captioner(files["hiss"]) != result, "the caption depends on the clip"
+    timed = captioner(files["clip"], return_timestamps=True)
+    assert timed == {**result, "chunks": [{"timestamp": (0.0, 2.0), "text": result["text"]}]}
+
+
+def test_kinds_of_input(captioner, files):
+    clip = files["clip"]
+    expected = captioner(clip)
+    content = Path(clip).read_bytes()
+    window = captioner.processor._load(clip, 0.0, None, {})
+    sound = {"array": window.waveform, "sampling_rate": RATE}
+    with open(clip, "rb") as file:
+        for same in (Path(clip), content, file, {"media": clip}, {"bytes": content, "path": None}):
+            assert captioner(same) == expected
+    for audio, video in itertools.product((clip, sound, window.waveform, {"path": clip}), (clip, window.frames)):
+        assert captioner({"audio": audio, "video": video, "id": 7}) == expected
+    pictures = [Image.fromarray(frame) for frame in window.frames]
+    assert captioner({"audio": clip, "video": pictures}) == expected
+    sound_alone = {"text": expected_text(captioner, media=files["sound"])}
+    assert captioner(files["sound"]) == captioner({"audio": files["sound"], "video": None}) == sound_alone
+    assert captioner({"array": window.waveform, "sampling_rate": RATE}) == captioner({"audio": clip})
+    with_still = {"text": expected_text(captioner, audio=files["sound"], images=files["still"])}
+    still = Image.open(files["still"])
+    for picture in ({"image": files["still"]}, {"image": still}, {"video": still}, {"video": np.asarray(still)}):
+        assert captioner({"audio": files["sound"], **picture}) == with_still
+
+
+def test_long_file_is_captioned_whole(captioner, files):
+    result = captioner(files["long"])
+    assert [chunk["timestamp"] for chunk in result["chunks"]] == [
+        (0.0, WINDOW),
+        (WINDOW, 2 * WINDOW),
+        (2 * WINDOW, 6.0),
+    ]
+    for chunk in result["chunks"]:
+        start = chunk["timestamp"][0]
+        assert chunk["text"] == expected_text(captioner, media=files["long"], start=start, duration=WINDOW)
+    assert result["text"] == ". ".join(chunk["text"] for chunk in result["chunks"])
+    assert captioner(files["long"], return_timestamps=False) == {"text": result["text"]}
+    shorter = captioner(files["long"], chunk_length_s=2.0, batch_size=2)["chunks"]
+    assert [chunk["timestamp"] for chunk in shorter] == [(0.0, 2.0), (2.0, 4.0), (4.0, 6.0)]
+
+
+def test_streams_of_other_lengths_than_the_sound(captioner, files):
+    sound = {"array": noise(2 * WINDOW + 0.4), "sampling_rate": RATE}
+    chunks = captioner({"audio": sound, "video": files["clip"]})["chunks"]
+    assert [chunk["timestamp"] for chunk in chunks] == [(0.0, WINDOW), (WINDOW, 2 * WINDOW)], "0.4 s are left out"
+    without_picture = captioner({"audio": {**sound, "array": sound["array"][int(WINDOW * RATE) :]}})
+    assert chunks[1]["text"] == without_picture["text"]
+
+    video = frames(64)
+    parts = [
+        window["inputs"] for window in read_windows({"audio": sound, "video": video}, captioner.processor, WINDOW)
+    ]
+    assert len(parts) == 2
+    last = captioner.processor(videos=video[29:60], return_tensors="pt")
+    torch.testing.assert_close(parts[1].pixel_values_videos, last.pixel_values_videos)
+    still = Image.open(files["still"])
+    first, second = read_windows({"audio": sound, "image": still}, captioner.processor, WINDOW)
+    torch.testing.assert_close(first["inputs"].pixel_values_videos, second["inputs"].pixel_values_videos)
+
+
+def test_batches_and_workers_change_nothing(captioner, files):
+    inputs = [files[name] for name in ("clip", "sound", "long", "hiss", "clip")]
+    alone = [captioner(item, return_gate=True) for item in inputs]
+    for batch_size, num_workers in ((1, 1), (2, 0), (3, 2), (8, 2)):
+        assert_close(captioner(inputs, batch_size=batch_size, num_workers=num_workers, return_gate=True), alone)
+    assert captioner(tuple(inputs[:2])) == captioner(inputs[:2])
+    assert captioner([]) == []
+
+
+def test_generators_and_datasets(captioner, files):
+    names = ["clip", "sound", "hiss"]
+    expected = captioner([files[name] for name in names])
+    asked = []
+
+    def generate():
+        for name in names:
+            asked.append(name)
+            yield files[name]
+
+    results = iter(captioner(generate()))
+    assert next(results) == expected[0] and asked == ["clip"], "a generator is read as it is needed"
+    assert [expected[0], *results] == expected
+    assert list(captioner(generate(), batch_size=2, num_workers=2)) == expected
+    assert list(captioner(iter([files["clip"]]))) == expected[:1]
+
+    rows = datasets.Dataset.from_dict({"media": [files[name] for name in names], "id": [3, 4, 5]})
+    for collection in (rows, KeyDataset(rows, "media"), rows["media"]):
+        results = captioner(collection, batch_size=2, num_workers=1)
+        assert len(results) == 3 and list(results) == expected
+    assert list(captioner(rows.to_iterable_dataset())) == expected
+    sounds = datasets.Dataset.from_dict({"audio": [files["clip"]]}).cast_column("audio", datasets.Audio(decode=False))
+    assert list(captioner(sounds)) == [captioner({"audio": files["clip"]})]
+
+
+@pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (4, 0), (2, 2), (4, 1)])
+def test_a_bad_clip_loses_no_other(captioner, files, batch_size, num_workers):
+    missing = str(Path(files["clip"]).with_name("missing.mp4"))
+    inputs = [files["clip"], files["bad"], files["silent"], files["long"], missing, {"video": files["clip"]}, 3.5]
+    results = captioner([*inputs, files["hiss"]], on_error="skip", batch_size=batch_size, num_workers=num_workers)
+    good = (0, 3, 7)
+    assert [results[i] for i in good] == captioner([files["clip"], files["long"], files["hiss"]])
+    errors = {i: result["error"] for i, result in enumerate(results) if i not in good}
+    assert all("\n" not in error for error in errors.values())
+    for i, part in {1: "bad.mp4", 2: "silent.mp4: has no sound", 4: "missing.mp4", 5: "no sound", 6: "float"}.items():
+        assert part in errors[i]
+    assert captioner([files["bad"]], on_error="skip", num_workers=num_workers)[0].keys() == {"error"}
+    with pytest.raises(MediaError, match="bad.mp4") as error:
+        captioner(inputs, batch_size=batch_size, num_workers=num_workers)
+    assert "\n" not in str(error.value)
+
+
+def test_a_dataset_that_cannot_give_a_row(captioner, files):
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            if index == 1:
+                raise KeyError("row 1 is lost")
+            return files["clip"]
+
+    first, second, third = captioner(Rows(), on_error="skip")
+    assert "row 1 is lost" in second["error"] and first == third == captioner(files["clip"])
+
+
+def test_generation_arguments(captioner, files):
+    several = captioner(files["clip"], num_beams=3, num_return_sequences=3)
+    assert len(several) == 3 and len({result["text"] for result in several}) == 3
+    nested = captioner(files["clip"], generate_kwargs={"num_beams": 3, "num_return_sequences": 3})
+    assert nested == several
+    batch = captioner([files["clip"], files["long"]], num_beams=3, num_return_sequences=2, batch_size=2)
+    assert batch[0] == several[:2]
+    assert [len(result["chunks"]) for result in batch[1]] == [3, 3]
+    assert len(captioner(files["clip"], max_new_tokens=2)["text"].split()) <= 2
+    assert captioner(files["clip"], return_dict_in_generate=True) == captioner(files["clip"])
+    with pytest.raises(ValueError, match="no_such_argument"):
+        captioner(files["clip"], no_such_argument=1)
+
+
+def test_gate(captioner, files):
+    result = captioner(files["clip"], return_gate=True)
+    # 2 s in steps of 16 frames of 20 ms; the eighth step would begin past the end.
+    assert result["times"] == pytest.approx([0.16 + 0.32 * i for i in range(7)])
+    encoded = captioner.model.get_encoder()(**captioner.processor(media=files["clip"], return_tensors="pt"))
+    for name, value in (("gate", encoded.fusion_gate), ("entropy", encoded.attention_entropy)):
+        by_row = value.detach().reshape(2, 8)
+        assert by_row.std(dim=0).max() > 0, "the mel rows differ"
+        assert result[name] == pytest.approx(by_row.mean(dim=0)[:7].tolist(), abs=1e-5)
+    assert captioner(files["sound"], return_gate=True)["gate"] == [0.0] * 7, "no picture: the gate is shut"
+    long = captioner(files["long"], return_gate=True)
+    assert len(long["times"]) == 8 + 8 + 3 and long["times"] == sorted(long["times"]) and long["times"][-1] < 6
+    with pytest.raises(ValueError, match="fusion_type='audio_only' has no gate"):
+        make_pipeline("audio")(files["clip"], return_gate=True)
+
+
+def test_encodes_each_window_once(captioner, files):
+    calls = []
+    hook = captioner.model.get_encoder().register_forward_hook(lambda *_: calls.append(1))
+    captioner([files["clip"], files["long"]], return_gate=True, batch_size=4)
+    hook.remove()
+    assert len(calls) == 1
+
+
+def test_single_modalities(files):
+    audio, video = make_pipeline("audio"), make_pipeline("video")
+    assert audio([files["clip"], files["sound"]], batch_size=2)[0] == audio({"audio": files["clip"], "video": 3})
+    assert video(files["silent"]) == video({"video": files["silent"], "audio": None})
+    assert video([files["sound"], files["clip"]], on_error="skip")[0]["error"].endswith("choose a file that has one.")
+    with pytest.raises(ValueError, match="no picture"):
+        video({"audio": files["sound"]})
+
+
+def test_bfloat16(files):
+    captioner = AudioVisualCaptioningPipeline(make_model().to(torch.bfloat16), make_processor(), device="cpu")
+    result = captioner([files["clip"], files["sound"]], batch_size=2, return_gate=True, **WORDS_ONLY)
+    assert all(isinstance(value, float) for value in result[0]["gate"]) and result[1]["gate"] == [0.0] * 7
+
+
+def test_bad_arguments(captioner, files):
+    with pytest.raises(ValueError, match="`on_error` must be one of 'raise', 'skip', got 'ignore'"):
+        captioner(files["clip"], on_error="ignore")
+    for length in (0.1, 3.0):
+        with pytest.raises(ValueError, match="`chunk_length_s` must be between 0.5 and 2.56 s"):
+            captioner(files["clip"], chunk_length_s=length)
+    for wrong in ({"clip": files["clip"]}, noise(1), 3):
+        with pytest.raises(ValueError, match="An input must be a file"):
+            captioner(wrong)
+    with pytest.raises(ValueError, match="`processor` is missing"):
+        AudioVisualCaptioningPipeline(make_model())
+
+
+IN_A_PROCESS_WITHOUT_THE_PACKAGE = """
+    import json, sys
+    sys.modules["evacap"] = None
+    from transformers import pipeline
+    folder, clip, arguments = sys.argv[1:]
+    captioner = pipeline("audio-visual-captioning", folder, trust_remote_code=True, device="cpu")
+    assert type(captioner).__name__ == "AudioVisualCaptioningPipeline"
+    result = captioner([clip], batch_size=2, num_workers=1, **json.loads(arguments))
+    print(json.dumps(result))
+    captioner.save_pretrained(folder + "_again")
+    assert pipeline(model=folder + "_again", trust_remote_code=True, device="cpu").processor.modalities == "audio_video"
+"""
+
+
+def test_saved_folder_loads_with_and_without_the_package(captioner, files, tmp_path):
+    folder = tmp_path / "saved"
+    captioner.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["custom_pipelines"]["audio-visual-captioning"]["impl"] == (
+        "pipeline_evacap.AudioVisualCaptioningPipeline"
+    )
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.json", "generation_config.json", "model.safetensors", "processor_config.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+        *("configuration_evacap.py", "modeling_evacap.py", "feature_extraction_evacap.py", "media_evacap.py"),
+        *("pipeline_evacap.py", "processing_evacap.py", "video_processing_evacap.py"),
+    }
+    assert captioner.tokenizer is captioner.processor.tokenizer
+    expected = captioner([files["clip"]])
+    for options in ({}, {"dtype": torch.float32}, {"device_map": "auto"}):
+        loaded = pipeline("audio-visual-captioning", str(folder), trust_remote_code=True, **options)
+        assert loaded([files["clip"]], **WORDS_ONLY) == expected
+    arguments = (str(folder), files["clip"], json.dumps(WORDS_ONLY))
+    printed = run_without_the_package(IN_A_PROCESS_WITHOUT_THE_PACKAGE, *arguments, cache=tmp_path)
+    assert json.loads(printed) == expected
+
+
+PEAK_MEMORY = """
+import resource, sys
+sys.path[:0] = sys.argv[2:]
+from test_pipeline_evacap import make_pipeline
+print(len(make_pipeline()(sys.argv[1], batch_size=2)["chunks"]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_length(tmp_path):
+    peaks = []
+    for seconds, chunks in ((10, 4), (600, 235)):
+        path = write_clip(tmp_path / f"{seconds}.mp4", seconds=seconds, fps=5, rate=RATE)
+        here = Path(__file__).parent
+        command = [sys.executable, "-c", PEAK_MEMORY, str(path), str(here), str(here.parent)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert result.returncode == 0, result.stderr
+        count, peak = map(int, result.stdout.split())
+        assert count == chunks
+        peaks.append(peak * resource.getpagesize() / 4096 / 1024)
+    assert peaks[1] - peaks[0] < 60, f"{peaks} MiB"
