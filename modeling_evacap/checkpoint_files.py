@@ -61,7 +61,8 @@ def _load_tensors_only(path: Path) -> Any:
             f"{path}: refused, as it holds pickled Python objects ({found[1]}) beside its tensors and loading those "
             "could run any code. Have its author save the tensors alone: torch.save(model.state_dict(), path)."
         ) from error
-    except (RuntimeError, EOFError, UnicodeDecodeError) as error:
+    except Exception as error:
+        # What a damaged file makes the unpickler and the archive reader raise has no common type.
         reason = str(error).strip().splitlines()
         raise ValueError(
             f"{path}: not a file that `torch.save` wrote ({reason[0] if reason else 'it ends too early'}). Is the "

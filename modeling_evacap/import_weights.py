@@ -22,9 +22,6 @@ from .source_names import QKV, NameTable, git_names_to_avcap
 
 
 VIDEO_EMBEDDINGS = ("inflate", "fresh")
-MAX_CAPTION_LENGTH = 42
-"""`[CLS]`, AVCap's 40 tokens and `[SEP]`."""
-
 _STANDARD_WIDTH, _STANDARD_HEADS = 768, 12
 _STANDARD_IMAGE_SIZE = 224
 _STANDARD_MEL_BINS = 128
@@ -55,7 +52,10 @@ class ImportReport:
         kinds = ("loaded", "reshaped", "new", "unused")
         counts = {kind: Counter(_module_of(name) for name in getattr(self, kind)) for kind in kinds}
         modules = dict.fromkeys(module for kind in kinds for module in counts[kind])
-        rows = [(module, *(str(counts[kind][module] or "-") for kind in kinds)) for module in sorted(modules)]
+        rows = [
+            (module, *(str(counts[kind][module] or "-") for kind in kinds))
+            for module in sorted(modules, key=lambda module: (module.startswith("file: "), module))
+        ]
         rows.append(("total", *(str(counts[kind].total()) for kind in kinds)))
         width = max(len(row[0]) for row in rows)
         lines = [
@@ -74,7 +74,7 @@ def _module_of(name: str) -> str:
     return "file: " + (".".join(parts[:2]) if parts[0] in ("av_encoder", "textual") else parts[0])
 
 
-def import_weights(
+def model_from_weights(
     *,
     avcap: str | os.PathLike | None = None,
     cav_mae: str | os.PathLike | None = None,
@@ -121,9 +121,9 @@ def import_weights(
     Example:
 
     ```python
-    >>> from evacap.modeling_evacap.import_weights import import_weights
+    >>> from evacap.modeling_evacap.import_weights import model_from_weights
 
-    >>> model, report = import_weights(cav_mae="cav-mae-scale++.pth", git="microsoft/git-base")
+    >>> model, report = model_from_weights(cav_mae="cav-mae-scale++.pth", git="microsoft/git-base")
     >>> print(report)
     >>> model.save_pretrained("evacap-start")
     ```
@@ -140,7 +140,7 @@ def import_weights(
     if avcap is not None:
         tensors = _read(avcap, "AVCap captioner", ("av_encoder.", "textual."))
     if cav_mae is not None:
-        encoder = _read(cav_mae, "audio-visual CAV-MAE", ("patch_embed_a.", "blocks_a.", "blocks_u."))
+        encoder = _read(cav_mae, "audio-visual CAV-MAE", ("patch_embed_a.", "blocks_a."))
         tensors |= {f"av_encoder.{name}": tensor for name, tensor in encoder.items()}
     if git is not None:
         git_tensors, text_fields = _read_git(git)
@@ -166,7 +166,6 @@ def import_weights(
         expected_new.append(r"model\.encoder\.video_tower\.embeddings\.(patch|position)_embeddings.*")
     state = _convert(tensors, config, report, expected_new, allow_missing)
     model = _build(config, state)
-    model.generation_config.max_length = min(MAX_CAPTION_LENGTH, config.text_config.max_position_embeddings)
     report.parameters = model.num_parameters()
     return model, report
 

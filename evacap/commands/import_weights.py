@@ -1,0 +1,173 @@
+"""`evacap import-weights`: published weights to a model folder with its processor."""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import BertTokenizer, set_seed
+
+from ..modeling_evacap.configuration_evacap import EVACapConfig
+from ..modeling_evacap.import_weights import VIDEO_EMBEDDINGS, ImportReport, model_from_weights
+from ..modeling_evacap.presets import PRESETS
+from ..processing.feature_extraction_evacap import EVACapFeatureExtractor
+from ..processing.processing_evacap import EVACapProcessor
+from ..processing.video_processing_evacap import EVACapVideoProcessor
+
+
+BERT_TOKENIZER = "google-bert/bert-base-uncased"
+_MODALITIES = {"audio_only": "audio", "video_only": "video"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    sources = parser.add_argument_group("weights", "either AVCap's, or CAV-MAE's, GIT's or both")
+    sources.add_argument("--avcap", metavar="FILE", help="a captioner of AVCap (.pth, .pt or .safetensors)")
+    sources.add_argument("--cav-mae", metavar="FILE", help="a pretrained or fine-tuned CAV-MAE, for the encoder")
+    sources.add_argument(
+        "--git", metavar="NAME_OR_FOLDER", help="a GIT of Transformers, or GIT's own model.pt, for the decoder"
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="the model folder to write")
+    parser.add_argument(
+        "--as",
+        dest="preset",
+        choices=PRESETS,
+        help="the variant to make; avcap with --avcap, evacap without by default",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME_OR_FOLDER",
+        default=BERT_TOKENIZER,
+        help="a BERT tokenizer, or a folder with its vocab.txt (default: %(default)s)",
+    )
+    sizes = parser.add_argument_group("sizes", "that the tensors may not show")
+    sizes.add_argument(
+        "--num-attention-heads", type=int, metavar="N", help="of towers and decoder; 12 where they are 768 wide"
+    )
+    sizes.add_argument("--num-mel-bins", type=int, metavar="N", help="of the filterbank (default: 128)")
+    sizes.add_argument("--image-size", type=int, metavar="PIXELS", help="of a frame; 224 where the weights allow it")
+    sizes.add_argument(
+        "--num-frames", type=int, metavar="N", help="of a clip, for weights that saw single pictures (default: 18)"
+    )
+    parser.add_argument(
+        "--video-embedding",
+        choices=VIDEO_EMBEDDINGS,
+        default="inflate",
+        help="of single pictures to clips: inflated, so that a still gives the same, or fresh, as AVCap does it "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--allow-missing",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="shell pattern of parameters that may start fresh, and of unknown tensors that may be left out; repeatable",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the fresh weights (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    options = {name: value for name, value in vars(arguments).items() if name != "command"}
+    report = import_weights(**options)
+    print(report)
+    print(f"wrote {arguments.output}")
+    if report.new:
+        print("Some weights are fresh: train before you caption.")
+    else:
+        print(f"Caption with it: evacap caption --model {arguments.output} CLIP")
+
+
+def import_weights(
+    output: str | os.PathLike, *, tokenizer: str | os.PathLike = BERT_TOKENIZER, seed: int = 0, **sources: Any
+) -> ImportReport:
+    """
+    Writes a model folder, with the processor of its variant, from published weights.
+
+    Args:
+        output (`str` or `os.PathLike`): The folder, which must not exist yet. It appears when it is complete.
+        tokenizer (`str` or `os.PathLike`): A BERT tokenizer of the Hub, or a folder that holds at least `vocab.txt`.
+        seed (`int`, defaults to 0): Of the weights that start fresh.
+        sources: `avcap`, `cav_mae`, `git`, `preset` and the other arguments of [`model_from_weights`].
+
+    Returns:
+        What became of every tensor, as [`ImportReport`].
+
+    Raises:
+        FileNotFoundError: a file, or the tokenizer, cannot be had.
+        FileExistsError: `output` exists.
+        ValueError: as [`model_from_weights`], or the tokenizer is not the decoder's.
+    """
+    output = Path(output)
+    if output.exists():
+        raise FileExistsError(f"{output}: it exists already. Give a new folder, or remove it first.")
+    text = _load_tokenizer(tokenizer)
+    set_seed(seed)
+    model, report = model_from_weights(**sources)
+    preset = sources.get("preset") or ("evacap" if sources.get("avcap") is None else "avcap")
+    _check_tokenizer(text, tokenizer, model.config)
+    processor = make_processor(model.config, PRESETS[preset].processing, text)
+
+    beside = output.with_name(f".{output.name}.{os.getpid()}")
+    beside.mkdir(parents=True)
+    try:
+        model.save_pretrained(beside)
+        processor.save_pretrained(beside)
+        beside.rename(output)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return report
+
+
+def _load_tokenizer(name: str | os.PathLike) -> BertTokenizer:
+    try:
+        tokenizer = BertTokenizer.from_pretrained(name)
+        # Where there is no vocabulary, Transformers makes one of the special tokens alone.
+        if len(tokenizer) > len(tokenizer.all_special_ids):
+            return tokenizer
+    except (OSError, ValueError):
+        pass
+    raise FileNotFoundError(
+        f"{name}: no BERT tokenizer can be had there now. Go online, or give a folder that holds the vocab.txt of "
+        "bert-base-uncased as `tokenizer` (--tokenizer)."
+    )
+
+
+def _check_tokenizer(tokenizer: BertTokenizer, name: str | os.PathLike, config: EVACapConfig) -> None:
+    text = config.text_config
+    expected = {"[PAD]": text.pad_token_id, "[CLS]": text.bos_token_id, "[SEP]": text.eos_token_id}
+    found = {token: tokenizer.convert_tokens_to_ids(token) for token in expected}
+    if found != expected or len(tokenizer) > text.vocab_size:
+        raise ValueError(
+            f"{name}: not this decoder's tokenizer: it has {len(tokenizer)} entries with {found}, but "
+            f"{text.vocab_size} with {expected} were expected."
+        )
+
+
+def make_processor(config: EVACapConfig, processing: dict[str, Any], tokenizer: BertTokenizer) -> EVACapProcessor:
+    """
+    The processor of a model.
+
+    Args:
+        config ([`EVACapConfig`]): Its sizes.
+        processing (`dict`): Its preset's `processing`.
+        tokenizer ([`BertTokenizer`]): Its decoder's.
+    """
+    audio, video = config.audio_config, config.video_config
+    sampling = {name: value for name, value in processing.items() if name in ("frame_sampling", "fps")}
+    return EVACapProcessor(
+        EVACapFeatureExtractor(
+            feature_size=audio.num_mel_bins,
+            max_frames=audio.max_frames,
+            window_type=processing["window_type"],
+            channels=processing["channels"],
+        ),
+        EVACapVideoProcessor(
+            num_frames=video.num_frames,
+            tubelet_size=video.tubelet_size,
+            size={"shortest_edge": video.image_size},
+            crop_size={"height": video.image_size, "width": video.image_size},
+            **sampling,
+        ),
+        tokenizer,
+        modalities=_MODALITIES.get(config.fusion_type, "audio_video"),
+    )
