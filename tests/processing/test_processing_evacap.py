@@ -270,7 +270,7 @@ IN_A_PROCESS_WITHOUT_THE_PACKAGE = """
 """
 
 
-def run_without_the_package(code: str, *arguments: str, cache: Path) -> str:
+def run_in_a_process(code: str, *arguments: str, cache: Path) -> str:
     environment = {**os.environ, "HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
     result = subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True, timeout=300)
@@ -295,7 +295,7 @@ def test_saved_folder_loads_with_and_without_the_package(files, tmp_path):
     assert loaded.video_processor.to_dict() == processor.video_processor.to_dict()
     batch = loaded(media=files["clip"], text="a dog barks", return_tensors="pt")
     assert_same(batch, processor(media=files["clip"], text="a dog barks", return_tensors="pt"))
-    printed = run_without_the_package(IN_A_PROCESS_WITHOUT_THE_PACKAGE, str(folder), files["clip"], cache=tmp_path)
+    printed = run_in_a_process(IN_A_PROCESS_WITHOUT_THE_PACKAGE, str(folder), files["clip"], cache=tmp_path)
     assert printed.split("\n")[:-1] == [
         f"{name} {value.double().abs().sum().item():.4f}" for name, value in batch.items()
     ]
