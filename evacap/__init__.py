@@ -19,6 +19,7 @@ from transformers import (
     AutoVideoProcessor,
     BertTokenizer,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .modeling_evacap.configuration_evacap import (
     EVACapAudioConfig,
@@ -28,6 +29,7 @@ from .modeling_evacap.configuration_evacap import (
 )
 from .modeling_evacap.modeling_evacap import EVACapForConditionalGeneration, EVACapModel, EVACapPreTrainedModel
 from .processing.feature_extraction_evacap import EVACapFeatureExtractor
+from .processing.pipeline_evacap import AudioVisualCaptioningPipeline
 from .processing.processing_evacap import EVACapProcessor
 from .processing.video_processing_evacap import EVACapVideoProcessor
 
@@ -74,6 +76,10 @@ def _register() -> None:
     AutoFeatureExtractor.register(EVACapConfig, EVACapFeatureExtractor, exist_ok=True)
     AutoVideoProcessor.register(EVACapConfig, EVACapVideoProcessor, exist_ok=True)
     AutoTokenizer.register(EVACapConfig, BertTokenizer, exist_ok=True)
+    if TASK not in PIPELINE_REGISTRY.supported_tasks:
+        PIPELINE_REGISTRY.register_pipeline(
+            TASK, pipeline_class=AudioVisualCaptioningPipeline, pt_model=AutoModel, type="multimodal"
+        )
     # What is saved carries its code, so that it loads where this package is not installed.
     EVACapConfig.register_for_auto_class()
     EVACapForConditionalGeneration.register_for_auto_class("AutoModel")

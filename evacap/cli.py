@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "caption": "caption media files",
+    "sample": "write a procedural clip to try things on",
     "import-weights": "turn AVCap, CAV-MAE and GIT weights into a model folder",
     "publish": "check a model folder, complete its card and upload it",
 }
