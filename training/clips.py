@@ -8,7 +8,8 @@ A clip has one to three sounding sources, in a row or overlapping, under some ro
   different;
 * a source can be off screen. It is heard and it is captioned as far as it can be known: a sound-alike off screen gets
   the word that its pair shares ("an engine runs"), every other kind its own name;
-* a silent object can stand on screen. It is never captioned, and it never sounds like anything heard in the clip.
+* one or two silent objects can stand on screen. They are never captioned, and they would never sound like anything that
+  is heard in the clip.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from .clip_sounds import SAMPLING_RATE, background, synthesize
 
 
 SPLITS = ("train", "validation", "test")
+MAX_OBJECTS = 4
 REFERENCES = {"train": 1, "validation": 5, "test": 5}
 _SOUNDS = sorted({kind.sound for kind in KINDS.values()})
 _MAKERS = {sound: [name for name, kind in KINDS.items() if kind.sound == sound] for sound in _SOUNDS}
@@ -158,8 +160,8 @@ def _times(rng: np.random.Generator, count: int, duration: float) -> list[tuple[
 
 
 def _places(rng: np.random.Generator, count: int) -> list[Place]:
-    """Places that do not overlap, the larger the fewer they are."""
-    if count == 1:
+    """Places that do not overlap, the larger the fewer they are; at most `MAX_OBJECTS`."""
+    if count <= 1:
         centres, radius = [(0.5, 0.5)], rng.uniform(0.28, 0.36)
     elif count == 2:
         side = rng.uniform(0.35, 0.65, 2)
@@ -197,17 +199,17 @@ def make_scene(seed: int, split: str, index: int, duration: float = 5.0) -> Scen
     count = int(rng.choice([1, 2, 3], p=[0.35, 0.5, 0.15]))
     # Two sounds of one scene are never alike: draw among sounds, a shared one with the weight of its makers.
     weights = np.array([len(_MAKERS[sound]) for sound in _SOUNDS], dtype=float)
-    sounds = rng.choice(len(_SOUNDS), count + 1, replace=False, p=weights / weights.sum())
+    sounds = rng.choice(len(_SOUNDS), count + 2, replace=False, p=weights / weights.sum())
     kinds = [str(rng.choice(_MAKERS[_SOUNDS[sound]])) for sound in sounds]
     on_screen = rng.random(count) < 0.8
-    silent = rng.random() < 0.3
-    places = _places(rng, int(on_screen.sum()) + silent) if on_screen.any() or silent else []
+    silent = min(int(rng.choice([0, 1, 2], p=[0.45, 0.4, 0.15])), MAX_OBJECTS - int(on_screen.sum()))
+    places = _places(rng, int(on_screen.sum()) + silent)
     events = []
-    for kind, seen, (onset, length) in zip(kinds[:-1], on_screen, _times(rng, count, duration), strict=True):
+    for kind, seen, (onset, length) in zip(kinds[:count], on_screen, _times(rng, count, duration), strict=True):
         pitch, rhythm = 2.0 ** rng.uniform(-0.25, 0.25), 2.0 ** rng.uniform(-0.4, 0.4)
         place = places.pop() if seen else None
         events.append(Event(kind, onset, length, float(pitch), float(rhythm), float(rng.uniform(-9, 0)), place))
-    silent_objects = (SilentObject(kinds[-1], places.pop()),) if silent else ()
+    silent_objects = tuple(SilentObject(kind, places.pop()) for kind in kinds[count : count + silent])
     events.sort(key=lambda event: event.onset)
     return Scene(seed, split, index, duration, tuple(events), silent_objects, float(rng.uniform(-45, -22)))
 

@@ -1,0 +1,151 @@
+"""Scores captioners on procedural clips, each with its own video and with another clip's.
+
+python -m evacap.training.clip_scores tiny tiny-audio-only --num-clips 300
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from ..modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
+from ..processing.processing_evacap import EVACapProcessor
+from .clip_captions import names_in_caption
+from .clip_kinds import SOUND_ALIKES
+from .clips import Scene, make_scene, write_clip
+
+
+COLUMNS = {
+    "set": "clips whose caption names the right set of sources, and no other",
+    "sound-alikes": "sound-alike sources on screen that are named: only the picture tells which of two it is",
+    "off screen": "sound-alike sources off screen that get the word of their pair, as nobody can know more",
+    "distinct": "all other sources that are named: the sound tells",
+    "gate": "mean of the fusion gate",
+}
+
+
+def write_clips(folder: str | os.PathLike, num_clips: int, seed: int) -> list[Scene]:
+    """Writes the first test clips of a seed as MP4 files, where they are missing, and returns their scenes."""
+    scenes = [make_scene(seed, "test", index) for index in range(num_clips)]
+    for scene in tqdm(scenes, desc="test clips", unit="clip"):
+        path = Path(folder) / f"{scene.id}.mp4"
+        if not path.exists():
+            write_clip(scene, path)
+    return scenes
+
+
+@torch.no_grad()
+def caption_clips(
+    model: EVACapForConditionalGeneration,
+    processor: EVACapProcessor,
+    files: list[Path],
+    videos: list[Path] | None = None,
+    batch_size: int = 50,
+) -> tuple[list[str], torch.Tensor | None]:
+    """Captions clips, on request with the pictures of others.
+
+    Args:
+        model ([`EVACapForConditionalGeneration`]), processor ([`EVACapProcessor`]): The captioner.
+        files (`list[Path]`): The clips.
+        videos (`list[Path]`, *optional*): The clips whose pictures are shown instead; `files` by default.
+        batch_size (`int`): Clips at a time.
+
+    Returns:
+        The captions, and the mean gate of each clip, `None` for a model without one.
+    """
+    captions, gates = [], []
+    model.eval()
+    for first in tqdm(range(0, len(files), batch_size), desc="captions", unit="batch"):
+        batch = files[first : first + batch_size]
+        if videos is None or processor.modalities != "audio_video":
+            inputs = processor(media=batch, return_tensors="pt")
+        else:
+            inputs = processor(audio=batch, videos=videos[first : first + batch_size], return_tensors="pt")
+        encoded = model.get_encoder()(**inputs.to(model.device))
+        tokens = model.generate(encoder_outputs=encoded)
+        captions += processor.batch_decode(tokens, skip_special_tokens=True)
+        if encoded.fusion_gate is not None:
+            gates.append(encoded.fusion_gate.mean(1).cpu())
+    return captions, torch.cat(gates) if gates else None
+
+
+def score(scenes: list[Scene], captions: list[str]) -> dict[str, float]:
+    """The shares, 0 to 1, that `COLUMNS` describes, without the gate."""
+    right = [names_in_caption(caption) == scene.names for scene, caption in zip(scenes, captions, strict=True)]
+    named: dict[str, list[bool]] = {"sound-alikes": [], "off screen": [], "distinct": []}
+    for scene, caption in zip(scenes, captions, strict=True):
+        for event in scene.events:
+            column = "distinct"
+            if event.kind in SOUND_ALIKES:
+                column = "sound-alikes" if event.place is not None else "off screen"
+            named[column].append(event.name in names_in_caption(caption))
+    return {"set": sum(right) / len(right)} | {column: sum(hits) / len(hits) for column, hits in named.items() if hits}
+
+
+def score_model(
+    folder: str | os.PathLike, scenes: list[Scene], clips: str | os.PathLike
+) -> dict[str, dict[str, float]]:
+    """Scores one captioner.
+
+    Args:
+        folder (`str` or `os.PathLike`): The saved model with its processor.
+        scenes (`list[Scene]`), clips (`str` or `os.PathLike`): What `write_clips` returned, and its folder.
+
+    Returns:
+        `{"matched": …, "swapped": …}`, each as `score` returns it, with `"gate"` for a model that has one. Swapped: every
+        clip has the picture of the clip before it.
+    """
+    model = EVACapForConditionalGeneration.from_pretrained(folder)
+    processor = EVACapProcessor.from_pretrained(folder)
+    files = [Path(clips) / f"{scene.id}.mp4" for scene in scenes]
+    figures = {}
+    for condition, videos in (("matched", None), ("swapped", files[-1:] + files[:-1])):
+        captions, gates = caption_clips(model, processor, files, videos)
+        figures[condition] = score(scenes, captions)
+        if gates is not None:
+            figures[condition]["gate"] = gates.mean().item()
+    return figures
+
+
+def as_table(figures: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The figures of some models as a Markdown table: percent, but the gate."""
+    lines = ["| model | video | " + " | ".join(COLUMNS) + " |", "|---|---|" + "---|" * len(COLUMNS)]
+    for model, conditions in figures.items():
+        for condition, values in conditions.items():
+            cells = [
+                "–"
+                if column not in values
+                else f"{values[column]:.2f}"
+                if column == "gate"
+                else f"{values[column]:.1%}"
+                for column in COLUMNS
+            ]
+            lines.append(f"| {model} | {condition} | " + " | ".join(cells) + " |")
+    return "\n".join(lines + ["", *(f"* {column}: {meaning}" for column, meaning in COLUMNS.items())])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m evacap.training.clip_scores", description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders of saved models")
+    parser.add_argument("--num-clips", type=int, default=300, help="number of test clips (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the test clips (default: %(default)s)")
+    parser.add_argument("--clips", help="folder to keep the clips in (default: a temporary one)")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        clips = options.clips or temporary
+        scenes = write_clips(clips, options.num_clips, options.seed)
+        figures = {Path(model).name: score_model(model, scenes, clips) for model in options.models}
+    print(as_table(figures))
+    if options.json:
+        partial = options.json.with_name(f".{options.json.name}.partial")
+        partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        partial.replace(options.json)
+
+
+if __name__ == "__main__":
+    main()
