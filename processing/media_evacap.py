@@ -42,6 +42,9 @@ _PREROLL = 0.5  # seconds a sound decoder gets to settle before the window start
 _INTERLEAVE = 10.0  # seconds by which the streams of one file may lag behind each other
 _MAX_JITTER = 0.05  # seconds a time stamp may stray from the count of samples before it is believed
 _MAX_JUMP = 3600.0  # seconds; a time stamp that leaps further ahead is damage, not a pause
+_MAX_SOUND_PACKET = 10.0  # seconds; a packet of sound that claims to last longer is damaged
+_MIN_BYTES_A_SECOND = 10  # what lies beyond the seconds that a file of its size can last is damage
+_MAX_PIXELS = 2**26  # twice 8K; a picture with more is damaged
 _TOLERANCE = 0.25  # seconds by which a file may be shorter than announced without being called truncated
 _CLOCK = 1e-6  # seconds lost when time stamps become floats
 
@@ -271,11 +274,15 @@ class _Reader:
     def __init__(self, file: MediaFile):
         self.file, self.label = file, file.label
         self.problems = ["the file breaks off"] if _breaks_off(file) else []
+        file.seek(0, os.SEEK_END)
+        self.longest = 1.0 + file.tell() / _MIN_BYTES_A_SECOND
         self._open()
         if self.audio is None and self.video is None:
             raise MediaError(f"{self.label}: has no readable sound or picture; check that it is a complete media file")
         self.still = self.container.format.name.endswith("_pipe")
         self.announced = math.inf if self.container.duration is None else self.container.duration * 1e-6
+        if "matroska" in self.container.format.name:  # counts from 0, the others from their first time stamp
+            self.announced -= self.origin
 
     def _open(self):
         self.file.seek(0)
@@ -283,6 +290,8 @@ class _Reader:
         cover = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
         self.audio = self.container.streams.best("audio")
         self.video = next((s for s in self.container.streams.video if not s.disposition & cover), None)
+        if self.video is not None and self.video.codec_context is not None:
+            self.video.codec_context.options = {"max_pixels": str(_MAX_PIXELS)}
         self.origin = max(0, self.container.start_time or 0) * 1e-6
         # AVI stores no display times, and FFmpeg's guesses are wrong for pictures that are not coded in order.
         self.decoding_times = self.container.format.name == "avi"
@@ -298,7 +307,7 @@ class _Reader:
             self.fresh = False
             try:
                 return self.container.seek(round((time + self.origin) * 1e6))
-            except av.FFmpegError:
+            except (av.FFmpegError, OverflowError):
                 pass
         if not self.fresh:
             self.container.close()
@@ -335,18 +344,25 @@ class _Reader:
         for time, packet in self.packets(streams):
             index, is_sound = packet.stream.index, packet.stream.type == "audio"
             if time is not None:
-                if time - reached[index] > (1.0 if time > self.announced + 1.0 else _MAX_JUMP):
+                length = float((packet.duration or 0) * packet.time_base)
+                jump = time - reached[index]
+                if (
+                    jump > _MAX_JUMP
+                    or (jump > 1.0 and time > self.announced + 1.0)
+                    or time > self.longest
+                    or (is_sound and length > _MAX_SOUND_PACKET)
+                ):
                     self.note("some time stamps damaged")
+                    scan.undecodable = scan.undecodable or is_sound
                     continue
                 if (is_sound or packet.is_keyframe) and time <= missing.get(index, -math.inf) + _CLOCK:
                     del missing[index]
                 if packet.is_keyframe and not is_sound:
                     scan.keys.append(time)
                 if not packet.is_discard:
-                    length = float((packet.duration or 0) * packet.time_base)
                     reached[index] = max(reached[index], time + (length if length < _MAX_JUMP else 0.0))
                     scan.end = max(scan.end, reached[index])
-            if is_sound and waveform is not None and reached[index] > start - _PREROLL and not (time and time >= stop):
+            if is_sound and waveform is not None and start - _PREROLL < reached[index] and (time or 0.0) < stop:
                 try:
                     for time_heard, frame in self.decode(packet, time):
                         waveform.add(frame, time_heard)
@@ -375,7 +391,8 @@ class _Reader:
     def read_frames(self, times: list[float], keys: list[float]) -> tuple[np.ndarray | None, np.ndarray]:
         """The frames on display at `times`, which ascend, and their time stamps; `keys` are the times of key frames."""
         frames, stamps, last = None, np.zeros(len(times)), None
-        for i, (stamps[i], frame) in enumerate(self._shown(times, keys)):
+        for i, (stamp, frame) in enumerate(self._shown(times, keys)):
+            stamps[i] = stamp
             if frames is None:
                 first = frame
             if frame is last:
@@ -453,7 +470,7 @@ class _Scan:
     keys: list[float] = field(default_factory=list)
     """When the pictures come that can be decoded without others before them."""
     undecodable: bool = False
-    """Whether some of the sound could not be decoded."""
+    """Whether some of the sound could not be decoded, or not be placed."""
     complete: bool = True
     """Whether the reading began early enough to have seen every track at the start of the window."""
 
