@@ -1,10 +1,12 @@
 """Media files, arrays and captions to the model's inputs, and its tokens back to text."""
 
+import os
 from os import PathLike
 
 import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_utils import is_pil_image
 from transformers.processing_utils import ProcessingKwargs, Unpack
 from transformers.utils import TensorType, logging
@@ -22,6 +24,7 @@ NEGLIGIBLE_SECONDS = 0.5
 
 class EVACapProcessorKwargs(ProcessingKwargs, total=False):
     videos_kwargs: EVACapVideosKwargs
+    _defaults = {}
 
 
 def is_file(item) -> bool:
@@ -341,6 +344,16 @@ class EVACapProcessor(ProcessorMixin):
             length = max_length - 1 if fixed else max(map(len, labels))
             labels = [ids + [-100] * (length - len(ids)) for ids in labels]
         return labels
+
+    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """Save the processor and, where its code goes along, the pipeline's, so that the folder has its task too."""
+        # The pipeline builds on the processor, so it cannot be imported before.
+        from .pipeline_evacap import AudioVisualCaptioningPipeline
+
+        if self._auto_class is not None:
+            os.makedirs(save_directory, exist_ok=True)
+            custom_object_save(AudioVisualCaptioningPipeline, save_directory)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
 __all__ = ["EVACapProcessor"]

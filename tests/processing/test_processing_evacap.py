@@ -287,6 +287,7 @@ def test_saved_folder_loads_with_and_without_the_package(files, tmp_path):
     assert {path.name for path in folder.glob("*.py")} == {
         "feature_extraction_evacap.py",
         "media_evacap.py",
+        "pipeline_evacap.py",
         "processing_evacap.py",
         "video_processing_evacap.py",
     }
