@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from transformers import BatchFeature
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines.base import ChunkPipeline
 from transformers.utils import ModelOutput
 
@@ -402,9 +401,6 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
         finally:
             vars(self).update(parts)
         self.processor.save_pretrained(save_directory, **kwargs)
-        if not hasattr(self, "_registered_impl"):
-            # The base class saves the code of registered pipelines only, which one loaded from a folder is not.
-            custom_object_save(self, save_directory)
 
 
 __all__ = ["AudioVisualCaptioningPipeline"]
