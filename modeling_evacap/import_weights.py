@@ -50,7 +50,7 @@ class ImportReport:
 
     def __str__(self) -> str:
         kinds = ("loaded", "reshaped", "new", "unused")
-        counts = {kind: Counter(_module_of(name) for name in getattr(self, kind)) for kind in kinds}
+        counts = {kind: Counter(module_of(name) for name in getattr(self, kind)) for kind in kinds}
         modules = dict.fromkeys(module for kind in kinds for module in counts[kind])
         rows = [
             (module, *(str(counts[kind][module] or "-") for kind in kinds))
@@ -64,7 +64,7 @@ class ImportReport:
         return "\n".join([*lines, f"{self.parameters:,} parameters", *(f"note: {note}" for note in self.notes)])
 
 
-def _module_of(name: str) -> str:
+def module_of(name: str) -> str:
     """The row of the table: `encoder.audio_tower`, `decoder.layers`; for a tensor of the file `file: blocks_u`."""
     parts = name.split(".")
     if parts[0] == "model":

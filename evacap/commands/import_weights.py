@@ -1,6 +1,7 @@
 """`evacap import-weights`: published weights to a model folder with its processor."""
 
 import argparse
+import json
 import os
 import shutil
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 
 from transformers import BertTokenizer, set_seed
 
+from ..model_card import TRAINING_FILE
 from ..modeling_evacap.configuration_evacap import EVACapConfig
-from ..modeling_evacap.import_weights import VIDEO_EMBEDDINGS, ImportReport, model_from_weights
+from ..modeling_evacap.import_weights import VIDEO_EMBEDDINGS, ImportReport, model_from_weights, module_of
 from ..modeling_evacap.presets import PRESETS
 from ..processing.feature_extraction_evacap import EVACapFeatureExtractor
+from ..processing.pipeline_evacap import AudioVisualCaptioningPipeline
 from ..processing.processing_evacap import EVACapProcessor
 from ..processing.video_processing_evacap import EVACapVideoProcessor
 
@@ -110,8 +113,9 @@ def import_weights(
     beside = output.with_name(f".{output.name}.{os.getpid()}")
     beside.mkdir(parents=True)
     try:
-        model.save_pretrained(beside)
-        processor.save_pretrained(beside)
+        # The pipeline saves all of its parts, and the code that lets the folder load without this package.
+        AudioVisualCaptioningPipeline(model=model, processor=processor).save_pretrained(beside)
+        (beside / TRAINING_FILE).write_text(json.dumps({"data": _origin(report, sources), "datasets": []}) + "\n")
         beside.rename(output)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -141,6 +145,17 @@ def _check_tokenizer(tokenizer: BertTokenizer, name: str | os.PathLike, config: 
             f"{name}: not this decoder's tokenizer: it has {len(tokenizer)} entries with {found}, but "
             f"{text.vocab_size} with {expected} were expected."
         )
+
+
+def _origin(report: ImportReport, sources: dict[str, Any]) -> str:
+    """The sentence of the model card that says where the weights are from."""
+    titles = {"avcap": "AVCap", "cav_mae": "CAV-MAE", "git": "GIT"}
+    given = [
+        f"{title} (`{Path(sources[name]).name}`)" for name, title in titles.items() if sources.get(name) is not None
+    ]
+    fresh = sorted({module_of(name) for name in report.new})
+    rest = f", with fresh weights in {', '.join(f'`{module}`' for module in fresh)}" if fresh else ""
+    return f"Imported from {' and '.join(given)}{rest}. Not trained any further here."
 
 
 def make_processor(config: EVACapConfig, processing: dict[str, Any], tokenizer: BertTokenizer) -> EVACapProcessor:

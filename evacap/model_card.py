@@ -1,0 +1,163 @@
+"""Model cards: the template `model_card.md`, filled from what lies in a model folder."""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard
+from jinja2 import StrictUndefined, Template
+from transformers import AutoProcessor
+
+from .modeling_evacap.configuration_evacap import EVACapConfig
+from .modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
+from .modeling_evacap.presets import PRESETS
+from .processing.processing_evacap import EVACapProcessor
+
+
+TRAINING_FILE = "training.json"
+EVALUATION_FILE = "evaluation.json"
+PIPELINE_TAG = "video-text-to-text"
+"""The task of the Hub that comes closest: a clip goes in, text comes out."""
+_REQUIRED = {"license": str, "library_name": str, "pipeline_tag": str, "tags": list, "metrics": list}
+_STREAMS = {
+    "audio_only": "It listens and does not look at the picture.",
+    "video_only": "It looks at the picture and does not listen.",
+    "concat": "It listens and looks: the decoder reads the tokens of both streams.",
+    "gated_cross_attention": "It listens, and looks where the picture fits.",
+}
+
+
+def fill_model_card(folder: str | os.PathLike, repo_id: str) -> ModelCard:
+    """
+    Fills the template for a model folder.
+
+    Two files tell what the configuration cannot, where they lie in the folder: `training.json`,
+    `{"data": a sentence in Markdown, "datasets": [names on the Hub]}`, and `evaluation.json`,
+    `{"dataset": its name, "dataset_id": its name on the Hub, "results": [{"setting": what was done,
+    "metrics": {name: value}}]}`, the first of which goes to the card's metadata too.
+
+    Args:
+        folder (`str` or `os.PathLike`): A model folder with its processor.
+        repo_id (`str`): `ORG/NAME` on the Hub, which the example code loads.
+
+    Returns:
+        The card; `str(card)` is the text of a `README.md`.
+
+    Raises:
+        ValueError: one of the two files is not of that form.
+    """
+    folder = Path(folder)
+    config = EVACapConfig.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
+    name = repo_id.split("/")[-1]
+    training = _read(folder / TRAINING_FILE, lambda file: (file["data"], list(file["datasets"])))
+    results = _read(folder / EVALUATION_FILE, lambda file: (_results_table(file), _eval_results(file)))
+    values = _describe(config, processor) | {
+        "repo_id": repo_id,
+        "name": name,
+        "training_data": training[0] if training else "Not stated.",
+        "results": results[0] if results else "",
+    }
+    template = files(__package__).joinpath("model_card.md").read_text(encoding="utf-8")
+    card = ModelCard(Template(template, undefined=StrictUndefined, keep_trailing_newline=True).render(values))
+    card.data.datasets = (training and training[1]) or None
+    if results:
+        card.data.model_name, card.data.eval_results = name, results[1]
+    return card
+
+
+def check_metadata(card: ModelCard, source: str) -> None:
+    """Raises a `ValueError` that names what the metadata of `card`, read from `source`, lacks for the Hub."""
+    data = card.data.to_dict()
+    for name, kind in _REQUIRED.items():
+        if not isinstance(data.get(name), kind) or not data[name]:
+            expected = "a list of words" if kind is list else "a word"
+            raise ValueError(f"{source}: `{name}` is {data.get(name)!r} in its metadata, but it must be {expected}.")
+    if data["library_name"] != "transformers":
+        raise ValueError(f"{source}: `library_name` is {data['library_name']!r}, but it must be 'transformers'.")
+
+
+def python_examples(card: ModelCard) -> str:
+    """The Python code of a card, block after block."""
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", card.text, flags=re.DOTALL | re.MULTILINE))
+
+
+def _read(path: Path, extract: Callable[[Any], Any]) -> Any:
+    """What `extract` takes from the JSON file `path`; `None` where there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        return extract(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: not of the form that `fill_model_card` describes ({type(error).__name__}: {error})."
+        ) from error
+
+
+def _describe(config: EVACapConfig, processor: EVACapProcessor) -> dict[str, Any]:
+    with torch.device("meta"):
+        parameters = EVACapForConditionalGeneration(config).num_parameters()
+    extractor, video = processor.feature_extractor, processor.video_processor
+    fusion_type = config.fusion_type
+    sampling = "uniformly over the clip" if video.frame_sampling == "uniform" else "from its middle"
+    return {
+        "variant": _variant(config),
+        "streams": _STREAMS[fusion_type],
+        "parameters": f"{parameters / 1e6:.1f} M",
+        "sound": (
+            "not used"
+            if fusion_type == "video_only"
+            else f"{extractor.sampling_rate / 1000:g} kHz, {extractor.feature_size} mel bins, "
+            f"{extractor.window_type} window, {processor.window_seconds:.2f} s"
+        ),
+        "picture": (
+            "not used"
+            if fusion_type == "audio_only"
+            else f"{video.num_frames} frames {sampling}, {config.video_config.image_size} pixels"
+        ),
+        "window": f"{processor.window_seconds:.2f}",
+        "caption_length": processor.max_text_length,
+        "vocabulary_size": f"{config.text_config.vocab_size:,}",
+        "gated": fusion_type == "gated_cross_attention" and config.gate_type != "none",
+        "looks": fusion_type != "audio_only",
+    }
+
+
+def _variant(config: EVACapConfig) -> str:
+    for name, preset in PRESETS.items():
+        row = preset.config()
+        gate_counts = config.fusion_type == "gated_cross_attention"
+        if row.fusion_type == config.fusion_type and (not gate_counts or row.gate_type == config.gate_type):
+            return f"`{name}`: {preset.description}"
+    raise AssertionError(f"no preset has fusion_type={config.fusion_type!r} and gate_type={config.gate_type!r}")
+
+
+def _results_table(evaluation: dict[str, Any]) -> str:
+    names = list(dict.fromkeys(name for result in evaluation["results"] for name in result["metrics"]))
+    rows = [[evaluation["dataset"], *names], ["---"] * (len(names) + 1)]
+    for result in evaluation["results"]:
+        rows.append([result["setting"], *(_cell(result["metrics"].get(name)) for name in names)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
+    first = evaluation["results"][0]
+    return [
+        EvalResult(
+            task_type=PIPELINE_TAG,
+            dataset_type=evaluation["dataset_id"],
+            dataset_name=evaluation["dataset"],
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in first["metrics"].items()
+    ]
