@@ -226,7 +226,7 @@ def load_media(
                 "choose an earlier start"
             )
         announced = min(reader.announced, stop)
-        if announced - end > _TOLERANCE and announced < math.inf:
+        if announced - end > _TOLERANCE and reader.announced < math.inf:
             reader.note(f"{announced - start:.6g} s announced, {end - start:.6g} s found")
         media = Media(None, sampling_rate, None, None, start, end - start)
         if waveform is not None:
@@ -236,7 +236,7 @@ def load_media(
                 reader.note("its sound cannot be decoded")
         if video and reader.video:
             read = reader.read_frames if backend == "pyav" else reader.read_frames_with_decord
-            times = [start + time for time in _frame_times(end - start, num_frames, fps, frame_sampling)]
+            times = [start + time for time in frame_times(end - start, num_frames, fps, frame_sampling)]
             media.frames, timestamps = read(times, scan.keys)
             if media.frames is None:
                 reader.note("its picture cannot be decoded")
@@ -548,7 +548,7 @@ def _breaks_off(file: MediaFile) -> bool:
     return position > size
 
 
-def _frame_times(duration: float, num_frames: int, fps: float | None, frame_sampling: str) -> list[float]:
+def frame_times(duration: float, num_frames: int, fps: float | None, frame_sampling: str) -> list[float]:
     """The centres of equal parts of `duration` seconds; see `load_media`."""
     count = num_frames if fps is None else max(1, round(duration * fps))
     part = duration / num_frames if fps is None else 1 / fps

@@ -18,7 +18,7 @@ from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata, make_batched_metadata
 
-from .media_evacap import _frame_times, load_media
+from .media_evacap import frame_times, load_media
 
 
 FRAME_SAMPLING = ("uniform", "middle")
@@ -135,7 +135,7 @@ class EVACapVideoProcessor(BaseVideoProcessor):
         else:
             rate = metadata.fps
         total = metadata.total_num_frames
-        times = _frame_times(total / rate, num_frames, fps, frame_sampling)
+        times = frame_times(total / rate, num_frames, fps, frame_sampling)
         return np.minimum((np.asarray(times) * rate + 1e-6).astype(int), total - 1)
 
     def preprocess(self, videos, **kwargs: Unpack[EVACapVideosKwargs]) -> BatchFeature:

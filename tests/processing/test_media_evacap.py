@@ -324,13 +324,15 @@ def test_cover_art_is_no_picture(tmp_path):
 
 
 @pytest.mark.parametrize("extension", ["png", "jpg"])
-def test_still_image(tmp_path, extension):
+def test_still_image(tmp_path, warnings, extension):
     path = tmp_path / f"still.{extension}"
     av.VideoFrame.from_ndarray(barcode(77), format="rgb24").save(path)
     media = load_media(path, num_frames=3)
     assert read_barcodes(media.frames) == [77, 77, 77]
     assert media.waveform is None and media.duration == 0 and media.timestamps.tolist() == [0, 0, 0]
     assert probe_media(path).duration == 0
+    assert read_barcodes(load_media(path, num_frames=2, duration=2.5).frames) == [77, 77]
+    assert not warnings
     with pytest.raises(MediaError, match="ends at 0 s"):
         load_media(path, start=1)
 
