@@ -14,7 +14,6 @@ from ..modeling_evacap.configuration_evacap import EVACapConfig
 from ..modeling_evacap.import_weights import VIDEO_EMBEDDINGS, ImportReport, model_from_weights, module_of
 from ..modeling_evacap.presets import PRESETS
 from ..processing.feature_extraction_evacap import EVACapFeatureExtractor
-from ..processing.pipeline_evacap import AudioVisualCaptioningPipeline
 from ..processing.processing_evacap import EVACapProcessor
 from ..processing.video_processing_evacap import EVACapVideoProcessor
 
@@ -113,8 +112,8 @@ def import_weights(
     beside = output.with_name(f".{output.name}.{os.getpid()}")
     beside.mkdir(parents=True)
     try:
-        # The pipeline saves all of its parts, and the code that lets the folder load without this package.
-        AudioVisualCaptioningPipeline(model=model, processor=processor).save_pretrained(beside)
+        model.save_pretrained(beside)
+        processor.save_pretrained(beside)
         (beside / TRAINING_FILE).write_text(json.dumps({"data": _origin(report, sources), "datasets": []}) + "\n")
         beside.rename(output)
     finally:

@@ -11,7 +11,6 @@ from pathlib import Path
 from huggingface_hub import ModelCard, create_repo, get_token, upload_folder
 from huggingface_hub.utils import validate_repo_id
 
-from .. import TASK
 from ..model_card import check_metadata, fill_model_card, python_examples
 from ..training.clips import make_scene, write_clip
 
@@ -119,8 +118,8 @@ def check_files(folder: Path) -> None:
     missing -= {path.name for path in folder.glob("*.py")}
     if missing:
         raise FileNotFoundError(
-            f"{folder}: it lacks its code ({', '.join(sorted(missing))}). Have it written: import evacap, transformers; "
-            f"transformers.pipeline({TASK!r}, {str(folder)!r}).save_pretrained({str(folder)!r})"
+            f"{folder}: it lacks its code ({', '.join(sorted(missing))}). Load its model and its processor with `import "
+            "evacap` and save both there again: `save_pretrained` then writes it."
         )
 
 
