@@ -15,7 +15,7 @@ from transformers import GitForCausalLM
 from transformers.utils import logging
 
 from .checkpoint_files import read_checkpoint
-from .configuration_evacap import EVACapConfig
+from .configuration_evacap import EVACapConfig, EVACapVideoConfig
 from .modeling_evacap import EVACapForConditionalGeneration
 from .presets import get_preset
 from .source_names import QKV, NameTable, git_names_to_avcap
@@ -35,7 +35,7 @@ class ImportReport:
     Args:
         loaded (`list[str]`): Parameters that got a tensor of the same shape.
         reshaped (`list[str]`): Parameters that got a part of a tensor, or one of another shape.
-        new (`list[str]`): Parameters that no file had: freshly initialised, or tied to another one.
+        new (`list[str]`): Parameters that no file had and that start fresh.
         unused (`list[str]`): Tensors of the files that the model has no use for, under AVCap's names.
         notes (`list[str]`): Values that no file told.
         parameters (`int`): Parameters of the model.
@@ -102,8 +102,8 @@ def model_from_weights(
         num_mel_bins (`int`, *optional*): Mel bins of the filterbank; 128 by default.
         image_size (`int`, *optional*): Height and width of a frame; needed where the video position table leaves it
             open. 224 by default where the table can be one of 224 pixels.
-        num_frames (`int`, *optional*): Frames of a clip, for weights that saw single pictures or no `cav_mae`: 18 by
-            default, but 1 for an `avcap` of single pictures that stays AVCap.
+        num_frames (`int`, *optional*): Frames of a clip, for weights that saw single pictures or none: 18 by default,
+            but 1 for an `avcap` of single pictures that does not become an EVACap.
         video_embedding (`str`, defaults to `"inflate"`): What becomes of the embedding of single pictures where
             `num_frames` is more: `"inflate"` repeats patch weights over the tubelet, divided by its length, so that a
             still gives the same tokens, and repeats the position table over time (ours); `"fresh"` starts both anew
@@ -132,9 +132,9 @@ def model_from_weights(
         raise ValueError("Give either `avcap`, or `cav_mae`, `git` or both.")
     if video_embedding not in VIDEO_EMBEDDINGS:
         raise ValueError(f"`video_embedding` is {video_embedding!r}, but it must be 'inflate' or 'fresh'.")
+    row = get_preset(preset or ("evacap" if avcap is None else "avcap"))
+    stays_avcap = avcap is not None and row.config().fusion_type != "gated_cross_attention"
     report = ImportReport()
-    preset_name = preset or ("evacap" if avcap is None else "avcap")
-    get_preset(preset_name)
 
     tensors, text_fields = {}, {}
     if avcap is not None:
@@ -146,9 +146,9 @@ def model_from_weights(
         git_tensors, text_fields = _read_git(git)
         tensors |= git_tensors
     sizes = _Sizes(tensors, num_attention_heads, report.notes)
-    config = get_preset(preset_name).config(
+    config = row.config(
         audio_config=sizes.audio(num_mel_bins),
-        video_config=sizes.video(image_size, num_frames, keep_frames=avcap is not None and preset_name == "avcap"),
+        video_config=sizes.video(image_size, num_frames, keep_pictures=stays_avcap),
         text_config=sizes.text(text_fields),
         **sizes.joint(),
     )
@@ -159,12 +159,13 @@ def model_from_weights(
         expected_new.append(r"model\.encoder\..+")
     if avcap is None:
         expected_new.append(r"model\.decoder\.prefix_.+" if git is not None else r"(model\.decoder|lm_head)\..+")
-    if video_embedding == "fresh":
+    is_picture = _is_picture(tensors)
+    if video_embedding == "fresh" and is_picture and config.video_config.num_frames > 1:
         for name in ("patch_embed_v.proj.weight", "patch_embed_v.proj.bias", "pos_embed_v"):
             if tensors.pop(f"av_encoder.{name}", None) is not None:
                 report.unused.append(f"av_encoder.{name}")
         expected_new.append(r"model\.encoder\.video_tower\.embeddings\.(patch|position)_embeddings.*")
-    state = _convert(tensors, config, report, expected_new, allow_missing)
+    state = _convert(tensors, config, is_picture, report, expected_new, allow_missing)
     model = _build(config, state)
     report.parameters = model.num_parameters()
     return model, report
@@ -273,7 +274,7 @@ class _Sizes:
             )
         return {**fields, "num_mel_bins": num_mel_bins, "max_frames": table[1] // rows * fields["patch_size"]}
 
-    def video(self, image_size: int | None, num_frames: int | None, keep_frames: bool) -> dict[str, Any] | None:
+    def video(self, image_size: int | None, num_frames: int | None, keep_pictures: bool) -> dict[str, Any] | None:
         table = self.shapes.get("av_encoder.pos_embed_v")
         if table is None:
             given = {"image_size": image_size, "num_frames": num_frames}
@@ -289,7 +290,7 @@ class _Sizes:
                     f"`image_size` is {image_size}, but the video position table has {patches} places, for a square "
                     f"picture of {side} pixels or none."
                 )
-            if num_frames is None and keep_frames:
+            if num_frames is None and keep_pictures:
                 num_frames = 1
             return {**fields, "image_size": side} | ({} if num_frames is None else {"num_frames": num_frames})
 
@@ -345,6 +346,7 @@ def _untie_if_needed(config: EVACapConfig, tensors: dict[str, torch.Tensor], not
 def _convert(
     tensors: dict[str, torch.Tensor],
     config: EVACapConfig,
+    is_picture: bool,
     report: ImportReport,
     expected_new: list[str],
     allow_missing: Sequence[str],
@@ -353,8 +355,6 @@ def _convert(
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in EVACapForConditionalGeneration(config).state_dict().items()}
     names = NameTable(config.fusion_type)
-    steps = config.video_config.num_frames // config.video_config.tubelet_size
-
     state, unknown, misfits = {}, [], []
     for name, tensor in tensors.items():
         target = names.target(name)
@@ -363,17 +363,10 @@ def _convert(
             (report.unused if known else unknown).append(name)
             continue
         for part_name, part in _parts(target, tensor.float()):
-            shape = shapes.get(part_name)
-            if part_name.endswith("video_tower.embeddings.patch_embeddings.weight") and part.ndim == 4:
-                part = inflate_patch_embedding(part, config.video_config.tubelet_size)
-            elif part_name.endswith("video_tower.embeddings.position_embeddings") and _is_picture(tensors):
-                part = part.flatten(0, -2).repeat(steps, 1)
-            elif part_name.endswith((".position_embeddings", ".modality_embedding")):
-                part = part.reshape(
-                    part.shape[-1:] if part_name.endswith("modality_embedding") else (-1, part.shape[-1])
-                )
+            part = _fit(part_name, part, config.video_config, is_picture)
+            shape = shapes.get(part_name, ())
             if part.shape != shape:
-                misfits.append(f"{name} {tuple(tensor.shape)} for {part_name} {tuple(shape or ())}")
+                misfits.append(f"{name} {tuple(tensor.shape)} for {part_name} {tuple(shape)}")
                 continue
             (report.loaded if part.shape == tensor.shape else report.reshaped).append(part_name)
             state[part_name] = part
@@ -417,6 +410,19 @@ def _parts(target: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     if match is None:
         return [(target, tensor)]
     return [(f"{match[1]}.{part}_proj.{match[2]}", rows) for part, rows in zip("qkv", tensor.chunk(3), strict=True)]
+
+
+def _fit(name: str, tensor: torch.Tensor, config: EVACapVideoConfig, is_picture: bool) -> torch.Tensor:
+    """`tensor` in the shape of the parameter `name`; `is_picture`: the video embedding is one of single pictures."""
+    if name.endswith(".modality_embedding"):
+        return tensor.flatten()
+    if name.endswith(".position_embeddings"):
+        tensor = tensor.flatten(0, -2)
+        if is_picture and ".video_tower." in name:
+            tensor = tensor.repeat(config.num_frames // config.tubelet_size, 1)
+    elif is_picture and name.endswith(".video_tower.embeddings.patch_embeddings.weight"):
+        tensor = inflate_patch_embedding(tensor, config.tubelet_size)
+    return tensor
 
 
 def _is_picture(tensors: dict[str, torch.Tensor]) -> bool:

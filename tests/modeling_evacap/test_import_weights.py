@@ -307,7 +307,11 @@ def test_fresh_video_embedding_is_avcaps_way(cav_mae_file):
 def test_avcap_of_single_pictures(tmp_path):
     path = save(avcap_state(tubelet_size=None, video_positions=4), tmp_path / "picture.pth")
     options = {"image_size": None}
-    assert from_avcap(path, **options)[0].config.video_config.num_frames == 1
+    for preset in ("avcap", "video-only"):
+        model, _ = from_avcap(path, preset, video_embedding="fresh", **options)
+        assert model.config.video_config.num_frames == 1
+        tensor = model.model.encoder.video_tower.embeddings.position_embeddings
+        assert torch.equal(tensor, avcap_state(tubelet_size=None, video_positions=4)["av_encoder.pos_embed_v"][0])
     model, _ = from_avcap(path, "evacap", num_frames=4, **options)
     assert (model.config.video_config.num_frames, model.config.video_config.tubelet_size) == (4, 2)
 
