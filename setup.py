@@ -27,7 +27,7 @@ setup(
         "evacap.processing": "processing",
         "evacap.training": "training",
     },
-    package_data={"evacap": ["tiny/*"]},
+    package_data={"evacap": ["model_card.md", "tiny/*", "tiny_audio_only/*"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",

@@ -42,7 +42,7 @@ TINY = str(Path(__file__).with_name("tiny"))
 """Folder of the bundled checkpoint: a small EVACap trained on procedural clips, for trying and testing."""
 
 # Imported when they are first asked for: training needs more than captioning does.
-_LAZY = {"EVACapDataCollator": "training.collator"}
+_LAZY = {"EVACapDataCollator": "training.collator", "import_weights": "commands.import_weights"}
 
 __all__ = [
     "TASK",

@@ -23,8 +23,9 @@ def _mean(values: list[float]) -> float:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import evacap
     from transformers import pipeline
+
+    import evacap
 
     begin = time.perf_counter()
     captioner = pipeline(

@@ -1,0 +1,80 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from evacap.cli import COMMANDS, main
+from evacap.commands import sample
+
+
+@pytest.fixture
+def clip(tmp_path, capsys) -> str:
+    path = tmp_path / "clips" / "sample.mp4"
+    assert main(["sample", str(path), "--seed", "3"]) == 0
+    assert str(path) in capsys.readouterr().out
+    return str(path)
+
+
+def test_help_lists_the_commands_and_each_has_its_own(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    listed = capsys.readouterr().out
+    for name in COMMANDS:
+        assert name in listed
+        with pytest.raises(SystemExit) as stopped:
+            main([name, "--help"])
+        assert stopped.value.code == 0
+        assert f"evacap {name}" in capsys.readouterr().out
+
+
+def test_a_wrong_call_ends_with_2(capsys):
+    for call in ([], ["nothing"], ["caption"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(call)
+        assert stopped.value.code == 2
+
+
+def test_the_same_seed_writes_the_same_sample(clip, tmp_path):
+    assert main(["sample", str(tmp_path / "again.mp4"), "--seed", "3"]) == 0
+    with open(clip, "rb") as first, open(tmp_path / "again.mp4", "rb") as second:
+        assert first.read() == second.read()
+
+
+def test_caption_with_the_bundled_checkpoint(clip, capsys):
+    assert main(["caption", clip]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{clip}: ")
+    assert "gate 0." in printed.out and "attention entropy 0." in printed.out
+    assert "loaded" in printed.err
+
+
+def test_one_bad_file_leaves_the_others_and_the_exit_status_tells(clip, tmp_path, capsys):
+    bad = tmp_path / "bad.mp4"
+    bad.write_text("no media at all")
+    assert main(["caption", str(bad), clip, str(tmp_path / "missing.mp4"), "--json"]) == 1
+    printed = capsys.readouterr()
+    results = [json.loads(line) for line in printed.out.splitlines()]
+    assert [result["media"] for result in results] == [str(bad), clip, str(tmp_path / "missing.mp4")]
+    assert ["error" in result for result in results] == [True, False, True]
+    assert str(bad) in results[0]["error"] and "missing.mp4" in results[2]["error"]
+    assert len(results[1]["gate"]) == len(results[1]["times"]) > 0
+
+
+def test_an_error_is_one_line(tmp_path, capsys):
+    assert main(["caption", "clip.mp4", "--model", str(tmp_path / "nowhere")]) == 1
+    assert capsys.readouterr().err.startswith("evacap caption: ")
+
+
+def test_the_command_is_installed(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "evacap", "sample", "clip.mp4"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "clip.mp4").stat().st_size > 10_000
+    assert sample.__doc__
