@@ -4,6 +4,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
 
 COMMANDS = {
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0, 1 after an error that a sentence explains, 2 for a wrong call."""
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="evacap", description="Audio-visual captioning with EVACap.")
+    parser.add_argument("--version", action="version", version=f"evacap {metadata.version('evacap')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     module = None
     for name, summary in COMMANDS.items():
@@ -28,9 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return module.run(arguments) or 0
-    except (ValueError, OSError) as error:
-        print(f"evacap {arguments.command}: {error}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        # Some libraries wrap their messages over several lines.
+        print(f"evacap {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+
+
+def positive_int(text: str) -> int:
+    """An argument that must be a whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,14 @@ def _require_choice(field: str, value: Any, choices: Iterable[str]) -> None:
     _require(value in choices, field, value, "one of " + ", ".join(repr(choice) for choice in choices))
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or isinstance(value, float)
+
+
 class _TransformerConfig(PreTrainedConfig):
     """What the two towers and the decoder have in common: the checks of a Transformer stack's sizes."""
 
@@ -51,8 +59,7 @@ class _TransformerConfig(PreTrainedConfig):
         name = self.base_config_key
         for field in fields:
             value = getattr(self, field)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            _require(whole and value > 0, f"{name}.{field}", value, "a whole number above 0")
+            _require(_is_whole(value) and value > 0, f"{name}.{field}", value, "a whole number above 0")
         _require(
             self.hidden_size % self.num_attention_heads == 0,
             f"{name}.num_attention_heads",
@@ -229,7 +236,6 @@ class EVACapTextConfig(_TransformerConfig):
     bos_token_id: int | None = 101
     eos_token_id: int | list[int] | None = 102
     use_cache: bool = True
-    tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -266,7 +272,9 @@ class EVACapConfig(PreTrainedConfig):
             neighbouring audio time steps (the paper names the term, the formula is ours). 0 costs nothing.
         semantic_consistency_weight (`float`, defaults to 0.0): Weight of KL(p(y|a,v) ‖ p(y|a,v̂)) over the samples
             whose video was swapped (the paper names the term, the formula is ours). 0 costs nothing.
-        decoder_start_token_id (`int`, defaults to 101): `[CLS]`.
+        pad_token_id (`int`, *optional*), bos_token_id (`int`, *optional*), eos_token_id (`int`, *optional*):
+            `text_config`'s by default.
+        decoder_start_token_id (`int`, *optional*): The token before a caption; `bos_token_id` by default.
         initializer_range (`float`, defaults to 0.02): Standard deviation of fresh weights outside the three parts.
 
     Raises:
@@ -288,7 +296,7 @@ class EVACapConfig(PreTrainedConfig):
         "video_config": EVACapVideoConfig,
         "text_config": EVACapTextConfig,
     }
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "encoder_last_hidden_state"]
 
     audio_config: dict | PreTrainedConfig | None = None
     video_config: dict | PreTrainedConfig | None = None
@@ -301,7 +309,10 @@ class EVACapConfig(PreTrainedConfig):
     label_smoothing: float = 0.1
     gate_stability_weight: float = 0.0
     semantic_consistency_weight: float = 0.0
-    decoder_start_token_id: int | None = 101
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    decoder_start_token_id: int | None = None
     initializer_range: float = 0.02
     is_encoder_decoder: bool = True
     tie_word_embeddings: bool = True
@@ -316,19 +327,34 @@ class EVACapConfig(PreTrainedConfig):
                 setattr(self, key, config_class())
             elif isinstance(value, dict):
                 setattr(self, key, config_class(**value))
-            elif not isinstance(value, PreTrainedConfig):
+            elif getattr(value, "model_type", None) != config_class.model_type:
                 _require(False, key, value, f"a dict or an {config_class.__name__}")
+        for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if getattr(self, field) is None:
+                setattr(self, field, getattr(self.text_config, field))
+        if self.decoder_start_token_id is None:
+            self.decoder_start_token_id = self.bos_token_id
         super().__post_init__(**kwargs)
         self._validate()
 
     def _validate(self) -> None:
         _require_choice("fusion_type", self.fusion_type, FUSION_TYPES)
         _require_choice("gate_type", self.gate_type, GATE_TYPES)
-        whole = isinstance(self.num_joint_layers, int) and self.num_joint_layers >= 0
-        _require(whole, "num_joint_layers", self.num_joint_layers, "a whole number from 0 up")
+        layers = self.num_joint_layers
+        _require(_is_whole(layers) and layers >= 0, "num_joint_layers", layers, "a whole number from 0 up")
+        for field in ("gate_weight_init", "gate_bias_init", "label_smoothing", "gate_stability_weight"):
+            _require(_is_number(getattr(self, field)), field, getattr(self, field), "a number")
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "at least 0 and below 1")
         for field in ("gate_stability_weight", "semantic_consistency_weight"):
-            _require(getattr(self, field) >= 0, field, getattr(self, field), "at least 0")
+            value = getattr(self, field)
+            _require(_is_number(value) and value >= 0, field, value, "a number from 0 up")
+        if self.fusion_type in ("audio_only", "video_only"):
+            _require(
+                self.semantic_consistency_weight == 0,
+                "semantic_consistency_weight",
+                self.semantic_consistency_weight,
+                f"0 with `fusion_type={self.fusion_type!r}`, which has no picture to swap beside a sound",
+            )
         if self.fusion_type == "concat":
             _require(
                 self.video_config.hidden_size == self.audio_config.hidden_size,

@@ -339,7 +339,7 @@ def _untie_if_needed(config: EVACapConfig, tensors: dict[str, torch.Tensor], not
     """AVCap and GIT tie the output layer to the word embeddings; a GIT fine-tuned in Transformers may not."""
     words, output = tensors.get("textual.embedding.words.weight"), tensors.get("textual.output.weight")
     if words is not None and output is not None and not torch.equal(words, output):
-        config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+        config.tie_word_embeddings = False
         notes.append("the output layer has weights of its own: it is not tied to the word embeddings")
 
 

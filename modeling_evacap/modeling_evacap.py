@@ -13,6 +13,7 @@
 # limitations under the License.
 """PyTorch EVACap model: audio-visual captioning with entropy-gated cross-attention."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -502,7 +503,9 @@ class EVACapGatedCrossAttention(nn.Module):
         context = torch.matmul(weights.to(value.dtype), value).transpose(1, 2).flatten(2)
 
         # H = logsumexp(s) - sum(P s) is -sum(P log P) with a gradient that stays finite where P is 0.
-        entropy = scores.logsumexp(-1) - (weights * scores).sum(-1)
+        # Masked scores are 0 in that product, as their gradient would overflow.
+        finite = scores if video_mask is None else scores.masked_fill(~video_mask[:, None, None, :], 0.0)
+        entropy = scores.logsumexp(-1) - (weights * finite).sum(-1)
         entropy = entropy.mean(1) / visible.clamp(min=2).log()
         entropy = entropy.clamp(0, 1).masked_fill(visible < 2, 0.0)
 
@@ -573,20 +576,17 @@ class EVACapEncoder(EVACapPreTrainedModel):
         audio = video = None
         if fusion_type != "video_only":
             if input_features is None:
-                raise ValueError(
-                    f"`input_features` is missing: a model with `fusion_type='{fusion_type}'` needs the sound. Only a "
-                    "model with `fusion_type='video_only'` captions a clip without it."
-                )
+                raise ValueError(_missing_stream(self.config))
             audio = self.audio_tower(input_features, input_features_mask, **outputs)
             if audio_index is not None:
                 audio.last_hidden_state = audio.last_hidden_state[audio_index]
                 audio.attention_mask = None if audio.attention_mask is None else audio.attention_mask[audio_index]
         if fusion_type != "audio_only" and pixel_values_videos is not None:
             video = self.video_tower(pixel_values_videos, pixel_values_videos_mask, **outputs)
+            if audio is not None:
+                _move(video, audio.last_hidden_state.device)
         if fusion_type == "video_only" and video is None:
-            raise ValueError(
-                "`pixel_values_videos` is missing: a model with `fusion_type='video_only'` needs the picture."
-            )
+            raise ValueError(_missing_stream(self.config))
 
         main = video if audio is None else audio
         hidden_states, token_mask = main.last_hidden_state, main.attention_mask
@@ -599,7 +599,8 @@ class EVACapEncoder(EVACapPreTrainedModel):
                     hidden_states, video.last_hidden_state, video.attention_mask
                 )
                 if token_mask is not None:
-                    gate, entropy = gate.masked_fill(~token_mask, 0.0), entropy.masked_fill(~token_mask, 0.0)
+                    padding = ~token_mask.to(gate.device)
+                    gate, entropy = gate.masked_fill(padding, 0.0), entropy.masked_fill(padding, 0.0)
         elif fusion_type == "concat" and video is not None:
             token_mask = _concatenate_masks(
                 (audio.last_hidden_state, audio.attention_mask), (video.last_hidden_state, video.attention_mask), dim=1
@@ -621,8 +622,24 @@ class EVACapEncoder(EVACapPreTrainedModel):
         )
 
 
+def _move(output: EVACapEncoderOutput, device: torch.device) -> None:
+    """Brings a tower's tokens to the device of the other tower, where `device_map` has put them apart."""
+    output.last_hidden_state = output.last_hidden_state.to(device)
+    if output.attention_mask is not None:
+        output.attention_mask = output.attention_mask.to(device)
+
+
 def _main_input_name(config: EVACapConfig) -> str:
     return "pixel_values_videos" if config.fusion_type == "video_only" else "input_features"
+
+
+def _missing_stream(config: EVACapConfig) -> str:
+    if config.fusion_type == "video_only":
+        return "`pixel_values_videos` is missing: a model with `fusion_type='video_only'` needs the picture."
+    return (
+        f"`input_features` is missing: a model with `fusion_type='{config.fusion_type}'` needs the sound. Only a model "
+        "with `fusion_type='video_only'` captions a clip without it."
+    )
 
 
 def _concatenate_masks(*parts: tuple[torch.Tensor, torch.Tensor | None], dim: int) -> torch.Tensor | None:
@@ -843,6 +860,11 @@ class EVACapDecoder(EVACapPreTrainedModel):
 
         batch_size, length = inputs_embeds.shape[:2]
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if isinstance(past_length, int) and past_length + length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"The text has {past_length + length} tokens, but `text_config.max_position_embeddings` is "
+                f"{self.config.max_position_embeddings}: ask for fewer new tokens."
+            )
         steps = torch.arange(length, device=inputs_embeds.device) + past_length
         if position_ids is None:
             position_ids = steps[None]
@@ -867,7 +889,8 @@ class EVACapDecoder(EVACapPreTrainedModel):
             prefix_states = self.prefix_layer_norm(self.prefix_projection(encoder_hidden_states))
             prefix_mask = _attention_mask(self.config, prefix_states, token_mask)
 
-        hidden_states = self.dropout(self.layernorm_embedding(inputs_embeds + self.embed_positions(position_ids)))
+        positions = self.embed_positions(position_ids).to(inputs_embeds.device)
+        hidden_states = self.dropout(self.layernorm_embedding(inputs_embeds + positions))
         for layer in self.layers:
             hidden_states, prefix_states = layer(
                 hidden_states,
@@ -922,7 +945,7 @@ class EVACapModel(EVACapPreTrainedModel):
 
         Args:
             encoder_outputs ([`EVACapEncoderOutput`] or `tuple`, *optional*): What the encoder returned, to encode a
-                clip once and use it often.
+                clip once and use it often. Of a tuple only the first, `last_hidden_state`, is read: it has no mask.
         """
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
@@ -938,7 +961,7 @@ class EVACapModel(EVACapPreTrainedModel):
                 return_dict=True,
             )
         elif isinstance(encoder_outputs, tuple):
-            encoder_outputs = EVACapEncoderOutput(*encoder_outputs[:1])
+            encoder_outputs = EVACapEncoderOutput(last_hidden_state=encoder_outputs[0])
         if (
             decoder_input_ids is None
             and decoder_inputs_embeds is None
@@ -1001,23 +1024,28 @@ def label_smoothed_kl(
     if epsilon > 0:
         share = epsilon / (logits.shape[-1] - 1)
         others = log_probabilities.sum(-1) - true_class
-        target = torch.tensor([1 - epsilon, epsilon], dtype=torch.float64)
-        negative_entropy = (target * torch.tensor([1 - epsilon, share], dtype=torch.float64).log()).sum().item()
+        negative_entropy = (1 - epsilon) * math.log(1 - epsilon) + epsilon * math.log(share)
         loss = negative_entropy - (1 - epsilon) * true_class - share * others
     total = loss.masked_fill(~counted, 0.0).sum()
     return total / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
-def gate_stability(gate: torch.Tensor, num_rows: int) -> torch.Tensor:
+def gate_stability(gate: torch.Tensor, num_rows: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
     """
     The mean squared difference between the gates of neighbouring audio time steps (the paper names the term, the
-    formula is ours).
+    formula is ours). A clip without a picture counts as perfectly stable.
 
     Args:
         gate (`torch.Tensor` of shape `(batch_size, num_rows * steps)`): The gate of each audio token, mel row by row.
         num_rows (`int`): Mel rows, over which the gates are averaged first.
+        token_mask (`torch.BoolTensor` of shape `(batch_size, num_rows * steps)`, *optional*): The tokens that exist.
     """
-    return gate.unflatten(1, (num_rows, -1)).mean(1).diff(dim=1).square().mean()
+    change = gate.unflatten(1, (num_rows, -1)).mean(1).diff(dim=1).square()
+    if token_mask is None:
+        return change.sum() / max(change.numel(), 1)
+    exists = token_mask.unflatten(1, (num_rows, -1))[:, 0]
+    pairs = exists[:, 1:] & exists[:, :-1]
+    return change.masked_fill(~pairs, 0.0).sum() / pairs.sum().clamp(min=1)
 
 
 def semantic_consistency(matched: torch.Tensor, swapped: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -1033,7 +1061,7 @@ def semantic_consistency(matched: torch.Tensor, swapped: torch.Tensor, labels: t
     counted = labels != -100
     target = matched.detach()[counted].float().log_softmax(-1)
     prediction = swapped[counted].float().log_softmax(-1)
-    return F.kl_div(prediction, target, reduction="batchmean", log_target=True)
+    return F.kl_div(prediction, target, reduction="sum", log_target=True) / counted.sum().clamp(min=1)
 
 
 class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
@@ -1129,24 +1157,36 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
                 labels, self.config.text_config.pad_token_id, self.config.decoder_start_token_id
             )
 
-        batch_size = swapped = audio_index = None
-        if labels is not None and matched_pixel_values_videos is not None:
+        swapped = audio_index = None
+        if self.training and labels is not None and matched_pixel_values_videos is not None:
             if self.config.semantic_consistency_weight > 0 and len(matched_pixel_values_videos) > 0:
-                # The own videos of the swapped samples ride along as more rows of the same pass.
-                batch_size, swapped = labels.shape[0], shuffled.nonzero().squeeze(1)
-                audio_index = torch.cat([torch.arange(batch_size, device=labels.device), swapped])
+                if shuffled is None or encoder_outputs is not None:
+                    raise ValueError(
+                        "The semantic-consistency term needs `shuffled`, and the streams instead of `encoder_outputs`."
+                    )
+                swapped = shuffled.nonzero().squeeze(1)
                 if len(swapped) != len(matched_pixel_values_videos):
                     raise ValueError(
                         f"`matched_pixel_values_videos` has {len(matched_pixel_values_videos)} videos, but `shuffled` "
                         f"marks {len(swapped)} samples: it must hold the own video of each of those, in their order."
                     )
+                # The own videos of the swapped samples ride along as more rows of the same pass.
+                audio_index = torch.cat([torch.arange(len(shuffled), device=swapped.device), swapped])
                 pixel_values_videos_mask = _concatenate_masks(
                     (pixel_values_videos, pixel_values_videos_mask),
                     (matched_pixel_values_videos, matched_pixel_values_videos_mask),
                     dim=0,
                 )
                 pixel_values_videos = torch.cat([pixel_values_videos, matched_pixel_values_videos])
-                decoder_input_ids = decoder_input_ids[audio_index]
+                decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, decoder_position_ids = (
+                    None if rows is None else rows[audio_index]
+                    for rows in (
+                        decoder_input_ids,
+                        decoder_attention_mask,
+                        decoder_inputs_embeds,
+                        decoder_position_ids,
+                    )
+                )
         if encoder_outputs is None:
             encoder_outputs = self.model.encoder(
                 input_features,
@@ -1174,17 +1214,23 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
-            logits, matched_logits = logits[:batch_size], logits[labels.shape[0] :]
+            labels = labels.to(logits.device)
+            logits, matched_logits = logits.split([len(labels), len(logits) - len(labels)])
             loss = label_smoothed_kl(logits, labels, self.config.label_smoothing, num_items_in_batch)
             # The regularisers are means over this batch: where it is a part of a larger one, they count as its part.
             share = 1 if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
-            if self.config.gate_stability_weight > 0 and encoder_outputs.fusion_gate is not None:
+            gate = getattr(encoder_outputs, "fusion_gate", None)
+            if self.config.gate_stability_weight > 0 and gate is not None:
+                mask = encoder_outputs.attention_mask
                 term = gate_stability(
-                    encoder_outputs.fusion_gate[: labels.shape[0]], self.model.encoder.audio_tower.embeddings.num_rows
+                    gate[: len(labels)],
+                    self.model.encoder.audio_tower.embeddings.num_rows,
+                    None if mask is None else mask[: len(labels)].to(gate.device),
                 )
-                loss = loss + share * self.config.gate_stability_weight * term
+                loss = loss + share * self.config.gate_stability_weight * term.to(loss.device)
             if swapped is not None:
-                term = semantic_consistency(matched_logits, logits[swapped], labels[swapped])
+                rows = swapped.to(logits.device)
+                term = semantic_consistency(matched_logits, logits[rows], labels[rows])
                 loss = loss + share * self.config.semantic_consistency_weight * term
         return Seq2SeqLMOutput(
             loss=loss,
@@ -1202,6 +1248,14 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
         """The decoder makes its mask from the cache's own length, which costs nothing and compiles as well."""
         return attention_mask
+
+    def _prepare_model_inputs(self, inputs: torch.Tensor | None, bos_token_id, model_kwargs: dict[str, Any]):
+        """Without the main stream, `generate` would take start tokens for it."""
+        if inputs is None and all(
+            model_kwargs.get(name) is None for name in (self.main_input_name, "encoder_outputs")
+        ):
+            raise ValueError(_missing_stream(self.config))
+        return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any):
         """Repeats the text for beams and sequences, but not the encoded clip: its prefix is computed once."""

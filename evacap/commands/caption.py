@@ -5,13 +5,17 @@ import json
 import sys
 import time
 
+from ..cli import positive_int
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("media", nargs="+", help="media files or URLs")
     parser.add_argument("--model", help="model folder or Hub name (default: the bundled tiny checkpoint)")
     parser.add_argument("--device", help="such as cpu or cuda (default: the best there is)")
-    parser.add_argument("--num-beams", type=int, default=4, help="beams of the search (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=1, help="windows captioned at a time (default: %(default)s)")
+    parser.add_argument("--num-beams", type=positive_int, default=4, help="beams of the search (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=positive_int, default=1, help="windows captioned at a time (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line, with the gate over time")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code of a model folder instead of this package's"
@@ -28,12 +32,16 @@ def run(arguments: argparse.Namespace) -> int:
     import evacap
 
     begin = time.perf_counter()
-    captioner = pipeline(
-        evacap.TASK,
-        model=arguments.model or evacap.TINY,
-        device=arguments.device,
-        trust_remote_code=arguments.trust_remote_code or None,
-    )
+    model = arguments.model or evacap.TINY
+    try:
+        captioner = pipeline(
+            evacap.TASK,
+            model=model,
+            device=arguments.device,
+            trust_remote_code=arguments.trust_remote_code or None,
+        )
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{model} cannot be loaded: {error}") from error
     print(f"loaded {captioner.model.name_or_path} in {time.perf_counter() - begin:.1f} s", file=sys.stderr)
     gated = captioner.model.config.fusion_type == "gated_cross_attention"
     results = captioner(

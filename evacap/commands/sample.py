@@ -12,6 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from evacap.training.clips import make_scene, write_clip
 
+    if arguments.output.is_dir() or arguments.output.suffix.lower() != ".mp4":
+        raise ValueError(f"{arguments.output}: must be a file to write, with a name that ends in .mp4")
     scene = make_scene(arguments.seed, "test", 0)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_clip(scene, arguments.output)

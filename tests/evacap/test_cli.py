@@ -30,7 +30,7 @@ def test_help_lists_the_commands_and_each_has_its_own(capsys):
 
 
 def test_a_wrong_call_ends_with_2(capsys):
-    for call in ([], ["nothing"], ["caption"]):
+    for call in ([], ["nothing"], ["caption"], ["caption", "clip.mp4", "--num-beams", "0"]):
         with pytest.raises(SystemExit) as stopped:
             main(call)
         assert stopped.value.code == 2
@@ -63,8 +63,17 @@ def test_one_bad_file_leaves_the_others_and_the_exit_status_tells(clip, tmp_path
 
 
 def test_an_error_is_one_line(tmp_path, capsys):
-    assert main(["caption", "clip.mp4", "--model", str(tmp_path / "nowhere")]) == 1
-    assert capsys.readouterr().err.startswith("evacap caption: ")
+    nowhere = str(tmp_path / "nowhere")
+    calls = (
+        (["caption", "clip.mp4", "--model", nowhere], nowhere),
+        (["caption", "clip.mp4", "--device", "abacus"], "abacus"),
+        (["sample", str(tmp_path)], str(tmp_path)),
+        (["sample", str(tmp_path / "clip.txt")], "clip.txt"),
+    )
+    for call, named in calls:
+        assert main(call) == 1
+        printed = capsys.readouterr().err.strip().splitlines()
+        assert printed[-1].startswith(f"evacap {call[0]}: ") and named in printed[-1]
 
 
 def test_the_command_is_installed(tmp_path):

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from evacap.modeling_evacap.configuration_evacap import EVACapConfig
+from evacap.modeling_evacap.configuration_evacap import EVACapConfig, EVACapTextConfig
 
 
 @pytest.mark.parametrize(
@@ -11,7 +11,13 @@ from evacap.modeling_evacap.configuration_evacap import EVACapConfig
         ({"fusion_type": "late"}, "fusion_type", "'gated_cross_attention', 'concat', 'audio_only', 'video_only'"),
         ({"gate_type": "soft"}, "gate_type", "'entropy', 'learned', 'none'"),
         ({"label_smoothing": 1.0}, "label_smoothing", "below 1"),
-        ({"semantic_consistency_weight": -1.0}, "semantic_consistency_weight", "at least 0"),
+        ({"semantic_consistency_weight": -1.0}, "semantic_consistency_weight", "from 0 up"),
+        ({"label_smoothing": "0.1"}, "label_smoothing", "a number"),
+        ({"gate_stability_weight": None}, "gate_stability_weight", "a number"),
+        ({"gate_weight_init": "a"}, "gate_weight_init", "a number"),
+        ({"num_joint_layers": True}, "num_joint_layers", "a whole number"),
+        ({"audio_config": EVACapTextConfig()}, "audio_config", "an EVACapAudioConfig"),
+        ({"fusion_type": "audio_only", "semantic_consistency_weight": 1.0}, "semantic_consistency_weight", "0 with"),
         ({"num_joint_layers": -1}, "num_joint_layers", "from 0 up"),
         ({"audio_config": {"num_attention_heads": 7}}, "audio_config.num_attention_heads", "768"),
         ({"audio_config": {"num_mel_bins": 100}}, "audio_config.num_mel_bins", "multiple of"),
@@ -35,13 +41,19 @@ def test_one_frame_means_one_frame_tubelets():
     assert EVACapConfig(video_config={"num_frames": 1}).video_config.tubelet_size == 1
 
 
+def test_special_tokens_are_the_text_configs():
+    config = EVACapConfig(text_config={"vocab_size": 9, "pad_token_id": 3, "bos_token_id": 1, "eos_token_id": 2})
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (3, 1, 2)
+    assert config.decoder_start_token_id == 1
+
+
 def test_json_round_trip(tmp_path):
     config = EVACapConfig(
         fusion_type="concat",
         label_smoothing=0.2,
         audio_config={"num_hidden_layers": 3},
         video_config={"num_frames": 8, "attention": "frame"},
-        text_config={"vocab_size": 77},
+        text_config={"vocab_size": 77, "bos_token_id": 1, "eos_token_id": 2},
     )
     config.save_pretrained(tmp_path)
     loaded = EVACapConfig.from_pretrained(tmp_path)

@@ -3,6 +3,7 @@ import logging
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from tiny import BATCH_SIZE, FRAMES, VIDEO_FRAMES, VOCABULARY, tiny_config, tiny_inputs, tiny_labels
 from transformers import TextStreamer
@@ -144,7 +145,8 @@ def test_entropy_gate_gradients_stay_finite_with_masks_and_sharp_attention():
     video = (torch.randn(3, 6, 32) * 100).requires_grad_()
     mask = torch.tensor([[True] * 6, [True] + [False] * 5, [False] * 6])
     fused, gate, entropy, _ = fusion(audio, video, mask)
-    (fused.sum() + gate.sum() + entropy.sum()).backward()
+    # As large as a loss scaled for half precision makes it.
+    ((fused.sum() + gate.sum() + entropy.sum()) * 2.0**24).backward()
     for tensor in (audio, video, fusion.gate_weight, fusion.gate_bias, fusion.q_proj.weight):
         assert tensor.grad.isfinite().all()
 
@@ -277,25 +279,68 @@ def test_gate_stability_adds_its_weighted_mean():
     torch.testing.assert_close(weighted(**tiny_inputs(), labels=tiny_labels()).loss, expected)
 
 
+def build_for_training(**kwargs):
+    model = build(**kwargs).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.config.text_config.attention_probs_dropout_prob = 0.0
+    return model
+
+
+def swapped_batch() -> dict:
+    own = tiny_inputs()
+    return {
+        **own,
+        "pixel_values_videos": own["pixel_values_videos"][[1, 0, 2]],
+        "labels": tiny_labels(),
+        "shuffled": torch.tensor([True, True, False]),
+        "video_index": torch.tensor([1, 0, 2]),
+        "matched_pixel_values_videos": own["pixel_values_videos"][:2],
+    }
+
+
 def test_semantic_consistency_is_the_divergence_of_the_swapped_samples():
-    plain, weighted = build(), build(semantic_consistency_weight=2.0)
-    own, labels = tiny_inputs(), tiny_labels()
-    swapped = {**own, "pixel_values_videos": own["pixel_values_videos"][[1, 0, 2]]}
-    shuffled = torch.tensor([True, True, False])
+    plain, weighted = build_for_training(), build_for_training(semantic_consistency_weight=2.0)
+    batch, labels = swapped_batch(), tiny_labels()
     runs = []
     weighted.model.encoder.video_tower.register_forward_hook(lambda *_: runs.append(1))
-    output = weighted(
-        **swapped, labels=labels, shuffled=shuffled, matched_pixel_values_videos=own["pixel_values_videos"][:2]
-    )
-    matched = plain(**own, labels=labels).logits.log_softmax(-1)
-    other = plain(**swapped, labels=labels)
+    output = weighted(**batch)
+    matched = plain(**tiny_inputs(), labels=labels).logits.log_softmax(-1)
+    other = plain(**batch)
     divergence = (matched.exp() * (matched - other.logits.log_softmax(-1))).sum(-1)[:2]
     expected = other.loss + 2.0 * divergence[labels[:2] != -100].mean()
     torch.testing.assert_close(output.loss, expected)
     assert output.logits.shape[0] == BATCH_SIZE
     assert len(runs) == 1
+    torch.testing.assert_close(weighted.eval()(**batch).loss, other.loss)
+
+
+def test_semantic_consistency_with_every_kind_of_decoder_input():
+    model, batch = build_for_training(semantic_consistency_weight=2.0), swapped_batch()
+    expected = model(**batch).loss
+    ids = F.pad(batch["labels"][:, :-1], (1, 0), value=1).clamp(min=0)
+    embeddings = model.get_input_embeddings()(ids)
+    mask = torch.ones_like(ids)
+    torch.testing.assert_close(model(**batch, decoder_inputs_embeds=embeddings).loss, expected)
+    torch.testing.assert_close(model(**batch, decoder_input_ids=ids, decoder_attention_mask=mask).loss, expected)
     with pytest.raises(ValueError, match="marks 2 samples"):
-        weighted(**swapped, labels=labels, shuffled=shuffled, matched_pixel_values_videos=own["pixel_values_videos"])
+        model(**{**batch, "matched_pixel_values_videos": tiny_inputs()["pixel_values_videos"]})
+    with pytest.raises(ValueError, match="needs `shuffled`"):
+        model(**{**batch, "shuffled": None})
+    without_words = {**batch, "labels": batch["labels"].masked_fill(batch["shuffled"][:, None], -100)}
+    assert model(**without_words).loss.isfinite()
+
+
+def test_gate_stability_does_not_see_padding():
+    model = build(gate_stability_weight=100.0)
+    inputs, labels = tiny_inputs(), tiny_labels()
+    mask = (torch.arange(FRAMES) < 32).expand(BATCH_SIZE, -1)
+    padded = model(**inputs, input_features_mask=mask, labels=labels).loss
+    inputs["input_features"] = inputs["input_features"][:, :32]
+    torch.testing.assert_close(padded, model(**inputs, labels=labels).loss)
+    inputs["input_features"] = inputs["input_features"][:, :16]
+    assert model(**inputs, labels=labels).loss.isfinite()
 
 
 @pytest.mark.parametrize("fusion_type", FUSION_TYPES)
@@ -389,6 +434,27 @@ def test_encoder_outputs_can_be_handed_to_generate():
     assert torch.equal(as_tuple, model(encoder_outputs=encoder_outputs, labels=tiny_labels()).loss)
 
 
+@pytest.mark.parametrize(
+    ("fusion_type", "given", "message"),
+    [
+        ("gated_cross_attention", "pixel_values_videos", "`input_features` is missing.*fusion_type='video_only'"),
+        ("video_only", "input_features", "`pixel_values_videos` is missing"),
+        ("concat", None, "`input_features` is missing"),
+    ],
+)
+def test_generating_without_the_main_stream_says_so(fusion_type, given, message):
+    inputs = {name: value for name, value in tiny_inputs().items() if name == given}
+    with pytest.raises(ValueError, match=message):
+        build(fusion_type=fusion_type).generate(**inputs)
+
+
+def test_longer_texts_than_positions_say_so():
+    model = build()
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="65 tokens.*max_position_embeddings` is 64"):
+        model.generate(**tiny_inputs(), max_length=80)
+
+
 def test_streaming(capsys):
     class Words:
         def decode(self, ids, **kwargs):
@@ -429,11 +495,7 @@ def test_sdpa_and_eager_agree(fusion_type, attention):
 def test_gradient_checkpointing_gives_the_same_gradients(fusion_type, use_reentrant):
     gradients = []
     for checkpointing in (False, True):
-        model = build(fusion_type=fusion_type).train()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        model.config.text_config.attention_probs_dropout_prob = 0.0
+        model = build_for_training(fusion_type=fusion_type)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
@@ -495,6 +557,15 @@ def test_compiled_forward_agrees(fusion_type):
     expected = model(**inputs)
     compiled = torch.compile(model.forward, fullgraph=True)
     torch.testing.assert_close(compiled(**inputs).logits, expected.logits, **TOLERANCE)
+
+
+def test_the_graph_of_a_compiled_forward_does_not_break():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(build().forward, backend=counter)
+    for seed in range(2):
+        compiled(**tiny_inputs(seed=seed), labels=tiny_labels(seed=seed), use_cache=False)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("fusion_type", FUSION_TYPES)
