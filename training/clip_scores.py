@@ -16,7 +16,7 @@ from ..modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from ..processing.processing_evacap import EVACapProcessor
 from .clip_captions import names_in_caption
 from .clip_kinds import SOUND_ALIKES
-from .clips import Scene, make_scene, write_clip
+from .clips import Event, Scene, make_scene, write_clip
 
 
 COLUMNS = {
@@ -25,6 +25,8 @@ COLUMNS = {
     "off screen": "sound-alike sources off screen that get the word of their pair, as nobody can know more",
     "distinct": "all other sources that are named: the sound tells",
     "gate": "mean of the fusion gate",
+    "gate AUC": "chance that the gate stands higher with a clip's own video than with another's, where a sound-alike is "
+    "on screen",
 }
 
 
@@ -73,15 +75,20 @@ def caption_clips(
     return captions, torch.cat(gates) if gates else None
 
 
+def needs_picture(event: Event) -> bool:
+    """Whether only the picture tells what sounds, and does tell."""
+    return event.kind in SOUND_ALIKES and event.place is not None
+
+
 def score(scenes: list[Scene], captions: list[str]) -> dict[str, float]:
-    """The shares, 0 to 1, that `COLUMNS` describes, without the gate."""
+    """The shares, 0 to 1, that `COLUMNS` describes, without those of the gate."""
     right = [names_in_caption(caption) == scene.names for scene, caption in zip(scenes, captions, strict=True)]
     named: dict[str, list[bool]] = {"sound-alikes": [], "off screen": [], "distinct": []}
     for scene, caption in zip(scenes, captions, strict=True):
         for event in scene.events:
-            column = "distinct"
-            if event.kind in SOUND_ALIKES:
-                column = "sound-alikes" if event.place is not None else "off screen"
+            column = "distinct" if event.kind not in SOUND_ALIKES else "off screen"
+            if needs_picture(event):
+                column = "sound-alikes"
             named[column].append(event.name in names_in_caption(caption))
     return {"set": sum(right) / len(right)} | {column: sum(hits) / len(hits) for column, hits in named.items() if hits}
 
@@ -96,18 +103,22 @@ def score_model(
         scenes (`list[Scene]`), clips (`str` or `os.PathLike`): What `write_clips` returned, and its folder.
 
     Returns:
-        `{"matched": …, "swapped": …}`, each as `score` returns it, with `"gate"` for a model that has one. Swapped: every
-        clip has the picture of the clip before it.
+        `{"matched": …, "swapped": …}`, each as `score` returns it, with the figures of the gate for a model that has
+        one. Swapped: every clip has the picture of the clip before it.
     """
     model = EVACapForConditionalGeneration.from_pretrained(folder)
     processor = EVACapProcessor.from_pretrained(folder)
     files = [Path(clips) / f"{scene.id}.mp4" for scene in scenes]
-    figures = {}
+    figures, gates = {}, {}
     for condition, videos in (("matched", None), ("swapped", files[-1:] + files[:-1])):
-        captions, gates = caption_clips(model, processor, files, videos)
+        captions, gates[condition] = caption_clips(model, processor, files, videos)
         figures[condition] = score(scenes, captions)
-        if gates is not None:
-            figures[condition]["gate"] = gates.mean().item()
+        if gates[condition] is not None:
+            figures[condition]["gate"] = gates[condition].mean().item()
+    if gates["matched"] is not None:
+        needed = torch.tensor([any(needs_picture(event) for event in scene.events) for scene in scenes])
+        higher = gates["matched"][needed][:, None] > gates["swapped"][needed]
+        figures["swapped"]["gate AUC"] = higher.double().mean().item()
     return figures
 
 
@@ -120,12 +131,22 @@ def as_table(figures: dict[str, dict[str, dict[str, float]]]) -> str:
                 "–"
                 if column not in values
                 else f"{values[column]:.2f}"
-                if column == "gate"
+                if "gate" in column
                 else f"{values[column]:.1%}"
                 for column in COLUMNS
             ]
             lines.append(f"| {model} | {condition} | " + " | ".join(cells) + " |")
     return "\n".join(lines + ["", *(f"* {column}: {meaning}" for column, meaning in COLUMNS.items())])
+
+
+def save_evaluation(folder: str | os.PathLike, figures: dict[str, dict[str, float]], dataset: str) -> None:
+    """Writes the figures of one model to `evaluation.json` in its folder, from which its model card takes them."""
+    settings = {"matched": "own video", "swapped": "another clip's video"}
+    results = [{"setting": settings[condition], "metrics": values} for condition, values in figures.items()]
+    partial = Path(folder) / ".evaluation.json.partial"
+    content = {"dataset": dataset, "dataset_id": "procedural-clips", "results": results}
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(Path(folder) / "evaluation.json")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -134,17 +155,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num-clips", type=int, default=300, help="number of test clips (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the test clips (default: %(default)s)")
     parser.add_argument("--clips", help="folder to keep the clips in (default: a temporary one)")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--save", action="store_true", help="write evaluation.json, for the model card, to each MODEL")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         clips = options.clips or temporary
         scenes = write_clips(clips, options.num_clips, options.seed)
         figures = {Path(model).name: score_model(model, scenes, clips) for model in options.models}
     print(as_table(figures))
-    if options.json:
-        partial = options.json.with_name(f".{options.json.name}.partial")
-        partial.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        partial.replace(options.json)
+    if options.save:
+        for model in options.models:
+            save_evaluation(model, figures[Path(model).name], f"{options.num_clips} procedural test clips")
 
 
 if __name__ == "__main__":

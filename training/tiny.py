@@ -5,6 +5,7 @@ python -m evacap.training.tiny --output tiny-audio-only --fusion-type audio_only
 """
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ..processing.feature_extraction_evacap import EVACapFeatureExtractor
 from ..processing.processing_evacap import EVACapProcessor
 from ..processing.video_processing_evacap import EVACapVideoProcessor
 from .clip_captions import build_tokenizer
+from .clip_kinds import KINDS
 from .clip_sounds import SAMPLING_RATE
 from .clips import make_scene, render_frames, render_waveform
 from .collator import EVACapDataCollator
@@ -26,6 +28,11 @@ from .collator import EVACapDataCollator
 
 NUM_MEL_BINS, NUM_AUDIO_FRAMES, FRAME_SHIFT_MS = 64, 256, 20
 NUM_VIDEO_FRAMES, IMAGE_SIZE, CLIP_FPS = 8, 64, 10
+TRAINING_DATA = (
+    "{num_clips:,} procedural clips of 5 s, each seen once: synthesised sounds of {num_kinds} kinds and drawn pictures of their "
+    "sources (`python -m evacap.training.tiny`, seed {seed}); {p_mix:.0%} of the videos were those of other clips. "
+    "For trying and testing: it knows these kinds and nothing of real recordings."
+)
 MODALITIES = {"audio_only": "audio", "video_only": "video"}
 
 
@@ -111,8 +118,8 @@ class ProceduralClips(Dataset):
 def train(
     output: str | os.PathLike,
     fusion_type: str = "gated_cross_attention",
-    num_clips: int = 100_000,
-    p_mix: float = 0.1,
+    num_clips: int = 64_000,
+    p_mix: float = 0.15,
     learning_rate: float = 1e-3,
     batch_size: int = 32,
     seed: int = 0,
@@ -122,7 +129,7 @@ def train(
     """Trains a tiny captioner from nothing and saves it with its processor.
 
     Args:
-        output (`str` or `os.PathLike`): A new folder.
+        output (`str` or `os.PathLike`): A new folder; `training.json` in it says for the model card what it learned.
         fusion_type (`str`): See [`EVACapConfig`].
         num_clips (`int`): Clips to learn from, each seen once.
         p_mix (`float`): Probability of a swapped video; see [`EVACapDataCollator`].
@@ -181,6 +188,8 @@ def train(
     trainer.train()
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
+    data = TRAINING_DATA.format(num_kinds=len(KINDS), num_clips=num_clips, p_mix=p_mix, seed=seed)
+    (partial / "training.json").write_text(json.dumps({"data": data, "datasets": []}, indent=2) + "\n")
     partial.replace(output)
     return model
 
@@ -189,8 +198,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m evacap.training.tiny", description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="a new folder for the model and its processor")
     parser.add_argument("--fusion-type", choices=FUSION_TYPES, default="gated_cross_attention")
-    parser.add_argument("--num-clips", type=int, default=100_000, help="clips to learn from (default: %(default)s)")
-    parser.add_argument("--p-mix", type=float, default=0.1, help="share of swapped videos (default: %(default)s)")
+    parser.add_argument("--num-clips", type=int, default=64_000, help="clips to learn from (default: %(default)s)")
+    parser.add_argument("--p-mix", type=float, default=0.15, help="share of swapped videos (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="its peak (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="clips a step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of clips, weights and swaps (default: %(default)s)")

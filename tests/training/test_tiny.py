@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoProcessor
+
+import evacap
+from evacap.model_card import fill_model_card
+from evacap.training.clip_scores import as_table, save_evaluation, score, score_model, write_clips
+from evacap.training.clips import make_scene, write_clip
+from evacap.training.tiny import ProceduralClips, tiny_config, tiny_processor, train
+
+
+@pytest.mark.parametrize("fusion_type", ["gated_cross_attention", "concat", "audio_only", "video_only"])
+def test_the_tiny_size_fits_its_processor(fusion_type):
+    processor = tiny_processor(fusion_type)
+    model = evacap.EVACapForConditionalGeneration(tiny_config(processor.tokenizer, fusion_type)).eval()
+    assert model.num_parameters() < 3_500_000
+    clip = ProceduralClips(processor, 1)[0]
+    assert ("input_features" in clip) == (fusion_type != "video_only")
+    assert ("pixel_values_videos" in clip) == (fusion_type != "audio_only")
+    batch = evacap.EVACapDataCollator(p_mix=0.0)([clip])
+    with torch.no_grad():
+        assert torch.isfinite(model(**batch).loss)
+
+
+def test_a_training_clip_is_what_its_file_would_be(tmp_path):
+    processor = tiny_processor()
+    clips = ProceduralClips(processor, 3, "test")
+    for index in range(3):
+        scene = make_scene(0, "test", index)
+        write_clip(scene, tmp_path / "clip.mp4")
+        decoded = processor(media=tmp_path / "clip.mp4", text=scene.captions[0], return_tensors="np")
+        assert clips[index]["labels"] == decoded["labels"][0].tolist()
+        for name in ("input_features", "pixel_values_videos"):
+            rendered = np.asarray(clips[index][name])
+            assert rendered.shape == decoded[name][0].shape
+            assert np.abs(rendered - decoded[name][0]).mean() < 0.1 * rendered.std()
+
+
+def test_training_lowers_the_loss_and_saves_a_captioner(tmp_path):
+    clips = ProceduralClips(tiny_processor(), 16, "validation")
+    batch = evacap.EVACapDataCollator(p_mix=0.0)([clips[index] for index in range(16)])
+
+    def loss(model):
+        with torch.no_grad():
+            return model.eval()(**batch).loss.item()
+
+    short = train(tmp_path / "short", num_clips=8, batch_size=8)
+    model = train(tmp_path / "model", num_clips=240, batch_size=8, p_mix=0.3, semantic_consistency_weight=0.1)
+    assert loss(model) < 0.9 * loss(short)
+    assert {path.name for path in tmp_path.iterdir()} == {"short", "model"}
+
+    write_clip(make_scene(0, "test", 0), tmp_path / "clip.mp4")
+    model, processor = AutoModel.from_pretrained(tmp_path / "model"), AutoProcessor.from_pretrained(tmp_path / "model")
+    tokens = model.generate(**processor(media=tmp_path / "clip.mp4", return_tensors="pt"))
+    assert processor.batch_decode(tokens, skip_special_tokens=True)[0]
+    assert tokens.shape[1] <= 40
+
+
+def test_an_existing_folder_is_kept(tmp_path):
+    with pytest.raises(FileExistsError, match="exists already.*new folder"):
+        train(tmp_path)
+
+
+def test_scores_count_names():
+    scenes = [make_scene(0, "test", index) for index in range(200)]
+    assert set(score(scenes, [scene.captions[0] for scene in scenes]).values()) == {1.0}
+    assert set(score(scenes, ["Silence"] * 200).values()) == {0.0}
+
+    figures = score(scenes, [f"{scene.captions[0]}, then a bell rings" for scene in scenes])
+    assert figures["set"] == np.mean(["bell" in scene.names for scene in scenes])
+    assert figures["sound-alikes"] == figures["off screen"] == figures["distinct"] == 1.0
+
+
+def test_sound_alikes_are_scored_by_the_picture():
+    scenes = [make_scene(0, "test", index) for index in range(300)]
+    twins = {"car": "boat", "rain": "pan", "hammer": "door", "sheep": "goat"}
+    twins |= {second: first for first, second in twins.items()}
+    captions = [" ".join(twins.get(name, name) for name in scene.names) for scene in scenes]
+    figures = score(scenes, captions)
+    assert figures["sound-alikes"] == 0.0
+
+
+def test_table():
+    figures = {"tiny": {"matched": {"set": 0.5, "distinct": 0.25, "gate": 0.125}}}
+    assert "| tiny | matched | 50.0% | – | – | 25.0% | 0.12 | – |" in as_table(figures)
+
+
+def test_figures_reach_the_model_card(tmp_path):
+    model = train(tmp_path / "model", num_clips=2, batch_size=2)
+    save_evaluation(tmp_path / "model", {"matched": {"set": 0.5}, "swapped": {"set": 0.25}}, "7 clips")
+    card = str(fill_model_card(tmp_path / "model", "somebody/tiny"))
+    assert "2 procedural clips" in card and "15% of the videos" in card
+    assert "| another clip's video | 0.250 |" in card and f"{model.num_parameters() / 1e6:.1f} M" in card
+
+
+@pytest.mark.slow
+def test_the_bundled_checkpoint_hears_sees_and_looks_away(tmp_path):
+    scenes = write_clips(tmp_path, 300, seed=1)
+    tiny = score_model(evacap.TINY, scenes, tmp_path)
+    twin = score_model(Path(evacap.TINY).with_name("tiny_audio_only"), scenes, tmp_path)
+    assert tiny["matched"]["set"] >= 0.8
+    assert tiny["matched"]["sound-alikes"] >= 0.8 and twin["matched"]["sound-alikes"] <= 0.6
+    assert tiny["swapped"]["distinct"] >= twin["swapped"]["distinct"] - 0.03
+    assert tiny["swapped"]["gate AUC"] > 0.6
