@@ -8,6 +8,7 @@ a jump to the key frame before it. The time line starts at 0, where the first st
 import bisect
 import errno
 import http.client
+import io
 import math
 import os
 import re
@@ -19,8 +20,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from io import BytesIO
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from transformers.utils import logging
@@ -31,7 +31,8 @@ try:
 except ImportError:
     av = None
 
-logger = logging.get_logger(__name__)
+# Below transformers' own logger, so that its verbosity holds here too.
+logger = logging.get_logger(f"transformers.{__name__}")
 
 # Play lists, concatenation scripts and picture sequences are left out: they would read other files than the one asked for.
 _FORMATS = (
@@ -105,6 +106,24 @@ class MediaFile:
             return -errno.EINVAL
 
 
+def is_file(item: Any) -> bool:
+    """Whether `item` names or holds a media file: path, URL, bytes, file object, open `MediaFile`, or the
+    `{"bytes": …, "path": …}` of an undecoded `datasets` column."""
+    if isinstance(item, dict):
+        return bool(item) and item.keys() <= {"bytes", "path"}
+    return isinstance(item, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(item, "read")
+
+
+def file_source(item: Any) -> "str | os.PathLike | bytes | BinaryIO | MediaFile":
+    """What `load_media` reads for an `item` that is a file."""
+    if not isinstance(item, dict):
+        return item
+    source = item.get("path") if item.get("bytes") is None else item["bytes"]
+    if source is None:
+        raise ValueError(f"{item} names no file; give one of `bytes` and `path`")
+    return source
+
+
 @contextmanager
 def open_media(source: str | os.PathLike | bytes | BinaryIO | MediaFile) -> Iterator[MediaFile]:
     """Open a source once, to read several windows of it: a URL is downloaded once, a pipe is read once.
@@ -114,17 +133,21 @@ def open_media(source: str | os.PathLike | bytes | BinaryIO | MediaFile) -> Iter
             from its beginning and stays open.
 
     Raises:
-        MediaError: The source is missing, a directory, empty, not binary, or could not be downloaded.
+        MediaError: The source is missing, a directory, closed, empty, not binary, or could not be downloaded.
     """
     if isinstance(source, MediaFile):
         yield source
         return
     label = _label(source)
+    if getattr(source, "closed", False):
+        raise MediaError(f"{label}: the file object is closed; open it again")
+    if isinstance(source, io.TextIOBase):
+        raise MediaError(f"{label}: opened as text; open it with mode 'rb'")
     with ExitStack() as opened:
         if isinstance(source, (bytes, bytearray, memoryview)):
-            file = BytesIO(source)
+            file = io.BytesIO(source)
         elif hasattr(source, "read"):
-            file = source if _can_seek(source) else BytesIO(source.read())
+            file = source if _can_seek(source) else io.BytesIO(source.read())
         elif not isinstance(source, (str, os.PathLike)):
             raise TypeError(
                 f"`source` is a {type(source).__name__}; it must be a path, URL, bytes or binary file object"
@@ -135,11 +158,9 @@ def open_media(source: str | os.PathLike | bytes | BinaryIO | MediaFile) -> Iter
         else:
             file = opened.enter_context(_open_path(source))
             if not _can_seek(file):
-                file = BytesIO(file.read())
+                file = io.BytesIO(file.read())
         file.seek(0)
         head = file.read(64)
-        if isinstance(head, str):
-            raise MediaError(f"{label}: opened as text; open it with mode 'rb'")
         if not head:
             raise MediaError(f"{label}: the file is empty; get it again")
         if head.startswith(b"version https://git-lfs"):

@@ -17,6 +17,7 @@ from evacap.processing import media_evacap
 from evacap.processing.media_evacap import (
     MediaError,
     MediaNotFoundError,
+    file_source,
     load_media,
     open_media,
     probe_media,
@@ -419,9 +420,14 @@ def test_sources_of_the_wrong_kind(tmp_path, clip):
     with pytest.raises(MediaError, match="s3 addresses are not supported"):
         load_media("s3://bucket/clip.mp4")
     text = tmp_path / "text.txt"
-    text.write_text("words")
-    with open(text) as file, pytest.raises(MediaError, match="opened as text"):
+    text.write_bytes(b"words \xff")
+    with open(text, encoding="utf-8") as file, pytest.raises(MediaError, match="text.txt: opened as text"):
         load_media(file)
+    with pytest.raises(MediaError, match="text.txt: the file object is closed"):
+        load_media(file)
+    for nothing in ({"bytes": None, "path": None}, {"bytes": None}):
+        with pytest.raises(ValueError, match="names no file; give one of `bytes` and `path`"):
+            file_source(nothing)
 
 
 def test_truncated_behind_its_index(tmp_path, warnings):
