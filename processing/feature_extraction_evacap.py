@@ -10,7 +10,8 @@ from transformers.audio_utils import mel_filter_bank, optimal_fft_length
 from transformers.utils import TensorType, logging
 
 
-logger = logging.get_logger(__name__)
+# Below transformers' own logger, so that its verbosity holds here too.
+logger = logging.get_logger(f"transformers.{__name__}")
 
 WINDOWS = {"hamming": torch.hamming_window, "hanning": torch.hann_window}
 CHANNELS = ("average", "first")
@@ -183,7 +184,7 @@ class EVACapFeatureExtractor(SequenceFeatureExtractor):
             `ValueError`: for a wrong `sampling_rate`; an empty, integer-typed, wrongly shaped clip; NaN or infinity.
         """
         if sampling_rate is None:
-            logger.warning(
+            logger.warning_once(
                 f"It is strongly recommended to pass the `sampling_rate` argument to `{self.__class__.__name__}()`. "
                 "Failing to do so can result in silent errors that might be hard to debug."
             )
@@ -215,24 +216,24 @@ class EVACapFeatureExtractor(SequenceFeatureExtractor):
             data = {name: list(value.cpu().numpy()) for name, value in data.items()}
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def split_batch(self, raw_speech) -> list:
-        """The clips of the input, each an array, a tensor or a list of numbers."""
+    def split_batch(self, raw_speech, name: str = "raw_speech") -> list:
+        """The clips of the input, which errors call `name`: each an array, a tensor or a list of numbers."""
         if isinstance(raw_speech, (np.ndarray, torch.Tensor)):
             if raw_speech.ndim not in (1, 2, 3):
                 raise ValueError(
-                    "`raw_speech` must be (samples,), (batch, samples) or (batch, channels, samples), got shape "
+                    f"`{name}` must be (samples,), (batch, samples) or (batch, channels, samples), got shape "
                     f"{tuple(raw_speech.shape)}."
                 )
             if raw_speech.ndim == 2:
-                self._check_samples_last("raw_speech", raw_speech)
+                self._check_samples_last(name, raw_speech)
             clips = [raw_speech] if raw_speech.ndim == 1 else list(raw_speech)
         elif isinstance(raw_speech, (list, tuple)):
             one_clip = len(raw_speech) > 0 and isinstance(raw_speech[0], (int, float, np.number))
             clips = [raw_speech] if one_clip else list(raw_speech)
         else:
-            raise ValueError(f"`raw_speech` must be an array, a tensor or a list, got {type(raw_speech).__name__}.")
+            raise ValueError(f"`{name}` must be an array, a tensor or a list, got {type(raw_speech).__name__}.")
         if not clips:
-            raise ValueError("`raw_speech` is empty: expected at least one clip.")
+            raise ValueError(f"`{name}` is empty: expected at least one clip.")
         return clips
 
     @staticmethod
@@ -243,20 +244,21 @@ class EVACapFeatureExtractor(SequenceFeatureExtractor):
                 "samples). Transpose it."
             )
 
-    def _prepare_waveform(self, clip, index: int, device) -> torch.Tensor:
-        """One clip as a mono, mean-free float32 waveform, no longer than `max_frames` need and at least one frame."""
-        name = f"raw_speech[{index}]"
+    def to_waveform(self, clip, name: str) -> torch.Tensor:
+        """One clip as a tensor of floats, (samples,) or (channels, samples), or an error that calls it `name`."""
         if isinstance(clip, (list, tuple)):
             try:
-                clip = np.asarray(clip, dtype=np.float32)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"`{name}` is no list of numbers: {error}") from None
+                clip = np.asarray(clip)
+            except (ValueError, TypeError):
+                clip = None
+            if clip is None or clip.dtype.kind not in "fiu":
+                raise ValueError(f"`{name}` is no list of numbers, nor of channels of the same length.")
         if isinstance(clip, np.ndarray) and clip.dtype.kind == "f":
             clip = torch.from_numpy(np.array(clip, dtype=np.float32, order="C"))
         if not isinstance(clip, torch.Tensor) or not clip.is_floating_point():
             raise ValueError(
-                f"`{name}` must be an array, a tensor or a list of floats in [-1, 1], got "
-                f"{getattr(clip, 'dtype', type(clip).__name__)}. Divide 16-bit samples by 32768."
+                f"`{name}` must be an array, a tensor or a list of floats in [-1, 1] (16-bit samples divided by "
+                f"32768), got {getattr(clip, 'dtype', type(clip).__name__)}."
             )
         if clip.ndim == 2:
             self._check_samples_last(name, clip)
@@ -264,15 +266,18 @@ class EVACapFeatureExtractor(SequenceFeatureExtractor):
             raise ValueError(f"`{name}` must be (samples,) or (channels, samples), got shape {tuple(clip.shape)}.")
         if clip.numel() == 0:
             raise ValueError(f"`{name}` is empty: shape {tuple(clip.shape)}.")
-        clip = clip.to(device, torch.float32)
+        if not torch.isfinite(clip.float().mean()):
+            raise ValueError(f"`{name}` holds NaN or infinite values.")
+        return clip
+
+    def _prepare_waveform(self, clip, index: int, device) -> torch.Tensor:
+        """One clip as a mono, mean-free float32 waveform, no longer than `max_frames` need and at least one frame."""
+        clip = self.to_waveform(clip, f"raw_speech[{index}]").to(device, torch.float32)
         if clip.ndim == 2:
             clip = clip.mean(dim=0) if self.channels == "average" else clip[0]
-        mean = clip.mean()
-        if not torch.isfinite(mean):
-            raise ValueError(f"`{name}` holds NaN or infinite values.")
         # The mean is the whole waveform's, as in AVCap, also where only its beginning is used.
         used = (self.max_frames - 1) * self.hop_length + self.frame_length
-        clip = clip[:used] - mean
+        clip = clip[:used] - clip.mean()
         return torch.nn.functional.pad(clip, (0, max(0, self.frame_length - len(clip))))
 
     def _torch_filterbank(self, waveforms: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
 from evacap.processing.feature_extraction_evacap import EVACapFeatureExtractor
 
@@ -108,7 +109,18 @@ def test_sampling_rate(caplog):
         extractor(noise(0.1), sampling_rate=44100)
     with caplog.at_level(logging.WARNING):
         extractor(noise(0.1))
-    assert "recommended to pass the `sampling_rate`" in caplog.text
+        extractor(noise(0.1))
+    assert [record.getMessage()[:43] for record in caplog.records] == ["It is strongly recommended to pass the `sam"]
+
+
+def test_warnings_follow_the_verbosity_of_transformers(caplog):
+    before = get_verbosity()
+    set_verbosity_error()
+    try:
+        EVACapFeatureExtractor(max_frames=64)(noise(0.1))
+    finally:
+        set_verbosity(before)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -123,8 +135,12 @@ def test_sampling_rate(caplog):
         ([np.zeros((1600, 2), np.float32)], r"`raw_speech\[0\]` .*samples must come last"),
         (np.zeros((1, 1, 1, 9), np.float32), r"got shape \(1, 1, 1, 9\)"),
         ([np.zeros((1, 1, 9), np.float32)], r"`raw_speech\[0\]` .*got shape \(1, 1, 9\)"),
-        (np.zeros(1600, np.int16), r"floats in \[-1, 1\], got int16"),
+        (np.zeros(1600, np.int16), r"floats in \[-1, 1\] .*, got int16"),
+        ([0, 12000, -7] * 100, r"`raw_speech\[0\]` must be .*floats in \[-1, 1\] .*, got int"),
+        ([[0, 12000, -7] * 100], r"`raw_speech\[0\]` must be .*floats in \[-1, 1\] .*, got int"),
         ([["a", "b"]], r"`raw_speech\[0\]` is no list of numbers"),
+        ([[[0.1, 0.2], [0.3]]], r"`raw_speech\[0\]` is no list of numbers"),
+        ([[0.1, None]], r"`raw_speech\[0\]` is no list of numbers"),
         ("clip.wav", "`raw_speech` must be an array, a tensor or a list, got str"),
     ],
 )
