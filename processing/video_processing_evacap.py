@@ -1,7 +1,6 @@
 """Frames, or the files that hold them, to the pixels that EVACap looks at."""
 
 from copy import deepcopy
-from os import PathLike
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata, make_batched_metadata
 
-from .media_evacap import frame_times, load_media
+from .media_evacap import MediaError, file_source, frame_times, is_file, load_media, open_media
 
 
 FRAME_SAMPLING = ("uniform", "middle")
@@ -28,8 +27,8 @@ class EVACapVideosKwargs(VideosKwargs, total=False):
     """
     frame_sampling (`str`, *optional*, defaults to `"uniform"`):
         `"uniform"` takes the frames at the centres of `num_frames` equal parts (paper) or, with `fps`, of parts of
-        `1 / fps` seconds. `"middle"` takes the middle run of `num_frames` consecutive frames, or of frames `1 / fps`
-        seconds apart (AVCap's evaluation).
+        `1 / fps` seconds. `"middle"` needs `fps` and takes the middle run of `num_frames` frames, `1 / fps` seconds
+        apart (AVCap's evaluation).
     tubelet_size (`int`, *optional*):
         The number of frames is filled up to a multiple of it by repeating the last one. Defaults to 2, the frames of
         the model's tubelets, and to 1 for `num_frames=1`.
@@ -39,8 +38,36 @@ class EVACapVideosKwargs(VideosKwargs, total=False):
     tubelet_size: int | None
 
 
-def _is_path_or_file(video) -> bool:
-    return isinstance(video, (str, PathLike, bytes, bytearray)) or hasattr(video, "read")
+def stack_videos(pixels: list[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """
+    One batch of videos (frames, 3, height, width), at least one of which is not `None`: `pixel_values_videos`, with
+    zeros, and `pixel_values_videos_mask` 0, where a clip has fewer frames than others or no picture.
+
+    Raises:
+        `ValueError`: for pictures of different sizes.
+    """
+    sizes = {tuple(video.shape[1:]): f"`videos[{i}]`" for i, video in enumerate(pixels) if video is not None}
+    if len(sizes) > 1:
+        found = ", ".join(f"{name} {size}" for size, name in sizes.items())
+        raise ValueError(f"The videos of a batch must end up in one size, got {found}: crop them, or pass them alone.")
+    lengths = torch.tensor([0 if video is None else len(video) for video in pixels])
+    first = next(video for video in pixels if video is not None)
+    batch = first.new_zeros(len(pixels), int(lengths.max()), *first.shape[1:])
+    for row, video in zip(batch, pixels):
+        if video is not None:
+            row[: len(video)] = video
+    data = {"pixel_values_videos": batch}
+    mask = torch.arange(batch.shape[1]) < lengths[:, None]
+    if not mask.all():
+        data["pixel_values_videos_mask"] = mask.to(batch.device, torch.long)
+    return data
+
+
+def _ndim(item) -> int:
+    """Dimensions of nested lists of numbers, arrays or pictures: 3 for a picture, 4 for a video, 5 for a batch."""
+    if isinstance(item, (list, tuple)):
+        return 1 + (_ndim(item[0]) if item else 0)
+    return 3 if is_pil_image(item) else getattr(item, "ndim", 0)
 
 
 class EVACapVideoProcessor(BaseVideoProcessor):
@@ -50,8 +77,9 @@ class EVACapVideoProcessor(BaseVideoProcessor):
 
     A video is a path, URL, bytes or file object (read by `load_media`: by time stamp, rotation applied); an array or
     tensor `(frames, height, width, channels)` or `(frames, channels, height, width)`; a list of PIL images or 3-D
-    arrays; or one picture, a video of one frame. A list of videos is a batch, in which the kinds may be mixed.
-    Sampling 18 frames from a video that has fewer repeats frames.
+    arrays; or one picture, a video of one frame. A list of videos is a batch, in which the kinds may be mixed, and in
+    which a list of picture files is one video. Values are 0 to 255, unless `do_rescale=False`. Sampling 18 frames from a
+    video that has fewer repeats frames.
 
     Args:
         num_frames (`int`, *optional*, defaults to 18): Frames to sample; 18 are 2 per second over 9 s (paper).
@@ -104,6 +132,8 @@ class EVACapVideoProcessor(BaseVideoProcessor):
             )
         if num_frames < 1 or (fps is not None and fps <= 0):
             raise ValueError(f"`num_frames` and `fps` must be positive, got {num_frames} and {fps}.")
+        if frame_sampling == "middle" and fps is None:
+            raise ValueError("`frame_sampling='middle'` needs `fps`: frames are taken 1 / `fps` seconds apart.")
 
     def sample_frames(
         self,
@@ -127,13 +157,10 @@ class EVACapVideoProcessor(BaseVideoProcessor):
         fps = self.fps if fps is None else fps
         frame_sampling = self.frame_sampling if frame_sampling is None else frame_sampling
         self._check_sampling(num_frames, fps, frame_sampling)
-        if fps is None:
-            # Without a clock a frame is the unit of time, and consecutive frames are one unit apart.
-            rate, fps = 1, 1 if frame_sampling == "middle" else None
-        elif not metadata.fps:
+        if fps is not None and not metadata.fps:
             raise ValueError(f"`fps={fps}` needs `video_metadata` with the `fps` of the frames that were passed.")
-        else:
-            rate = metadata.fps
+        # Without a clock a frame is the unit of time.
+        rate = 1 if fps is None else metadata.fps
         total = metadata.total_num_frames
         times = frame_times(total / rate, num_frames, fps, frame_sampling)
         return np.minimum((np.asarray(times) * rate + 1e-6).astype(int), total - 1)
@@ -146,19 +173,20 @@ class EVACapVideoProcessor(BaseVideoProcessor):
             for name in (*names, "do_sample_frames")
         }
         do_sample_frames = sampling.pop("do_sample_frames")
+        do_rescale = self.do_rescale if kwargs.get("do_rescale") is None else kwargs["do_rescale"]
         input_data_format = kwargs.pop("input_data_format", None)
 
-        frames, is_file = [], []
-        for index, video in enumerate(self.split_batch(videos)):
-            is_file.append(_is_path_or_file(video))
-            if is_file[-1]:
+        videos = self.split_batch(videos)
+        frames = []
+        for index, video in enumerate(videos):
+            if is_file(video):
                 frames.append(self._read(video, do_sample_frames, sampling))
             else:
-                frames.append(self._to_channels_first(video, f"videos[{index}]", input_data_format))
+                frames.append(self.to_channels_first(video, f"videos[{index}]", input_data_format, do_rescale))
         metadata = make_batched_metadata(frames, video_metadata=deepcopy(kwargs.pop("video_metadata", None)))
         if do_sample_frames:
-            for index, was_sampled in enumerate(is_file):
-                if not was_sampled:
+            for index, video in enumerate(videos):
+                if not is_file(video):
                     metadata[index].frames_indices = self.sample_frames(metadata[index], **sampling)
                     frames[index] = frames[index][metadata[index].frames_indices]
         kwargs.update(do_sample_frames=False, video_metadata=metadata, input_data_format=ChannelDimension.FIRST)
@@ -167,40 +195,53 @@ class EVACapVideoProcessor(BaseVideoProcessor):
     @staticmethod
     def split_batch(videos) -> list:
         """The videos of the input: one video becomes a list of one."""
-        if isinstance(videos, (np.ndarray, torch.Tensor)):
-            if videos.ndim == 5:
-                return list(videos)
-            return [videos]
-        if not isinstance(videos, (list, tuple)):
-            return [videos]
-        if not videos:
-            raise ValueError("`videos` is empty: expected at least one video.")
-        is_frames = is_pil_image(videos[0]) or getattr(videos[0], "ndim", None) == 3
-        return [videos] if is_frames else list(videos)
+        if isinstance(videos, (list, tuple)):
+            if not videos:
+                raise ValueError("`videos` is empty: expected at least one video.")
+            return [videos] if _ndim(videos) in (3, 4) else list(videos)
+        return list(videos) if _ndim(videos) == 5 else [videos]
 
     @staticmethod
     def _read(video, do_sample_frames: bool, sampling: dict) -> torch.Tensor:
         if not do_sample_frames:
             raise ValueError("`do_sample_frames=False` needs decoded frames: pass an array instead of a path or file.")
-        media = load_media(video, audio=False, **sampling)
-        if media.frames is None:
-            raise ValueError(f"{video if isinstance(video, (str, PathLike)) else 'file'}: it has no picture.")
+        with open_media(file_source(video)) as file:
+            media = load_media(file, audio=False, **sampling)
+            if media.frames is None:
+                raise MediaError(f"{file.label}: has no picture; choose a file that has one.")
         return torch.from_numpy(media.frames).permute(0, 3, 1, 2)
 
     @staticmethod
-    def _to_channels_first(video, name: str, input_data_format: ChannelDimension | None) -> torch.Tensor:
-        """A decoded video as a (frames, channels, height, width) tensor."""
+    def _read_picture(picture, name: str) -> np.ndarray:
+        with open_media(file_source(picture)) as file:
+            media = load_media(file, audio=False, num_frames=1)
+            if media.frames is None or media.duration > 0:
+                raise MediaError(f"{file.label}: is no picture, but `{name}` is a list of files; pass a video alone.")
+        return media.frames[0]
+
+    @classmethod
+    def to_channels_first(
+        cls, video, name: str, input_data_format: ChannelDimension | None = None, do_rescale: bool = True
+    ) -> torch.Tensor:
+        """A decoded video as a (frames, channels, height, width) tensor, or an error that calls it `name`."""
         if is_pil_image(video):
             video = [video]
         if isinstance(video, (list, tuple)):
             if len(video) == 0:
                 raise ValueError(f"`{name}` has no frames.")
             if is_pil_image(video[0]):
-                video = np.stack([np.asarray(frame.convert("RGB")) for frame in video])
+                video = [np.asarray(frame.convert("RGB")) for frame in video]
                 input_data_format = ChannelDimension.LAST
-            else:
+            elif is_file(video[0]):
+                video = [cls._read_picture(frame, name) for frame in video]
+                input_data_format = ChannelDimension.LAST
+            try:
                 video = torch.stack(list(video)) if isinstance(video[0], torch.Tensor) else np.stack(video)
+            except (ValueError, TypeError, RuntimeError):
+                raise ValueError(f"The frames of `{name}` must be of one kind and of the same size.") from None
         if isinstance(video, np.ndarray):
+            if video.dtype.kind not in "fiu":
+                raise ValueError(f"`{name}` must hold numbers, got {video.dtype}.")
             video = torch.from_numpy(np.array(video))
         if not isinstance(video, torch.Tensor):
             raise ValueError(
@@ -212,6 +253,16 @@ class EVACapVideoProcessor(BaseVideoProcessor):
             raise ValueError(
                 f"`{name}` must be (frames, height, width, channels) or (frames, channels, height, width) with at "
                 f"least one frame, got shape {tuple(video.shape)}."
+            )
+        if not video.is_floating_point() and video.dtype != torch.uint8:
+            low, high = (int(value) for value in video.long().aminmax())
+            if low < 0 or high > 255:
+                raise ValueError(f"`{name}` holds integers from {low} to {high}, expected 0 to 255.")
+            video = video.to(torch.uint8)
+        if do_rescale and video.is_floating_point() and 0 < video.max() <= 1:
+            raise ValueError(
+                f"`{name}` holds floats up to {video.max():.3g}, expected 0 to 255: pass uint8 frames, or "
+                "do_rescale=False for floats in [0, 1]."
             )
         if input_data_format is None:
             try:
@@ -231,11 +282,7 @@ class EVACapVideoProcessor(BaseVideoProcessor):
         pixels = [torch.cat([video, video[-1:].expand(-len(video) % tubelet_size, -1, -1, -1)]) for video in pixels]
         data = {"pixel_values_videos": pixels}
         if return_tensors is not None:
-            lengths = torch.tensor([len(video) for video in pixels])
-            data["pixel_values_videos"] = torch.nn.utils.rnn.pad_sequence(pixels, batch_first=True)
-            if len(lengths.unique()) > 1:
-                mask = torch.arange(lengths.max()) < lengths[:, None]
-                data["pixel_values_videos_mask"] = mask.to(pixels[0].device, torch.long)
+            data = stack_videos(pixels)
         return BatchFeature(data, tensor_type=return_tensors)
 
 

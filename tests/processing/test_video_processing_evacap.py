@@ -1,5 +1,6 @@
 import json
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -71,11 +72,20 @@ def test_uniform_takes_the_centres_of_equal_parts(small):
 
 
 def test_middle_run(small):
-    assert sampled(small, counting_frames(60), frame_sampling="middle") == [27, 28, 29, 30, 31, 32]
     metadata = VideoMetadata(total_num_frames=60, fps=10)
+    consecutive = sampled(small, counting_frames(60), frame_sampling="middle", fps=10, video_metadata=[metadata])
+    assert consecutive == [27, 28, 29, 30, 31, 32]
     every_other = sampled(small, counting_frames(60), frame_sampling="middle", fps=5, video_metadata=[metadata])
     assert every_other == [25, 27, 29, 31, 33, 35]
     assert metadata.frames_indices is None, "the caller's metadata stay as they were"
+
+
+def test_middle_needs_a_rate(small, clip):
+    with pytest.raises(ValueError, match="`frame_sampling='middle'` needs `fps`"):
+        EVACapVideoProcessor(frame_sampling="middle")
+    for video in (counting_frames(60), clip):
+        with pytest.raises(ValueError, match="`frame_sampling='middle'` needs `fps`"):
+            small(video, frame_sampling="middle")
 
 
 def test_frames_per_second(small):
@@ -102,6 +112,11 @@ def test_input_kinds_give_the_same(small):
     channels_first = torch.from_numpy(frames).permute(0, 3, 1, 2)
     for same in (pictures, channels_first, list(frames), [frames], frames[None], [pictures], tuple(pictures)):
         assert torch.equal(small(same, return_tensors="pt").pixel_values_videos, expected)
+    for same in (frames.astype(np.int64), frames.astype(np.uint16), frames.tolist(), [frames.tolist()]):
+        assert torch.equal(small(same, return_tensors="pt").pixel_values_videos, expected)
+    # A bicubic resize of floats overshoots where one of bytes is cut.
+    floats = small(frames.astype(np.float32), return_tensors="pt").pixel_values_videos
+    torch.testing.assert_close(floats, expected, atol=0.3, rtol=0)
     mixed = small([frames, pictures, channels_first], return_tensors="pt").pixel_values_videos
     assert torch.equal(mixed, expected.repeat(3, 1, 1, 1, 1))
     grey = [picture.convert("L") for picture in pictures]
@@ -113,7 +128,8 @@ def test_input_kinds_give_the_same(small):
 
 def test_files(small, clip, tmp_path):
     expected = small(load_media(clip, num_frames=6).frames, return_tensors="pt").pixel_values_videos
-    for source in (clip, tmp_path.joinpath(clip), open(clip, "rb").read()):
+    content = Path(clip).read_bytes()
+    for source in (clip, Path(clip), content, memoryview(content), {"bytes": content, "path": None}):
         assert torch.equal(small(source, return_tensors="pt").pixel_values_videos, expected)
     with open(clip, "rb") as file:
         assert torch.equal(small([file, clip], return_tensors="pt").pixel_values_videos[1:], expected)
@@ -125,6 +141,35 @@ def test_files(small, clip, tmp_path):
         small(clip, do_sample_frames=False)
     with pytest.raises(ValueError, match="missing.mp4"):
         small(str(tmp_path / "missing.mp4"))
+
+
+def test_a_list_of_picture_files_is_one_video(small, clip, tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (6, 48, 64, 3), dtype=np.uint8)
+    paths = [tmp_path / f"{index}.png" for index in range(6)]
+    for path, frame in zip(paths, frames):
+        Image.fromarray(frame).save(path)
+    expected = small([frames, frames[:2]], return_tensors="pt").pixel_values_videos
+    batch = small([paths, [path.read_bytes() for path in paths[:2]]], return_tensors="pt").pixel_values_videos
+    assert torch.equal(batch, expected)
+    with pytest.raises(ValueError, match=r"clip.mp4: is no picture, but `videos\[0\]` is a list of files"):
+        small([[paths[0], clip]])
+
+
+def test_floats_up_to_one_need_do_rescale_false(small):
+    frames = counting_frames(6) * 20
+    for floats in (frames / 255, torch.from_numpy(frames / 255).permute(0, 3, 1, 2), (frames[1] / 255).tolist()):
+        with pytest.raises(ValueError, match=r"`videos\[1\]` holds floats up to .* do_rescale=False"):
+            small([frames, floats])
+    whole = small(frames, return_tensors="pt").pixel_values_videos
+    scaled = small(frames / 255, do_rescale=False, return_tensors="pt").pixel_values_videos
+    torch.testing.assert_close(scaled.float(), whole, atol=1e-2, rtol=0)
+    assert small(np.zeros((2, 48, 64, 3)), do_normalize=False)["pixel_values_videos"][0].max() == 0, "black is black"
+
+
+def test_a_batch_of_several_sizes(small):
+    videos = [counting_frames(6), counting_frames(6, width=80)]
+    with pytest.raises(ValueError, match=r"one size, got `videos\[0\]` \(3, 32, 42\), `videos\[1\]` \(3, 32, 53\)"):
+        small(videos, do_center_crop=False, return_tensors="pt")
 
 
 def test_ragged_batch_is_padded_with_a_mask(small):
@@ -150,6 +195,12 @@ def test_ragged_batch_is_padded_with_a_mask(small):
         (np.zeros((0, 8, 8, 3), np.uint8), r"`videos\[0\]` must be .* got shape \(0, 8, 8, 3\)"),
         (np.zeros((8, 8), np.uint8), r"`videos\[0\]` must be .* got shape \(8, 8\)"),
         (np.zeros((4, 8, 8, 5), np.uint8), r"`videos\[0\]` has shape \(4, 8, 8, 5\)"),
+        (
+            [np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 8, 8, 3), bool)],
+            r"`videos\[1\]` must hold numbers, got bool",
+        ),
+        ([[Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))]], r"The frames of `videos\[0\]` must be .* same size"),
+        (np.full((2, 8, 8, 3), 300, np.uint16), r"`videos\[0\]` holds integers from 300 to 300, expected 0 to 255"),
         (17, r"`videos\[0\]` must be a path, an array, a tensor or a list of frames, got int"),
     ],
 )
