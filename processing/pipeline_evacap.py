@@ -1,6 +1,7 @@
 """The task "audio-visual-captioning": from files of any length to captions of what is heard."""
 
 import math
+import numbers
 import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -8,20 +9,28 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from transformers import BatchFeature
 from transformers.pipelines.base import ChunkPipeline
+from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import ModelOutput
 
-from .media_evacap import open_media, probe_media
-from .processing_evacap import NEGLIGIBLE_SECONDS, EVACapProcessor, file_source, is_file, is_still
+from .media_evacap import MediaError, file_source, is_file, open_media, probe_media
+from .processing_evacap import NEGLIGIBLE_SECONDS, EVACapProcessor, is_still
+from .video_processing_evacap import stack_videos
 
 
 ON_ERROR = ("raise", "skip")
 # Keys of an input, and the argument of the processor that takes what they hold.
-STREAMS = {"media": "media", "audio": "audio", "video": "videos", "image": "images"}
+STREAMS = {
+    "media": "media",
+    "audio": "audio",
+    "video": "videos",
+    "image": "images",
+    "videos": "videos",
+    "images": "images",
+}
 
 
 def split_streams(inputs: Any, processor: EVACapProcessor) -> dict[str, Any]:
@@ -30,23 +39,30 @@ def split_streams(inputs: Any, processor: EVACapProcessor) -> dict[str, Any]:
     first.
 
     Raises:
-        `ValueError`: if there is none, or no sound for a model that listens.
+        `ValueError`: if there is none, no sound for a model that listens, or a sound that is malformed.
     """
     if is_file(inputs):
         inputs = {"media": inputs}
-    elif isinstance(inputs, Mapping) and {"array", "sampling_rate"} <= inputs.keys():
+    elif hasattr(inputs, "get_all_samples") or (
+        isinstance(inputs, Mapping) and {"array", "sampling_rate"} <= inputs.keys()
+    ):
         inputs = {"audio": inputs}
     if not isinstance(inputs, Mapping) or not STREAMS.keys() & inputs.keys():
-        found = f"the keys {sorted(inputs)}" if isinstance(inputs, Mapping) else type(inputs).__name__
+        found = f"the keys {sorted(map(str, inputs))}" if isinstance(inputs, Mapping) else type(inputs).__name__
         raise ValueError(
             "An input must be a file (path, URL, bytes, file object) or a dict of `media`, or of `audio` with `video` or "
             f"`image`, got {found}."
         )
+    given = {key: inputs[key] for key in STREAMS if inputs.get(key) is not None}
+    for key in ("video", "image"):
+        if {key, f"{key}s"} <= given.keys():
+            raise ValueError(f"Pass either `{key}` or `{key}s`, which mean the same, not both.")
+    streams = {STREAMS[key]: stream for key, stream in given.items()}
     modalities = processor.modalities
-    unused = {"audio": ("video", "image"), "video": ("audio",), "audio_video": ()}[modalities]
-    streams = {
-        argument: inputs[key] for key, argument in STREAMS.items() if inputs.get(key) is not None and key not in unused
-    }
+    if streams.keys() == {"videos"} and is_file(streams["videos"]):
+        streams = {"media": streams["videos"]}
+    unused = {"audio": ("videos", "images"), "video": ("audio",), "audio_video": ()}[modalities]
+    streams = {argument: stream for argument, stream in streams.items() if argument not in unused}
     needed = {"videos", "images"} if modalities == "video" else {"audio"}
     if not streams.keys() & {"media", *needed}:
         raise ValueError(
@@ -54,18 +70,18 @@ def split_streams(inputs: Any, processor: EVACapProcessor) -> dict[str, Any]:
             if modalities == "video"
             else "The input has no sound: only a model with fusion_type='video_only' captions without."
         )
-    if "audio" in streams and not is_file(streams["audio"]) and not isinstance(streams["audio"], Mapping):
-        rate = processor.feature_extractor.sampling_rate
-        streams["audio"] = {"array": streams["audio"], "sampling_rate": rate}
+    if "audio" in streams and not is_file(streams["audio"]):
+        waveform = processor.to_waveform(streams["audio"], "audio")
+        streams["audio"] = {"array": waveform, "sampling_rate": processor.feature_extractor.sampling_rate}
     return streams
 
 
-def stream_seconds(stream: Any) -> float | None:
+def stream_seconds(name: str, stream: Any) -> float | None:
     """How long a stream lasts: 0 for the file of a still, `None` for frames, which have no clock."""
     if is_file(stream):
         return probe_media(stream).duration
-    if isinstance(stream, Mapping):
-        return np.shape(stream["array"])[-1] / stream["sampling_rate"]
+    if name == "audio":
+        return stream["array"].shape[-1] / stream["sampling_rate"]
     return None
 
 
@@ -85,7 +101,7 @@ def read_windows(inputs: Any, processor: EVACapProcessor, window_seconds: float)
             name: files.enter_context(open_media(file_source(stream))) if is_file(stream) else stream
             for name, stream in split_streams(inputs, processor).items()
         }
-        seconds = {name: stream_seconds(stream) for name, stream in streams.items()}
+        seconds = {name: stream_seconds(name, stream) for name, stream in streams.items()}
         total = seconds[next(iter(streams))] or window_seconds
         count = max(1, math.ceil((total - NEGLIGIBLE_SECONDS) / window_seconds))
         for index in range(count):
@@ -127,7 +143,15 @@ class WindowDataset(IterableDataset):
                 for window in self.read(get()):
                     yield index, window
             except Exception as error:
-                yield index, portable(error)
+                is_alone = hasattr(self.inputs, "__len__") and len(self.inputs) == 1
+                yield index, portable(error if is_alone else numbered(error, index))
+
+
+def numbered(error: Exception, index: int) -> Exception:
+    """The error with the number of its input in front of its message, unless that names a file."""
+    if not isinstance(error, MediaError) or str(error).startswith("<"):
+        error.args = (f"inputs[{index}]: {error}", *error.args[1:])
+    return error
 
 
 def portable(error: Exception) -> Exception:
@@ -149,8 +173,21 @@ def collate_windows(items: list[tuple[int, dict[str, Any] | Exception]]) -> tupl
     }
     videos = [window["pixel_values_videos"][0] if "pixel_values_videos" in window else None for window in batch]
     if any(video is not None for video in videos):
-        inputs.update(EVACapProcessor.stack_videos(videos))
+        inputs.update(stack_videos(videos))
     return items, inputs
+
+
+def undecoded(rows: Any) -> Any:
+    """`datasets` rows, or a column of them, with files in place of decoders: the windows are read from the files."""
+    if isinstance(rows, KeyDataset):
+        return KeyDataset(undecoded(rows.dataset), rows.key)
+    if hasattr(rows, "column_name"):
+        return undecoded(rows.source)[rows.column_name]
+    if hasattr(rows, "cast_column"):
+        for name, feature in (getattr(rows, "features", None) or {}).items():
+            if getattr(feature, "decode", False):
+                rows = rows.cast_column(name, type(feature)(decode=False))
+    return rows
 
 
 class _Rows(Dataset):
@@ -195,7 +232,7 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
     >>> import evacap
     >>> from transformers import pipeline
 
-    >>> captioner = pipeline("audio-visual-captioning", model=evacap.TINY, trust_remote_code=True)
+    >>> captioner = pipeline("audio-visual-captioning", model=evacap.TINY)
     >>> captioner("clip.mp4")
     {"text": "a dog barks while a man speaks"}
     >>> captioner(["clip.mp4", {"audio": "sound.wav", "image": "still.png"}], batch_size=2, num_beams=4)
@@ -220,9 +257,10 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
         Caption one input or many.
 
         Args:
-            inputs: One input is a file (path, URL, bytes, file object, or the undecoded `{"bytes": …, "path": …}` of
-                `datasets`) or a dict of `"media"`, or of `"audio"` (file or `{"array": …, "sampling_rate": …}`) and, if
-                there is a picture, `"video"` (file, array, list of PIL images) or `"image"`; other keys are not read.
+            inputs: One input is a file (path, URL, bytes, file object, or the `{"bytes": …, "path": …}` of `datasets`)
+                or a dict of `"media"`, or of `"audio"` (file or `{"array": …, "sampling_rate": …}`) and, if there is a
+                picture, `"video"` (file, array, list of PIL images or picture files) or `"image"`, also spelt as the
+                processor does, `"videos"` or `"images"`; other keys are not read. A `"video"` file alone is heard, too.
                 A list or tuple gives a list. A generator, a PyTorch or `datasets` dataset or a column of one gives an
                 iterator that reads as it goes.
             batch_size (`int`, *optional*, defaults to 1): Windows to caption at a time, across inputs.
@@ -247,13 +285,17 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
             `num_return_sequences` above 1 a list of such dicts.
 
         Raises:
-            `ValueError`: for an argument out of range, an input that is none, and with `on_error="raise"` for a file
-            that cannot be read, naming it.
+            `ValueError`: for an argument out of range and, with `on_error="raise"`, for an input that is none or a file
+            that cannot be read, naming the file or, of several inputs, the number.
         """
+        inputs = undecoded(inputs)
         if isinstance(inputs, (list, tuple)):
             inputs = list(inputs)
             if not inputs:
                 return []
+        elif isinstance(inputs, IterableDataset):
+            # One that has a length has no items by number all the same.
+            inputs = (item for item in inputs)
         elif not (is_file(inputs) or isinstance(inputs, (Mapping, Dataset)) or hasattr(inputs, "ndim")):
             if hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__"):
                 inputs = _Rows(inputs)
@@ -273,10 +315,12 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
         if on_error is not None and on_error not in ON_ERROR:
             raise ValueError(f"`on_error` must be one of {', '.join(map(repr, ON_ERROR))}, got {on_error!r}.")
         longest = self.processor.window_seconds
-        if chunk_length_s is not None and not NEGLIGIBLE_SECONDS <= chunk_length_s <= longest:
+        if chunk_length_s is not None and not (
+            isinstance(chunk_length_s, numbers.Real) and NEGLIGIBLE_SECONDS <= chunk_length_s <= longest
+        ):
             raise ValueError(
                 f"`chunk_length_s` must be between {NEGLIGIBLE_SECONDS} and {longest:g} s, which one caption covers, got "
-                f"{chunk_length_s}."
+                f"{chunk_length_s!r}."
             )
         groups = (
             {"chunk_length_s": chunk_length_s},

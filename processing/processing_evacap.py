@@ -1,21 +1,25 @@
 """Media files, arrays and captions to the model's inputs, and its tokens back to text."""
 
 import os
-from os import PathLike
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
-from transformers.dynamic_module_utils import custom_object_save
-from transformers.image_utils import is_pil_image
 from transformers.processing_utils import ProcessingKwargs, Unpack
 from transformers.utils import TensorType, logging
 
-from .media_evacap import Media, MediaFile, load_media, open_media, probe_media
-from .video_processing_evacap import EVACapVideosKwargs
+from .media_evacap import Media, MediaError, file_source, is_file, load_media, open_media, probe_media
+from .video_processing_evacap import EVACapVideosKwargs, stack_videos
 
 
-logger = logging.get_logger(__name__)
+if TYPE_CHECKING:
+    # Not run, as the pipeline builds on this file. transformers saves with a processor's file those it names like this,
+    # and so the pipeline's code travels with the processor and a saved folder has its task.
+    from .pipeline_evacap import AudioVisualCaptioningPipeline  # noqa: F401
+
+# Below transformers' own logger, so that its verbosity holds here too.
+logger = logging.get_logger(f"transformers.{__name__}")
 
 MODALITIES = ("audio_video", "audio", "video")
 # Containers round a stream's length up to whole codec frames: a rest shorter than this is no content to warn about.
@@ -27,24 +31,14 @@ class EVACapProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {}
 
 
-def is_file(item) -> bool:
-    """Whether `item` names or holds a media file: path, URL, bytes, file object, open `MediaFile`, or the
-    `{"bytes": …, "path": …}` of an undecoded `datasets` column."""
-    if isinstance(item, dict):
-        return item.keys() <= {"bytes", "path"}
-    return isinstance(item, (str, PathLike, bytes, bytearray, MediaFile)) or hasattr(item, "read")
+def is_sound_with_rate(item: Any) -> bool:
+    """Whether `item` is a decoded sound that tells its sampling rate: a dict, or a decoder as `datasets` gives it."""
+    return isinstance(item, dict) or hasattr(item, "get_all_samples")
 
 
-def file_source(item):
-    """What `load_media` reads for an `item` that is a file."""
-    if isinstance(item, dict):
-        return item["path"] if item.get("bytes") is None else item["bytes"]
-    return item
-
-
-def is_still(frames) -> bool:
-    """Whether decoded frames are one picture: a PIL image, a 3-D array, or a video of one frame."""
-    return is_pil_image(frames) or getattr(frames, "ndim", None) == 3 or len(frames) == 1
+def is_still(frames: Any) -> bool:
+    """Whether decoded frames are one picture: a 3-D array, what is no collection (a PIL image), a video of one frame."""
+    return getattr(frames, "ndim", 4) < 4 or not hasattr(frames, "__len__") or len(frames) == 1
 
 
 class EVACapProcessor(ProcessorMixin):
@@ -120,7 +114,8 @@ class EVACapProcessor(ProcessorMixin):
             media: Files whose sound and picture belong together: both are read in one pass. A clip without a picture
                 gets zeros and a mask of zeros in a batch that has pictures; the model then shuts its gate.
             text (`str` or list of `str`): Captions, for training.
-            audio: Files, waveforms as [`EVACapFeatureExtractor`] takes them, or `{"array": …, "sampling_rate": …}`.
+            audio: Files, waveforms as [`EVACapFeatureExtractor`] takes them, `{"array": …, "sampling_rate": …}` or the
+                decoder of a `datasets` column.
             videos: Files, or frames as [`EVACapVideoProcessor`] takes them. `None` is a clip without a picture.
             images: Stills beside a sound, as files, PIL images or arrays: videos of one repeated frame.
             start (`float`, *optional*, defaults to 0.0): Where the clip begins, in seconds.
@@ -148,7 +143,11 @@ class EVACapProcessor(ProcessorMixin):
         Raises:
             `ValueError` (of which `MediaError` is one), naming the file or argument: for a file that cannot be read or
             lacks the sound that the model needs, batches of different sizes, a wrong sampling rate, and bad options.
+            `TypeError`: for `video` or `image`, which are called `videos` and `images`.
         """
+        for name in ("video", "image"):
+            if name in kwargs:
+                raise TypeError(f"`{name}` is no argument: pass `{name}s`.")
         options = self._merge_kwargs(EVACapProcessorKwargs, **kwargs)
         audio_kwargs, videos_kwargs = options["audio_kwargs"], options["videos_kwargs"]
         known_rate = self.feature_extractor.sampling_rate
@@ -156,16 +155,19 @@ class EVACapProcessor(ProcessorMixin):
         if media is not None:
             if audio is not None or videos is not None or images is not None:
                 raise ValueError("Pass either `media`, or `audio` with `videos` or `images`, not both.")
-            clips = [
-                self._load(source, start, duration, videos_kwargs)
-                for source in (media if isinstance(media, (list, tuple)) else [media])
-            ]
+            sources = media if isinstance(media, (list, tuple)) else [media]
+            for index, source in enumerate(sources):
+                if not is_file(source):
+                    raise ValueError(
+                        f"`media[{index}]` must be a file (path, URL, bytes, file object), got {type(source).__name__}."
+                    )
+            clips = [self._load(source, start, duration, videos_kwargs) for source in sources]
             waveforms = [clip.waveform for clip in clips]
             pixels = [self._to_pixels(clip.frames, videos_kwargs, do_sample_frames=False) for clip in clips]
         else:
             waveforms, known_rate = self._read_audio(audio, rate, start, duration)
             pixels = self._read_pictures(videos, images, start, duration, videos_kwargs)
-        captions = [text] if isinstance(text, str) else list(text or [])
+        captions = self._check_captions(text)
         sizes = {len(batch) for batch in (waveforms, pixels, captions) if batch}
         if len(sizes) != 1:
             raise ValueError(
@@ -179,7 +181,7 @@ class EVACapProcessor(ProcessorMixin):
                 self.feature_extractor(waveforms, sampling_rate=known_rate, **audio_kwargs, return_tensors="pt")
             )
         if any(video is not None for video in pixels):
-            data.update(self.stack_videos(pixels))
+            data.update(stack_videos(pixels))
         if return_tensors != "pt":
             data = {name: list(value.cpu().numpy()) for name, value in data.items()}
         if captions:
@@ -205,12 +207,12 @@ class EVACapProcessor(ProcessorMixin):
                 },
             )
             if audio and clip.waveform is None:
-                raise ValueError(
+                raise MediaError(
                     f"{file.label}: has no sound, and this processor is one of a model that listens "
                     f"(modalities={self.modalities!r}). A model with fusion_type='video_only' captions it."
                 )
             if not audio and clip.frames is None:
-                raise ValueError(f"{file.label}: has no picture; choose a file that has one.")
+                raise MediaError(f"{file.label}: has no picture; choose a file that has one.")
             # Whether more follows is only looked up where the window is full, and until the warning has been given.
             if not (start or duration or self._has_warned_of_length) and clip.duration > seconds - 1e-3:
                 self._warn_if_longer(file.label, probe_media(file).duration)
@@ -239,9 +241,9 @@ class EVACapProcessor(ProcessorMixin):
         known_rate = self.feature_extractor.sampling_rate
         if audio is None or self.modalities == "video":
             return [], known_rate
-        waveforms, expected = [], known_rate
-        single = is_file(audio) or isinstance(audio, dict)
-        for index, clip in enumerate([audio] if single else self.feature_extractor.split_batch(audio)):
+        waveforms = []
+        single = is_file(audio) or is_sound_with_rate(audio)
+        for index, clip in enumerate([audio] if single else self.feature_extractor.split_batch(audio, "audio")):
             name = f"audio[{index}]"
             if clip is None:
                 raise ValueError(
@@ -250,30 +252,43 @@ class EVACapProcessor(ProcessorMixin):
             if is_file(clip):
                 waveforms.append(self._load(clip, start, duration, {}, video=False).waveform)
                 continue
-            clip_rate = rate
-            if isinstance(clip, dict):
-                if not {"array", "sampling_rate"} <= clip.keys():
-                    raise ValueError(
-                        f'`{name}` must be {{"array": …, "sampling_rate": …}} or {{"bytes": …, "path": …}}, got the '
-                        f"keys {sorted(clip)}."
-                    )
-                clip, clip_rate = clip["array"], clip["sampling_rate"]
-            if clip_rate is None:
+            if rate is None and not is_sound_with_rate(clip):
                 known_rate = None
-            elif clip_rate != expected:
-                raise ValueError(
-                    f"`{name}` has a sampling rate of {clip_rate} Hz, but the model was made for {expected} Hz: resample "
-                    "it first, or pass a file."
-                )
-            waveforms.append(self._cut(clip, name, start, duration))
+            waveforms.append(self._cut(self.to_waveform(clip, name, rate), name, start, duration))
         return waveforms, known_rate
 
-    def _cut(self, waveform, name: str, start: float, duration: float | None):
+    def to_waveform(self, clip: Any, name: str, rate: int | None = None) -> torch.Tensor:
+        """
+        A decoded clip as a tensor of floats, (samples,) or (channels, samples), or an error that calls it `name`.
+
+        Args:
+            clip: Samples, `{"array": …, "sampling_rate": …}`, or the decoder of a `datasets` column.
+            rate (`int`, *optional*): Sampling rate of plain samples; what is not known is not checked.
+        """
+        expected = self.feature_extractor.sampling_rate
+        if hasattr(clip, "get_all_samples"):
+            samples = clip.get_all_samples()
+            clip = {"array": samples.data, "sampling_rate": samples.sample_rate}
+        if isinstance(clip, dict) and not {"array", "sampling_rate"} <= clip.keys():
+            raise ValueError(
+                f'`{name}` must be {{"array": …, "sampling_rate": …}} or {{"bytes": …, "path": …}}, got the keys '
+                f"{sorted(map(str, clip))}."
+            )
+        if isinstance(clip, dict):
+            clip, rate = clip["array"], clip["sampling_rate"]
+        elif rate is None:
+            rate = expected
+        if rate != expected:
+            raise ValueError(
+                f"`{name}` has a sampling rate of {rate} Hz, but the model was made for {expected} Hz: resample it "
+                "first, or pass a file."
+            )
+        return self.feature_extractor.to_waveform(clip, name)
+
+    def _cut(self, waveform: torch.Tensor, name: str, start: float, duration: float | None) -> torch.Tensor:
         """The window of a waveform `(samples,)` or `(channels, samples)`."""
         rate = self.feature_extractor.sampling_rate
         seconds = self._check_duration(duration)
-        if isinstance(waveform, (list, tuple)):
-            waveform = np.asarray(waveform, dtype=np.float32)
         if not (start or duration):
             self._warn_if_longer(name, waveform.shape[-1] / rate)
             return waveform
@@ -293,15 +308,21 @@ class EVACapProcessor(ProcessorMixin):
         else:
             is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
             pictures = list(images) if is_batch else [images]
+        name = "videos" if images is None else "images"
         metadata = videos_kwargs.pop("video_metadata", None)
+        data_format = videos_kwargs.pop("input_data_format", None)
+        do_rescale = videos_kwargs.get("do_rescale", self.video_processor.do_rescale)
         pixels = []
         for index, picture in enumerate(pictures):
-            if is_file(picture):
+            if picture is None:
+                pixels.append(None)
+            elif is_file(picture):
                 frames = self._load(picture, start, duration, videos_kwargs, audio=False).frames
                 pixels.append(self._to_pixels(frames, videos_kwargs, do_sample_frames=False))
             else:
                 clip_metadata = metadata[index] if isinstance(metadata, (list, tuple)) else metadata
-                pixels.append(self._to_pixels(picture, videos_kwargs, video_metadata=clip_metadata))
+                frames = self.video_processor.to_channels_first(picture, f"{name}[{index}]", data_format, do_rescale)
+                pixels.append(self._to_pixels(frames, videos_kwargs, video_metadata=clip_metadata))
         return pixels
 
     def _to_pixels(self, frames, videos_kwargs: dict, **overrides) -> torch.Tensor | None:
@@ -320,22 +341,19 @@ class EVACapProcessor(ProcessorMixin):
         return pixels.repeat(num_frames + -num_frames % tubelet_size, 1, 1, 1)
 
     @staticmethod
-    def stack_videos(pixels: list[torch.Tensor | None]) -> dict[str, torch.Tensor]:
-        """One batch of videos; zeros and a mask of zeros where a clip has fewer frames or no picture."""
-        lengths = torch.tensor([0 if video is None else len(video) for video in pixels])
-        first = next(video for video in pixels if video is not None)
-        batch = first.new_zeros(len(pixels), int(lengths.max()), *first.shape[1:])
-        for row, video in zip(batch, pixels):
-            if video is not None:
-                row[: len(video)] = video
-        data = {"pixel_values_videos": batch}
-        mask = torch.arange(batch.shape[1]) < lengths[:, None]
-        if not mask.all():
-            data["pixel_values_videos_mask"] = mask.to(batch.device, torch.long)
-        return data
+    def _check_captions(text: Any) -> list[str]:
+        if text is None:
+            return []
+        captions = list(text) if isinstance(text, Iterable) and not isinstance(text, str) else [text]
+        for index, caption in enumerate(captions):
+            if not isinstance(caption, str):
+                raise ValueError(f"`text[{index}]` must be a string, got {type(caption).__name__}.")
+        return captions
 
     def _to_labels(self, captions: list[str], pad: bool, text_kwargs: dict) -> list[list[int]]:
         max_length = text_kwargs.get("max_length") or self.max_text_length
+        if max_length < 3:
+            raise ValueError(f"`max_length` must leave room for [CLS], a token and [SEP], got {max_length}.")
         # [CLS] and [SEP] count, but the labels begin after [CLS]: it is the decoder's start token.
         encoded = self.tokenizer(captions, add_special_tokens=False, truncation=True, max_length=max_length - 2)
         labels = [[*ids, self.tokenizer.sep_token_id] for ids in encoded["input_ids"]]
@@ -345,15 +363,10 @@ class EVACapProcessor(ProcessorMixin):
             labels = [ids + [-100] * (length - len(ids)) for ids in labels]
         return labels
 
-    def save_pretrained(self, save_directory: str | PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
-        """Save the processor and, where its code goes along, the pipeline's, so that the folder has its task too."""
-        # The pipeline builds on the processor, so it cannot be imported before.
-        from .pipeline_evacap import AudioVisualCaptioningPipeline
-
-        if self._auto_class is not None:
-            os.makedirs(save_directory, exist_ok=True)
-            custom_object_save(AudioVisualCaptioningPipeline, save_directory)
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """As in every [`ProcessorMixin`]."""
+        # The base class splits the name of a folder that it pushes, which only a string can.
+        return super().save_pretrained(os.fspath(save_directory), push_to_hub=push_to_hub, **kwargs)
 
 
 __all__ = ["EVACapProcessor"]

@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -100,19 +101,33 @@ def test_kinds_of_input(captioner, files):
     window = captioner.processor._load(clip, 0.0, None, {})
     sound = {"array": window.waveform, "sampling_rate": RATE}
     with open(clip, "rb") as file:
-        for same in (Path(clip), content, file, {"media": clip}, {"bytes": content, "path": None}):
+        for same in (
+            Path(clip),
+            content,
+            memoryview(content),
+            file,
+            {"media": clip},
+            {"bytes": content, "path": None},
+        ):
             assert captioner(same) == expected
     for audio, video in itertools.product((clip, sound, window.waveform, {"path": clip}), (clip, window.frames)):
         assert captioner({"audio": audio, "video": video, "id": 7}) == expected
     pictures = [Image.fromarray(frame) for frame in window.frames]
     assert captioner({"audio": clip, "video": pictures}) == expected
+    for name in ("video", "videos"):
+        assert captioner({name: clip}) == expected, "a file alone is heard as well"
+        assert captioner({"audio": clip, name: window.frames}) == captioner({"audio": clip, name: [*window.frames]})
     sound_alone = {"text": expected_text(captioner, media=files["sound"])}
     assert captioner(files["sound"]) == captioner({"audio": files["sound"], "video": None}) == sound_alone
     assert captioner({"array": window.waveform, "sampling_rate": RATE}) == captioner({"audio": clip})
     with_still = {"text": expected_text(captioner, audio=files["sound"], images=files["still"])}
     still = Image.open(files["still"])
-    for picture in ({"image": files["still"]}, {"image": still}, {"video": still}, {"video": np.asarray(still)}):
-        assert captioner({"audio": files["sound"], **picture}) == with_still
+    for key in ("image", "images", "video", "videos"):
+        for picture in (files["still"], still, np.asarray(still), [files["still"]]):
+            assert captioner({"audio": files["sound"], key: picture}) == with_still
+    for name in ("image", "video"):
+        with pytest.raises(ValueError, match=f"Pass either `{name}` or `{name}s`"):
+            captioner({"audio": clip, name: still, f"{name}s": still})
 
 
 def test_long_file_is_captioned_whole(captioner, files):
@@ -180,25 +195,70 @@ def test_generators_and_datasets(captioner, files):
         results = captioner(collection, batch_size=2, num_workers=1)
         assert len(results) == 3 and list(results) == expected
     assert list(captioner(rows.to_iterable_dataset())) == expected
-    sounds = datasets.Dataset.from_dict({"audio": [files["clip"]]}).cast_column("audio", datasets.Audio(decode=False))
-    assert list(captioner(sounds)) == [captioner({"audio": files["clip"]})]
+
+
+def test_media_columns_of_datasets(captioner, files):
+    clip = files["clip"]
+    rows = datasets.Dataset.from_dict({"audio": [clip], "video": [clip]})
+    rows = rows.cast_column("audio", datasets.Audio()).cast_column("video", datasets.Video())
+    expected = [captioner(clip)]
+    for collection in (
+        rows,
+        rows.to_iterable_dataset(),
+        rows.remove_columns("audio"),
+        KeyDataset(rows, "video"),
+        rows["audio"],
+        rows.cast_column("audio", datasets.Audio(decode=False)),
+    ):
+        assert list(captioner(collection)) == expected
+    assert list(captioner(rows.remove_columns("video"))) == [captioner({"audio": clip})]
+    assert rows.features["audio"].decode, "the caller's dataset stays as it was"
+
+
+def test_iterable_dataset_that_has_a_length(captioner, files):
+    class Rows(torch.utils.data.IterableDataset):
+        def __len__(self):
+            return 2
+
+        def __iter__(self):
+            return iter([files["clip"], files["hiss"]])
+
+    for num_workers in (0, 1):
+        assert list(captioner(Rows(), num_workers=num_workers)) == captioner([files["clip"], files["hiss"]])
 
 
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (4, 0), (2, 2), (4, 1)])
 def test_a_bad_clip_loses_no_other(captioner, files, batch_size, num_workers):
     missing = str(Path(files["clip"]).with_name("missing.mp4"))
-    inputs = [files["clip"], files["bad"], files["silent"], files["long"], missing, {"video": files["clip"]}, 3.5]
+    frames_alone = {"video": frames(4)}
+    inputs = [files["clip"], files["bad"], files["silent"], files["long"], missing, frames_alone, 3.5]
     results = captioner([*inputs, files["hiss"]], on_error="skip", batch_size=batch_size, num_workers=num_workers)
     good = (0, 3, 7)
     assert [results[i] for i in good] == captioner([files["clip"], files["long"], files["hiss"]])
     errors = {i: result["error"] for i, result in enumerate(results) if i not in good}
     assert all("\n" not in error for error in errors.values())
-    for i, part in {1: "bad.mp4", 2: "silent.mp4: has no sound", 4: "missing.mp4", 5: "no sound", 6: "float"}.items():
-        assert part in errors[i]
+    numbered = r"inputs\[5\]: The input has no sound", r"inputs\[6\]: An input must be .*, got float"
+    for i, part in zip(errors, (".*bad.mp4: ", ".*silent.mp4: has no sound", ".*missing.mp4: ", *numbered)):
+        assert re.match(part, errors[i]) and ("inputs" in errors[i]) == (i > 4)
     assert captioner([files["bad"]], on_error="skip", num_workers=num_workers)[0].keys() == {"error"}
     with pytest.raises(MediaError, match="bad.mp4") as error:
         captioner(inputs, batch_size=batch_size, num_workers=num_workers)
     assert "\n" not in str(error.value)
+
+
+def test_errors_without_a_file_name_the_input(captioner, files):
+    sound, broken = noise(1), np.full(RATE, np.nan)
+    for bad in (broken, sound[:0], {"array": sound, "sampling_rate": 8000}, {"bytes": None, "path": None}):
+        inputs = [{"audio": sound}, {"audio": bad}]
+        with pytest.raises(ValueError, match=r"^inputs\[1\]: [`{]") as error:
+            captioner(inputs)
+        assert captioner(inputs, on_error="skip")[1] == {"error": str(error.value)}
+        with pytest.raises(ValueError, match=r"^inputs\[1\]: [`{]"):
+            list(captioner(item for item in inputs))
+        with pytest.raises(ValueError, match="^[`{]"):
+            captioner(inputs[1])
+    with pytest.raises(MediaError, match=r"^inputs\[1\]: <3 bytes>: "):
+        captioner([files["clip"], b"abc"])
 
 
 def test_a_dataset_that_cannot_give_a_row(captioner, files):
@@ -274,9 +334,26 @@ def test_bad_arguments(captioner, files):
     for length in (0.1, 3.0):
         with pytest.raises(ValueError, match="`chunk_length_s` must be between 0.5 and 2.56 s"):
             captioner(files["clip"], chunk_length_s=length)
-    for wrong in ({"clip": files["clip"]}, noise(1), 3):
+    with pytest.raises(ValueError, match="`chunk_length_s` must be between 0.5 and 2.56 s, .* got '2'"):
+        captioner(files["clip"], chunk_length_s="2")
+    for wrong in ({"clip": files["clip"]}, {}, {3: 3, "clip": 3}, noise(1), 3):
         with pytest.raises(ValueError, match="An input must be a file"):
             captioner(wrong)
+    for audio, message in (
+        ({"array": None, "sampling_rate": RATE}, "`audio` must be an array.*, got NoneType"),
+        ({"array": noise(1), "sampling_rate": None}, "`audio` has a sampling rate of None Hz"),
+        ({"array": [0, 12000], "sampling_rate": RATE}, r"`audio` must be .*floats in \[-1, 1\].*, got int"),
+        ({"raw": noise(1)}, "`audio` must be .* got the keys"),
+        ([files["clip"]], "`audio` is no list of numbers"),
+        (noise(0), "`audio` is empty"),
+        (noise(6).reshape(-1, 2), "`audio` has shape .* samples must come last"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            captioner({"audio": audio})
+        assert "\n" not in str(error.value)
+    for video in (3, {"array": 3}, np.zeros(())):
+        with pytest.raises(ValueError, match=r"`videos\[0\]` must be"):
+            captioner({"audio": noise(6), "video": video})
     with pytest.raises(ValueError, match="`processor` is missing"):
         AudioVisualCaptioningPipeline(make_model())
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
 from media_files import write_clip
 from PIL import Image
 from transformers import BertTokenizer
@@ -83,6 +84,7 @@ def test_kinds_of_source(processor, files):
     for same in (
         Path(files["clip"]),
         content,
+        memoryview(content),
         {"bytes": content, "path": None},
         {"path": files["clip"], "bytes": None},
     ):
@@ -227,7 +229,78 @@ def test_sampling_rate(processor, caplog):
     )
     assert not caplog.records
     processor(audio=noise(1))
-    assert "recommended to pass the `sampling_rate`" in caplog.text
+    processor(audio=noise(1))
+    assert [record.getMessage()[:43] for record in caplog.records] == ["It is strongly recommended to pass the `sam"]
+
+
+def test_kinds_of_frames(processor, tmp_path):
+    video = frames(6)
+    paths = [str(tmp_path / f"{index}.png") for index in range(6)]
+    for path, frame in zip(paths, video):
+        Image.fromarray(frame).save(path)
+    sound = {"audio": [noise(1)], "sampling_rate": RATE, "return_tensors": "pt"}
+    expected = processor(videos=[video], **sound)
+    for same in ([list(video)], video.tolist(), [video.tolist()], [paths], [torch.from_numpy(video)], video[None]):
+        batch = processor(videos=same, **sound)
+        assert_same(batch, expected)
+    two = {**sound, "audio": [noise(1)] * 2}
+    for bad, message in (
+        (video[None], r"`videos\[1\]` must be .* got shape \(1, 6, 40, 60, 3\)"),
+        (video / 255, r"`videos\[1\]` holds floats up to"),
+        ({"array": 1}, r"`videos\[1\]` must be .* got dict"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(videos=[video, bad], **two)
+    with pytest.raises(ValueError, match=r"`images\[1\]` holds floats up to"):
+        processor(images=[video[0], video[0] / 255], **two)
+    with pytest.raises(ValueError, match=r"one size, got `videos\[0\]`"):
+        processor(videos=[video, video[:, :, :50]], do_center_crop=False, **two)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"media": {}}, r"`media\[0\]` must be a file .* got dict"),
+        ({"media": ["", None]}, r"`media\[1\]` must be a file .* got NoneType"),
+        ({"media": noise(1)}, r"`media\[0\]` must be a file .* got ndarray"),
+        ({"media": {"bytes": None, "path": None}}, "names no file; give one of `bytes` and `path`"),
+        ({"media": {"bytes": None}}, "names no file; give one of `bytes` and `path`"),
+        ({"audio": {"array": None, "sampling_rate": RATE}}, r"`audio\[0\]` must be an array.*, got NoneType"),
+        ({"audio": {"array": noise(1), "sampling_rate": None}}, r"`audio\[0\]` has a sampling rate of None Hz"),
+        ({"audio": noise(1)[:0], "start": 0.5}, r"`audio\[0\]` is empty"),
+        ({"audio": [noise(2).reshape(-1, 2)], "start": 0.5}, r"`audio\[0\]` has shape .* samples must come last"),
+        ({"audio": [noise(1), noise(1) * np.nan]}, r"`audio\[1\]` holds NaN or infinite"),
+        ({"audio": [["a", "b"]], "start": 0.5}, r"`audio\[0\]` is no list of numbers"),
+        ({"audio": [[0, 12000]]}, r"`audio\[0\]` must be .* floats in \[-1, 1\] .*, got int"),
+        ({"audio": np.float32(1)}, "`audio` must be an array, a tensor or a list"),
+        ({"audio": []}, "`audio` is empty"),
+        ({"text": 3}, r"`text\[0\]` must be a string, got int"),
+        ({"text": ["a dog", ["a", "dog"]]}, r"`text\[1\]` must be a string, got list"),
+        ({"text": "a dog", "max_length": 1}, "`max_length` must leave room .*, got 1"),
+    ],
+)
+def test_malformed_inputs(processor, inputs, message):
+    with pytest.raises(ValueError, match=message) as error:
+        processor(**inputs, **({"sampling_rate": RATE} if "audio" in inputs else {}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["video", "image"])
+def test_singular_names_are_errors(processor, files, name):
+    with pytest.raises(TypeError, match=f"`{name}` is no argument: pass `{name}s`"):
+        processor(audio=files["sound"], **{name: files["still"]})
+
+
+def test_decoders_of_datasets(processor, files):
+    decoders = pytest.importorskip("torchcodec.decoders", exc_type=(ImportError, OSError, RuntimeError))
+    try:
+        decoder = decoders.AudioDecoder(files["sound"], sample_rate=RATE)
+    except RuntimeError as error:
+        pytest.skip(f"torchcodec does not work here: {str(error).splitlines()[0]}")
+    samples = decoder.get_all_samples().data.numpy()
+    expected = processor(audio=[samples], sampling_rate=RATE, return_tensors="pt")
+    assert_same(processor(audio=decoder, return_tensors="pt"), expected)
+    assert_same(processor(audio=[decoder], return_tensors="pt"), expected)
 
 
 def test_bad_calls(processor, files, tmp_path):
@@ -252,7 +325,7 @@ def test_bad_calls(processor, files, tmp_path):
 IN_A_PROCESS_WITHOUT_THE_PACKAGE = """
     import sys
     sys.modules["evacap"] = None
-    from transformers import AutoFeatureExtractor, AutoProcessor, AutoTokenizer, AutoVideoProcessor
+    from transformers import AutoFeatureExtractor, AutoProcessor, AutoTokenizer, AutoVideoProcessor, logging
     folder, clip = sys.argv[1:]
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     assert type(processor).__name__ == "EVACapProcessor" and processor.modalities == "audio_video", processor
@@ -266,6 +339,9 @@ IN_A_PROCESS_WITHOUT_THE_PACKAGE = """
     assert parts[1].to_dict() == processor.video_processor.to_dict()
     assert parts[2].get_vocab() == processor.tokenizer.get_vocab()
     batch = processor(media=clip, text="a dog barks", return_tensors="pt")
+    processor.save_pretrained(folder + "_again")
+    logging.set_verbosity_error()
+    assert not sys.modules[type(processor).__module__].logger.isEnabledFor(logging.WARNING)
     print(*(f"{name} {value.double().abs().sum().item():.4f}" for name, value in batch.items()), sep="\\n")
 """
 
@@ -300,3 +376,13 @@ def test_saved_folder_loads_with_and_without_the_package(files, tmp_path):
     assert printed.split("\n")[:-1] == [
         f"{name} {value.double().abs().sum().item():.4f}" for name, value in batch.items()
     ]
+    code, code_again = (
+        {path.name: path.read_text() for path in place.glob("*.py")} for place in (folder, tmp_path / "saved_again")
+    )
+    assert code_again == code
+
+
+def test_pushes_a_folder_given_as_a_path(processor, tmp_path):
+    # No hub can be reached: all that is asked is that the name of the folder is understood.
+    with pytest.raises(OfflineModeIsEnabled):
+        processor.save_pretrained(tmp_path / "saved", push_to_hub=True)
