@@ -1,7 +1,7 @@
 """Trains the tiny EVACap on procedural clips: the checkpoint that comes with the package, and its baselines.
 
 python -m evacap.training.tiny --output tiny
-python -m evacap.training.tiny --output tiny-audio-only --fusion-type audio_only
+python -m evacap.training.tiny --output tiny_audio_only --preset audio-only
 """
 
 import argparse
@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
-from transformers import BertTokenizer, GenerationConfig, Trainer, TrainingArguments, set_seed
+from transformers import BertTokenizer, Trainer, TrainingArguments, set_seed
 from transformers.video_utils import VideoMetadata
 
-from ..modeling_evacap.configuration_evacap import FUSION_TYPES, EVACapConfig
+from ..modeling_evacap.configuration_evacap import EVACapConfig
 from ..modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
+from ..modeling_evacap.presets import PRESETS, get_preset
 from ..processing.feature_extraction_evacap import EVACapFeatureExtractor
 from ..processing.processing_evacap import EVACapProcessor
 from ..processing.video_processing_evacap import EVACapVideoProcessor
@@ -74,10 +75,6 @@ def tiny_config(tokenizer: BertTokenizer, fusion_type: str = "gated_cross_attent
             "eos_token_id": tokenizer.sep_token_id,
         },
         fusion_type=fusion_type,
-        decoder_start_token_id=tokenizer.cls_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.cls_token_id,
-        eos_token_id=tokenizer.sep_token_id,
         **fields,
     )
 
@@ -153,13 +150,6 @@ def train(
     config = tiny_config(processor.tokenizer, fusion_type, **config_fields)
     # On a processor, PyTorch's fused attention is slower at this size, above all backwards.
     model = EVACapForConditionalGeneration._from_config(config, attn_implementation="eager")
-    model.generation_config = GenerationConfig(
-        max_length=processor.max_text_length,
-        decoder_start_token_id=config.decoder_start_token_id,
-        pad_token_id=config.pad_token_id,
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-    )
     partial = output.with_name(f".{output.name}.partial")
     trainer = Trainer(
         model,
@@ -197,14 +187,40 @@ def train(
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m evacap.training.tiny", description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True, help="a new folder for the model and its processor")
-    parser.add_argument("--fusion-type", choices=FUSION_TYPES, default="gated_cross_attention")
+    parser.add_argument("--preset", choices=PRESETS, default="evacap", help="the variant (default: %(default)s)")
     parser.add_argument("--num-clips", type=int, default=64_000, help="clips to learn from (default: %(default)s)")
     parser.add_argument("--p-mix", type=float, default=0.15, help="share of swapped videos (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="its peak (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="clips a step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of clips, weights and swaps (default: %(default)s)")
     parser.add_argument("--num-workers", type=int, help="processes that render clips (default: half the cores)")
-    train(**vars(parser.parse_args(arguments)))
+    parser.add_argument(
+        "--without-code",
+        action="store_true",
+        help="leave out the code that makes the folder load without this package",
+    )
+    options = vars(parser.parse_args(arguments))
+    without_code, preset = options.pop("without_code"), get_preset(options.pop("preset"))
+    train(**options, **preset.fusion)
+    if without_code:
+        strip_code(options["output"])
+
+
+def strip_code(folder: str | os.PathLike) -> None:
+    """Takes the code, and the mention of it, out of a saved folder: the package's own checkpoints need none."""
+
+    def without_mention(content):
+        if not isinstance(content, dict):
+            return content
+        return {k: without_mention(v) for k, v in content.items() if k not in ("auto_map", "custom_pipelines")}
+
+    for file in Path(folder).glob("*config.json"):
+        content = without_mention(json.loads(file.read_text(encoding="utf-8")))
+        partial = file.with_name(f".{file.name}.partial")
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.replace(file)
+    for file in Path(folder).glob("*_evacap.py"):
+        file.unlink()
 
 
 if __name__ == "__main__":
