@@ -14,7 +14,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.output.is_dir() or arguments.output.suffix.lower() != ".mp4":
         raise ValueError(f"{arguments.output}: must be a file to write, with a name that ends in .mp4")
-    scene = make_scene(arguments.seed, "test", 0)
+    scene = make_scene(arguments.seed, "test", 4)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_clip(scene, arguments.output)
     print(f"{arguments.output}: {scene.captions[0]}")
