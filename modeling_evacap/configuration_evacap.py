@@ -71,7 +71,22 @@ class _TransformerConfig(PreTrainedConfig):
 _TOWER_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
 
 
-class EVACapAudioConfig(_TransformerConfig):
+class _TowerConfig(_TransformerConfig):
+    """The fields that the two towers have in common, with CAV-MAE's values."""
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 11
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    attention_dropout: float = 0.0
+    layer_norm_eps: float = 1e-5
+    qkv_bias: bool = True
+    patch_size: int = 16
+    initializer_range: float = 0.02
+
+
+class EVACapAudioConfig(_TowerConfig):
     r"""
     Configuration of the audio tower: a pre-norm ViT over a log-mel filterbank (AVCap, after CAV-MAE).
 
@@ -97,18 +112,8 @@ class EVACapAudioConfig(_TransformerConfig):
     model_type = "evacap_audio"
     base_config_key = "audio_config"
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 11
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    attention_dropout: float = 0.0
-    layer_norm_eps: float = 1e-5
-    qkv_bias: bool = True
     num_mel_bins: int = 128
     max_frames: int = 1024
-    patch_size: int = 16
-    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -123,7 +128,7 @@ class EVACapAudioConfig(_TransformerConfig):
             )
 
 
-class EVACapVideoConfig(_TransformerConfig):
+class EVACapVideoConfig(_TowerConfig):
     r"""
     Configuration of the video tower: a pre-norm ViT over tubelets (AVCap, after CAV-MAE).
 
@@ -153,21 +158,11 @@ class EVACapVideoConfig(_TransformerConfig):
     model_type = "evacap_video"
     base_config_key = "video_config"
 
-    hidden_size: int = 768
-    num_hidden_layers: int = 11
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    attention_dropout: float = 0.0
-    layer_norm_eps: float = 1e-5
-    qkv_bias: bool = True
     image_size: int = 224
     num_channels: int = 3
     num_frames: int = 18
     tubelet_size: int | None = None
-    patch_size: int = 16
     attention: str = "full"
-    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

@@ -343,17 +343,15 @@ class EVACapPreTrainedModel(PreTrainedModel):
             init.constant_(module.gate_bias, module.gate_bias_init)
 
 
-class EVACapAudioTower(EVACapPreTrainedModel):
-    """The audio ViT: patches of the filterbank, then `num_hidden_layers` blocks, without a final norm (AVCap)."""
+class EVACapTower(EVACapPreTrainedModel):
+    """A ViT without a final norm (AVCap): embeddings, then `num_hidden_layers` blocks."""
 
-    config_class = EVACapAudioConfig
-    main_input_name = "input_features"
-    input_modalities = ("audio",)
+    embeddings_class: type[nn.Module]
     _can_record_outputs = {"hidden_states": EVACapEncoderLayer, "attentions": EVACapAttention}
 
-    def __init__(self, config: EVACapAudioConfig):
+    def __init__(self, config: EVACapAudioConfig | EVACapVideoConfig):
         super().__init__(config)
-        self.embeddings = EVACapAudioEmbeddings(config)
+        self.embeddings = self.embeddings_class(config)
         self.layers = nn.ModuleList([EVACapEncoderLayer(config) for _ in range(config.num_hidden_layers)])
         self.gradient_checkpointing = False
         self.post_init()
@@ -363,6 +361,15 @@ class EVACapAudioTower(EVACapPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings.patch_embeddings = value
+
+
+class EVACapAudioTower(EVACapTower):
+    """The audio ViT, over patches of the filterbank."""
+
+    config_class = EVACapAudioConfig
+    embeddings_class = EVACapAudioEmbeddings
+    main_input_name = "input_features"
+    input_modalities = ("audio",)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -381,26 +388,13 @@ class EVACapAudioTower(EVACapPreTrainedModel):
         return EVACapEncoderOutput(last_hidden_state=hidden_states, attention_mask=token_mask)
 
 
-class EVACapVideoTower(EVACapPreTrainedModel):
-    """The video ViT: tubelets, then `num_hidden_layers` blocks, without a final norm (AVCap)."""
+class EVACapVideoTower(EVACapTower):
+    """The video ViT, over tubelets."""
 
     config_class = EVACapVideoConfig
+    embeddings_class = EVACapVideoEmbeddings
     main_input_name = "pixel_values_videos"
     input_modalities = ("video",)
-    _can_record_outputs = {"hidden_states": EVACapEncoderLayer, "attentions": EVACapAttention}
-
-    def __init__(self, config: EVACapVideoConfig):
-        super().__init__(config)
-        self.embeddings = EVACapVideoEmbeddings(config)
-        self.layers = nn.ModuleList([EVACapEncoderLayer(config) for _ in range(config.num_hidden_layers)])
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.patch_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.patch_embeddings = value
 
     @merge_with_config_defaults
     @capture_outputs
