@@ -67,6 +67,12 @@ class _TransformerConfig(PreTrainedConfig):
             f"a divisor of `{name}.hidden_size` ({self.hidden_size})",
         )
 
+    def validate_multiple(self, field: str, divisor: str) -> None:
+        """Raises a `ValueError` where `field` is not a multiple of the field `divisor`."""
+        name, value = self.base_config_key, getattr(self, field)
+        expected = f"a multiple of `{name}.{divisor}` ({getattr(self, divisor)})"
+        _require(value % getattr(self, divisor) == 0, f"{name}.{field}", value, expected)
+
 
 _TOWER_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
 
@@ -118,14 +124,8 @@ class EVACapAudioConfig(_TowerConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.validate_sizes(*_TOWER_SIZES, "num_mel_bins", "max_frames")
-        for field in ("num_mel_bins", "max_frames"):
-            value = getattr(self, field)
-            _require(
-                value % self.patch_size == 0,
-                f"audio_config.{field}",
-                value,
-                f"a multiple of `audio_config.patch_size` ({self.patch_size})",
-            )
+        self.validate_multiple("num_mel_bins", "patch_size")
+        self.validate_multiple("max_frames", "patch_size")
 
 
 class EVACapVideoConfig(_TowerConfig):
@@ -169,18 +169,8 @@ class EVACapVideoConfig(_TowerConfig):
         if self.tubelet_size is None:
             self.tubelet_size = 1 if self.num_frames == 1 else 2
         self.validate_sizes(*_TOWER_SIZES, "image_size", "num_channels", "num_frames", "tubelet_size")
-        _require(
-            self.image_size % self.patch_size == 0,
-            "video_config.image_size",
-            self.image_size,
-            f"a multiple of `video_config.patch_size` ({self.patch_size})",
-        )
-        _require(
-            self.num_frames % self.tubelet_size == 0,
-            "video_config.num_frames",
-            self.num_frames,
-            f"a multiple of `video_config.tubelet_size` ({self.tubelet_size})",
-        )
+        self.validate_multiple("image_size", "patch_size")
+        self.validate_multiple("num_frames", "tubelet_size")
         _require_choice("video_config.attention", self.attention, VIDEO_ATTENTION_TYPES)
 
 
@@ -337,7 +327,7 @@ class EVACapConfig(PreTrainedConfig):
         _require_choice("gate_type", self.gate_type, GATE_TYPES)
         layers = self.num_joint_layers
         _require(_is_whole(layers) and layers >= 0, "num_joint_layers", layers, "a whole number from 0 up")
-        for field in ("gate_weight_init", "gate_bias_init", "label_smoothing", "gate_stability_weight"):
+        for field in ("gate_weight_init", "gate_bias_init", "label_smoothing"):
             _require(_is_number(getattr(self, field)), field, getattr(self, field), "a number")
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "at least 0 and below 1")
         for field in ("gate_stability_weight", "semantic_consistency_weight"):

@@ -231,13 +231,8 @@ class EVACapAudioEmbeddings(nn.Module):
                 f"`input_features` has {input_features.shape[1]} frames, but it must have a multiple of "
                 f"{config.patch_size}; the feature extractor pads to {config.max_frames}."
             )
-        token_mask = step_mask = None
-        if frame_mask is not None:
-            _check_mask("input_features_mask", frame_mask, input_features.shape[:2])
-            frame_mask = frame_mask.bool()
-            input_features = input_features.masked_fill(~frame_mask[..., None], 0)
-            step_mask = frame_mask.unflatten(1, (-1, config.patch_size)).all(-1)
-            token_mask = step_mask.repeat(1, self.num_rows)
+        input_features, step_mask = _mask_frames("input_features_mask", input_features, frame_mask, config.patch_size)
+        token_mask = None if step_mask is None else step_mask.repeat(1, self.num_rows)
         weight = self.patch_embeddings.weight
         patches = self.patch_embeddings(input_features.to(weight.dtype).transpose(1, 2)[:, None])
         table = self.position_embeddings.unflatten(0, (self.num_rows, self.num_steps)).transpose(0, 1)
@@ -274,25 +269,33 @@ class EVACapVideoEmbeddings(nn.Module):
                 f"`pixel_values_videos` has {pixel_values.shape[1]} frames, but it must have a multiple of "
                 f"{config.tubelet_size}, the tubelet size; the video processor repeats the last frame to get there."
             )
-        token_mask = step_mask = None
-        if frame_mask is not None:
-            _check_mask("pixel_values_videos_mask", frame_mask, pixel_values.shape[:2])
-            frame_mask = frame_mask.bool()
-            pixel_values = pixel_values.masked_fill(~frame_mask[..., None, None, None], 0)
-            step_mask = frame_mask.unflatten(1, (-1, config.tubelet_size)).all(-1)
-            token_mask = step_mask.repeat_interleave(self.grid_size**2, 1)
+        pixel_values, step_mask = _mask_frames(
+            "pixel_values_videos_mask", pixel_values, frame_mask, config.tubelet_size
+        )
+        token_mask = None if step_mask is None else step_mask.repeat_interleave(self.grid_size**2, 1)
         patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype).transpose(1, 2))
         table = self.position_embeddings.unflatten(0, (self.num_steps, -1))
         positions = interpolate_in_time(table, patches.shape[2], step_mask).flatten(1, 2)
         return patches.flatten(2).transpose(1, 2) + positions + self.modality_embedding, token_mask
 
 
-def _check_mask(name: str, mask: torch.Tensor, shape: torch.Size) -> None:
-    if mask.shape != shape:
+def _mask_frames(
+    name: str, frames: torch.Tensor, mask: torch.Tensor | None, frames_per_step: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Zeros in the frames (rows, frames, …) that do not exist, and the time steps (rows, steps) of which all frames do;
+    `None` without a mask. Errors call the mask `name`.
+    """
+    if mask is None:
+        return frames, None
+    if mask.shape != frames.shape[:2]:
         raise ValueError(
-            f"`{name}` has shape {tuple(mask.shape)}, but it must be {tuple(shape)}: one entry a frame, true where "
-            "the frame exists."
+            f"`{name}` has shape {tuple(mask.shape)}, but it must be {tuple(frames.shape[:2])}: one entry a frame, true "
+            "where the frame exists."
         )
+    mask = mask.bool()
+    missing = ~mask.reshape(*mask.shape, *[1] * (frames.ndim - 2))
+    return frames.masked_fill(missing, 0), mask.unflatten(1, (-1, frames_per_step)).all(-1)
 
 
 def _attention_mask(config, hidden_states: torch.Tensor, token_mask: torch.Tensor | None):
