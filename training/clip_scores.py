@@ -17,6 +17,7 @@ from ..processing.processing_evacap import EVACapProcessor
 from .clip_captions import names_in_caption
 from .clip_kinds import SOUND_ALIKES
 from .clips import Event, Scene, make_scene, write_clip
+from .files import write_text
 
 
 COLUMNS = {
@@ -143,10 +144,8 @@ def save_evaluation(folder: str | os.PathLike, figures: dict[str, dict[str, floa
     """Writes the figures of one model to `evaluation.json` in its folder, from which its model card takes them."""
     settings = {"matched": "own video", "swapped": "another clip's video"}
     results = [{"setting": settings[condition], "metrics": values} for condition, values in figures.items()]
-    partial = Path(folder) / ".evaluation.json.partial"
     content = {"dataset": dataset, "dataset_id": "procedural-clips", "results": results}
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(Path(folder) / "evaluation.json")
+    write_text(Path(folder) / "evaluation.json", json.dumps(content, indent=2) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,15 +16,15 @@ from transformers.video_utils import VideoMetadata
 
 from ..modeling_evacap.configuration_evacap import EVACapConfig
 from ..modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
-from ..modeling_evacap.presets import PRESETS, get_preset
-from ..processing.feature_extraction_evacap import EVACapFeatureExtractor
+from ..modeling_evacap.presets import PAPER_PROCESSING, PRESETS, get_preset
+from ..processing.model_processor import make_processor
 from ..processing.processing_evacap import EVACapProcessor
-from ..processing.video_processing_evacap import EVACapVideoProcessor
 from .clip_captions import build_tokenizer
 from .clip_kinds import KINDS
 from .clip_sounds import SAMPLING_RATE
 from .clips import make_scene, render_frames, render_waveform
 from .collator import EVACapDataCollator
+from .files import write_text
 
 
 NUM_MEL_BINS, NUM_AUDIO_FRAMES, FRAME_SHIFT_MS = 64, 256, 20
@@ -34,21 +34,13 @@ TRAINING_DATA = (
     "sources (`python -m evacap.training.tiny`, seed {seed}); {p_mix:.0%} of the videos were those of other clips. "
     "For trying and testing: it knows these kinds and nothing of real recordings."
 )
-MODALITIES = {"audio_only": "audio", "video_only": "video"}
 
 
 def tiny_processor(fusion_type: str = "gated_cross_attention") -> EVACapProcessor:
     """The processor of the tiny size: 64 mel bins, 256 frames of 20 ms (5.12 s), 8 pictures of 64 × 64."""
-    feature_extractor = EVACapFeatureExtractor(
-        feature_size=NUM_MEL_BINS, max_frames=NUM_AUDIO_FRAMES, frame_shift_ms=FRAME_SHIFT_MS
-    )
-    video_processor = EVACapVideoProcessor(
-        num_frames=NUM_VIDEO_FRAMES,
-        size={"shortest_edge": IMAGE_SIZE},
-        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-    )
-    modalities = MODALITIES.get(fusion_type, "audio_video")
-    return EVACapProcessor(feature_extractor, video_processor, build_tokenizer(), modalities=modalities)
+    tokenizer = build_tokenizer()
+    processing = {**PAPER_PROCESSING, "frame_shift_ms": FRAME_SHIFT_MS}
+    return make_processor(tiny_config(tokenizer, fusion_type), processing, tokenizer)
 
 
 def tiny_config(tokenizer: BertTokenizer, fusion_type: str = "gated_cross_attention", **fields) -> EVACapConfig:
@@ -216,9 +208,7 @@ def strip_code(folder: str | os.PathLike) -> None:
 
     for file in Path(folder).glob("*config.json"):
         content = without_mention(json.loads(file.read_text(encoding="utf-8")))
-        partial = file.with_name(f".{file.name}.partial")
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(file)
+        write_text(file, json.dumps(content, indent=2) + "\n")
     for file in Path(folder).glob("*_evacap.py"):
         file.unlink()
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import time
+from statistics import fmean
 
 from ..cli import positive_int
 
@@ -20,10 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code of a model folder instead of this package's"
     )
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
             for chunk in result.get("chunks", []):
                 print(f"  {chunk['timestamp'][0]:.2f}–{chunk['timestamp'][1]:.2f} s: {chunk['text']}")
             if gated:
-                gate, entropy = _mean(result["gate"]), _mean(result["entropy"])
+                gate, entropy = fmean(result["gate"]), fmean(result["entropy"])
                 print(f"  gate {gate:.2f} (0 ignores the picture, 1 trusts it), attention entropy {entropy:.2f}")
             print(f"  {seconds:.2f} s", flush=True)
         if "error" in result:

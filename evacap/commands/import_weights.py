@@ -13,13 +13,10 @@ from ..model_card import TRAINING_FILE
 from ..modeling_evacap.configuration_evacap import EVACapConfig
 from ..modeling_evacap.import_weights import VIDEO_EMBEDDINGS, ImportReport, model_from_weights, module_of
 from ..modeling_evacap.presets import PRESETS
-from ..processing.feature_extraction_evacap import EVACapFeatureExtractor
-from ..processing.processing_evacap import EVACapProcessor
-from ..processing.video_processing_evacap import EVACapVideoProcessor
+from ..processing.model_processor import make_processor
 
 
 BERT_TOKENIZER = "google-bert/bert-base-uncased"
-_MODALITIES = {"audio_only": "audio", "video_only": "video"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -155,33 +152,3 @@ def _origin(report: ImportReport, sources: dict[str, Any]) -> str:
     fresh = sorted({module_of(name) for name in report.new})
     rest = f", with fresh weights in {', '.join(f'`{module}`' for module in fresh)}" if fresh else ""
     return f"Imported from {' and '.join(given)}{rest}. Not trained any further here."
-
-
-def make_processor(config: EVACapConfig, processing: dict[str, Any], tokenizer: BertTokenizer) -> EVACapProcessor:
-    """
-    The processor of a model.
-
-    Args:
-        config ([`EVACapConfig`]): Its sizes.
-        processing (`dict`): Its preset's `processing`.
-        tokenizer ([`BertTokenizer`]): Its decoder's.
-    """
-    audio, video = config.audio_config, config.video_config
-    sampling = {name: value for name, value in processing.items() if name in ("frame_sampling", "fps")}
-    return EVACapProcessor(
-        EVACapFeatureExtractor(
-            feature_size=audio.num_mel_bins,
-            max_frames=audio.max_frames,
-            window_type=processing["window_type"],
-            channels=processing["channels"],
-        ),
-        EVACapVideoProcessor(
-            num_frames=video.num_frames,
-            tubelet_size=video.tubelet_size,
-            size={"shortest_edge": video.image_size},
-            crop_size={"height": video.image_size, "width": video.image_size},
-            **sampling,
-        ),
-        tokenizer,
-        modalities=_MODALITIES.get(config.fusion_type, "audio_video"),
-    )

@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..model_card import check_metadata, fill_model_card, python_examples
 from ..training.clips import make_scene, write_clip
+from ..training.files import write_text
 
 
 CARD = "README.md"
@@ -78,9 +79,7 @@ def publish(folder: str | os.PathLike, repo_id: str, private: bool = False, dry_
     print(f"card: complete; {_check_on_hub(repo_id, card, may_fail=dry_run)}")
     print(f"card: {'filled from the template' if is_new else f'{CARD} of the folder, as it is'}")
     if is_new and not dry_run:
-        beside = card_path.with_name(f".{CARD}.{os.getpid()}")
-        beside.write_text(str(card), encoding="utf-8")
-        beside.rename(card_path)
+        write_text(card_path, str(card))
 
     files = [path for pattern in UPLOADED for path in folder.glob(pattern) if path.name not in STATES]
     sizes = {path.name: path.stat().st_size for path in files}

@@ -1,0 +1,46 @@
+"""The processor that belongs to a model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from .feature_extraction_evacap import EVACapFeatureExtractor
+from .processing_evacap import EVACapProcessor
+from .video_processing_evacap import EVACapVideoProcessor
+
+
+FUSION_MODALITIES = {"audio_only": "audio", "video_only": "video"}
+"""What the processor of a `fusion_type` takes; the others take both streams."""
+
+
+def make_processor(
+    config: PreTrainedConfig, processing: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> EVACapProcessor:
+    """
+    The processor of a model.
+
+    Args:
+        config ([`EVACapConfig`]): Its sizes.
+        processing (`Mapping`): Options of the feature extractor, such as `window_type`, `channels` and
+            `frame_shift_ms`, and `frame_sampling` and `fps` of the video processor, such as a preset's `processing`.
+        tokenizer ([`PreTrainedTokenizerBase`]): Its decoder's.
+    """
+    audio, video = config.audio_config, config.video_config
+    sampling = {name: processing[name] for name in ("frame_sampling", "fps") if name in processing}
+    return EVACapProcessor(
+        EVACapFeatureExtractor(
+            feature_size=audio.num_mel_bins,
+            max_frames=audio.max_frames,
+            **{name: value for name, value in processing.items() if name not in sampling},
+        ),
+        EVACapVideoProcessor(
+            num_frames=video.num_frames,
+            tubelet_size=video.tubelet_size,
+            size={"shortest_edge": video.image_size},
+            crop_size={"height": video.image_size, "width": video.image_size},
+            **sampling,
+        ),
+        tokenizer,
+        modalities=FUSION_MODALITIES.get(config.fusion_type, "audio_video"),
+    )
