@@ -347,31 +347,29 @@ def test_windows_cover_the_file_and_end_with_it(clip):
         load_media(clip, start=4.5, duration=1.5)
 
 
-@pytest.mark.parametrize("extension, video, audio", [("mp4", "libx264", "aac"), ("ts", "libx264", "aac")])
-def test_a_window_does_not_decode_what_lies_before_it(tmp_path, monkeypatch, extension, video, audio):
-    path = write_clip(tmp_path / f"long.{extension}", seconds=40, gop=25, video=video, audio=audio)
-    decoded = []
+@pytest.fixture
+def decoded(monkeypatch) -> list[float | None]:
+    """The times of the packets that the reader decodes."""
+    times = []
     decode = media_evacap._Reader.decode
 
     def counted(reader, packet, time):
-        decoded.append(time)
+        times.append(time)
         return decode(reader, packet, time)
 
     monkeypatch.setattr(media_evacap._Reader, "decode", counted)
+    return times
+
+
+@pytest.mark.parametrize("extension, video, audio", [("mp4", "libx264", "aac"), ("ts", "libx264", "aac")])
+def test_a_window_does_not_decode_what_lies_before_it(tmp_path, decoded, extension, video, audio):
+    path = write_clip(tmp_path / f"long.{extension}", seconds=40, gop=25, video=video, audio=audio)
     load_media(path, start=30, duration=2)
     assert min(time for time in decoded if time is not None) > 26
 
 
-def test_frames_of_a_long_file_are_not_all_decoded(tmp_path, monkeypatch):
+def test_frames_of_a_long_file_are_not_all_decoded(tmp_path, decoded):
     path = write_clip(tmp_path / "long.mp4", seconds=40, gop=5)
-    decoded = []
-    decode = media_evacap._Reader.decode
-
-    def counted(reader, packet, time):
-        decoded.append(time)
-        return decode(reader, packet, time)
-
-    monkeypatch.setattr(media_evacap._Reader, "decode", counted)
     media = load_media(path, audio=False)
     assert read_barcodes(media.frames) == shown(centres(40.0))
     assert len(decoded) < 300

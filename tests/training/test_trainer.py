@@ -20,6 +20,10 @@ def make_model(**fields) -> evacap.EVACapForConditionalGeneration:
     return evacap.EVACapForConditionalGeneration(tiny_config(tiny_processor().tokenizer, **fields))
 
 
+# What every run of these tests has in common.
+PLAIN = {"remove_unused_columns": False, "report_to": "none", "save_strategy": "no", "use_cpu": True}
+
+
 def test_generated_captions_reach_the_metrics(clips, tmp_path):
     processor = tiny_processor()
     seen = {}
@@ -37,10 +41,7 @@ def test_generated_captions_reach_the_metrics(clips, tmp_path):
             max_steps=2,
             predict_with_generate=True,
             generation_num_beams=2,
-            remove_unused_columns=False,
-            report_to="none",
-            save_strategy="no",
-            use_cpu=True,
+            **PLAIN,
         ),
         data_collator=evacap.EVACapDataCollator(p_mix=0.5),
         train_dataset=clips,
@@ -73,10 +74,7 @@ def test_accumulated_batches_have_the_loss_of_one(clips, tmp_path):
                 optim="sgd",
                 max_grad_norm=0.0,
                 lr_scheduler_type="constant",
-                remove_unused_columns=False,
-                report_to="none",
-                save_strategy="no",
-                use_cpu=True,
+                **PLAIN,
             ),
             data_collator=evacap.EVACapDataCollator(p_mix=0.0),
             train_dataset=clips,
