@@ -281,7 +281,13 @@ class EVACapConfig(PreTrainedConfig):
         "video_config": EVACapVideoConfig,
         "text_config": EVACapTextConfig,
     }
-    keys_to_ignore_at_inference = ["past_key_values", "encoder_last_hidden_state"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "encoder_last_hidden_state",
+        "caption_loss",
+        "gate_stability",
+        "semantic_consistency",
+    ]
 
     audio_config: dict | PreTrainedConfig | None = None
     video_config: dict | PreTrainedConfig | None = None

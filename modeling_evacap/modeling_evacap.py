@@ -44,6 +44,9 @@ from .configuration_evacap import EVACapAudioConfig, EVACapConfig, EVACapTextCon
 # Tokens of the longest caption, with [CLS] and [SEP] (AVCap).
 MAX_CAPTION_LENGTH = 40
 
+# Audio tokens whose scores are held at a time in the fusion: an eighth of the paper's 512.
+QUERIES_AT_ONCE = 64
+
 
 @dataclass
 class EVACapEncoderOutput(BaseModelOutput):
@@ -77,6 +80,25 @@ class EVACapEncoderOutput(BaseModelOutput):
     attention_mask: torch.Tensor | None = None
     fusion_gate: torch.FloatTensor | None = None
     attention_entropy: torch.FloatTensor | None = None
+
+
+@dataclass
+class EVACapSeq2SeqLMOutput(Seq2SeqLMOutput):
+    r"""
+    A [`Seq2SeqLMOutput`] whose `loss`, where a regulariser is on, comes with its terms, for the logs. They are not
+    weighted, and not divided among the parts of an accumulated batch.
+
+    Args:
+        caption_loss (`torch.FloatTensor` of shape `(1,)`, *optional*): [`label_smoothed_kl`].
+        gate_stability (`torch.FloatTensor` of shape `(1,)`, *optional*): [`gate_stability`], where its weight is
+            above 0 and there is a gate.
+        semantic_consistency (`torch.FloatTensor` of shape `(1,)`, *optional*): [`semantic_consistency`], where its
+            weight is above 0 and a video of the batch was swapped.
+    """
+
+    caption_loss: torch.FloatTensor | None = None
+    gate_stability: torch.FloatTensor | None = None
+    semantic_consistency: torch.FloatTensor | None = None
 
 
 def _sincos(positions: torch.Tensor, dim: int) -> torch.Tensor:
@@ -448,6 +470,75 @@ class EVACapJointEncoder(EVACapPreTrainedModel):
         return BaseModelOutput(last_hidden_state=self.layernorm(hidden_states))
 
 
+def _count_visible(video: torch.Tensor, video_mask: torch.Tensor | None) -> torch.Tensor:
+    """The number of video tokens that exist (batch_size, 1)."""
+    if video_mask is None:
+        return torch.full((video.shape[0], 1), video.shape[1], device=video.device)
+    return video_mask.sum(1, keepdim=True)
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def attention_and_entropy(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Attention with its probabilities and their entropy in nats (paper, equations 1 and 2, before its normalisation).
+
+    Args:
+        query (`torch.Tensor` of shape `(batch_size, num_heads, T_a, head_dim)`): Of the audio.
+        key, value (`torch.Tensor` of shape `(batch_size, num_heads, T_v, head_dim)`): Of the video.
+        mask (`torch.BoolTensor` of shape `(batch_size, T_v)`, *optional*): The keys that exist.
+        scaling (`float`): Factor of the scores.
+
+    Returns:
+        The context (batch_size, num_heads, T_a, head_dim), the entropy (batch_size, num_heads, T_a) and the
+        probabilities (batch_size, num_heads, T_a, T_v), the last two in float32 or better.
+    """
+    scores = _at_least_float32(torch.matmul(query * scaling, key.transpose(2, 3)))
+    # Masked scores are 0 in the product below, as their gradient would overflow.
+    finite = scores
+    if mask is not None:
+        hidden = ~mask[:, None, None, :]
+        finite = scores.masked_fill(hidden, 0.0)
+        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1)
+    # H = logsumexp(s) - sum(P s) is -sum(P log P) with a gradient that stays finite where P is 0.
+    entropy = scores.logsumexp(-1) - (weights * finite).sum(-1)
+    return torch.matmul(weights.to(value.dtype), value), entropy, weights
+
+
+def fused_attention_and_entropy(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """
+    The same as [`attention_and_entropy`] without ever holding the probabilities (ours).
+
+    With s the scores and P the probabilities, H = logsumexp(s) - q · sum_j P_j k_j · scaling: the keys are one more
+    value for the attention kernel. Its derivative is dH/ds_j = -P_j (s_j - sum(P s)), which is that of the second term
+    alone when q and k_j count as constants in it and only P moves. So the log-sum-exp needs no gradient, and blocks of
+    queries give it.
+    """
+    if mask is not None:
+        # A row without any key sees all of its padding: its result is never used, but must not be not a number.
+        mask = (mask | ~mask.any(1, keepdim=True))[:, None, None, :]
+    context, attended_key = (
+        F.scaled_dot_product_attention(query, key, values, attn_mask=mask, scale=scaling)
+        for values in (value, key.detach())
+    )
+    with torch.no_grad():
+        blocks = []
+        for block in (query * scaling).split(QUERIES_AT_ONCE, dim=2):
+            scores = torch.matmul(block, key.transpose(2, 3))
+            if mask is not None:
+                scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+            blocks.append(_at_least_float32(scores).logsumexp(-1))
+    mean_score = (_at_least_float32(query.detach()) * _at_least_float32(attended_key)).sum(-1) * scaling
+    return context, torch.cat(blocks, dim=-1) - mean_score, None
+
+
 class EVACapGatedCrossAttention(nn.Module):
     """
     The entropy-gated cross-attention (paper, equations 1 to 3): audio tokens query the picture, and a gate that
@@ -473,36 +564,33 @@ class EVACapGatedCrossAttention(nn.Module):
             self.gate = nn.Linear(2 * width, 1)
 
     def forward(
-        self, audio: torch.Tensor, video: torch.Tensor, video_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        self,
+        audio: torch.Tensor,
+        video: torch.Tensor,
+        video_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         r"""
         Args:
             audio (`torch.Tensor` of shape `(batch_size, T_a, hidden_size)`): Audio tokens A, the queries.
             video (`torch.Tensor` of shape `(batch_size, T_v, video_hidden_size)`): Video tokens V, keys and values.
             video_mask (`torch.BoolTensor` of shape `(batch_size, T_v)`, *optional*): The video tokens that exist. A
                 row without any keeps its audio as it is, with a gate and an entropy of exactly 0.
+            output_attentions (`bool`, *optional*, defaults to `False`): Whether to return the probabilities, which
+                otherwise are never held whole.
 
         Returns:
             The fused sequence (batch_size, T_a, hidden_size), the gate and the entropy (batch_size, T_a) and the
-            attention probabilities (batch_size, num_heads, T_a, T_v).
+            attention probabilities (batch_size, num_heads, T_a, T_v) or `None`.
         """
         query = self.q_proj(audio).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         key = self.k_proj(video).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         value = self.v_proj(video).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
-        scores = torch.matmul(query * self.scaling, key.transpose(2, 3)).float()
-        if video_mask is None:
-            visible = torch.full((audio.shape[0], 1), video.shape[1], device=audio.device)
-        else:
-            visible = video_mask.sum(1, keepdim=True)
-            scores = scores.masked_fill(~video_mask[:, None, None, :], torch.finfo(scores.dtype).min)
-        weights = scores.softmax(-1)
-        context = torch.matmul(weights.to(value.dtype), value).transpose(1, 2).flatten(2)
-
-        # H = logsumexp(s) - sum(P s) is -sum(P log P) with a gradient that stays finite where P is 0.
-        # Masked scores are 0 in that product, as their gradient would overflow.
-        finite = scores if video_mask is None else scores.masked_fill(~video_mask[:, None, None, :], 0.0)
-        entropy = scores.logsumexp(-1) - (weights * finite).sum(-1)
+        attend = attention_and_entropy if output_attentions else fused_attention_and_entropy
+        context, entropy, weights = attend(query, key, value, video_mask, self.scaling)
+        context = context.transpose(1, 2).flatten(2)
+        visible = _count_visible(video, video_mask)
         entropy = entropy.mean(1) / visible.clamp(min=2).log()
         entropy = entropy.clamp(0, 1).masked_fill(visible < 2, 0.0)
 
@@ -515,7 +603,8 @@ class EVACapGatedCrossAttention(nn.Module):
         gate = gate.masked_fill(visible == 0, 0.0)
 
         # A row without video takes its audio from the second branch, whatever its padding holds.
-        fused = torch.lerp(audio.float(), context.float(), gate[..., None]).to(audio.dtype)
+        fused = torch.lerp(_at_least_float32(audio), _at_least_float32(context), gate[..., None].to(entropy.dtype))
+        fused = fused.to(audio.dtype)
         fused = torch.where((visible > 0)[..., None], fused, audio)
         return fused, gate, entropy, weights
 
@@ -543,6 +632,7 @@ class EVACapEncoder(EVACapPreTrainedModel):
         input_features_mask: torch.Tensor | None = None,
         pixel_values_videos_mask: torch.Tensor | None = None,
         audio_index: torch.Tensor | None = None,
+        video_index: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> EVACapEncoderOutput:
@@ -557,8 +647,9 @@ class EVACapEncoder(EVACapPreTrainedModel):
                 that exist; all by default (AVCap).
             pixel_values_videos_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): The video frames
                 that exist; all by default. A row of zeros is a clip without a picture.
-            audio_index (`torch.LongTensor` of shape `(video_batch_size,)`, *optional*): The row of `input_features`
-                that each row of `pixel_values_videos` is fused with, for several pictures to one sound.
+            audio_index, video_index (`torch.LongTensor` of shape `(pairs,)`, *optional*): The rows of `input_features`
+                and of `pixel_values_videos` that make each pair, for several pictures to one sound or several sounds
+                to one picture; each row passes its tower once. By default row n goes with row n.
 
         Raises:
             ValueError: a stream that the variant needs is missing, or a shape does not fit the configuration.
@@ -575,11 +666,10 @@ class EVACapEncoder(EVACapPreTrainedModel):
             if input_features is None:
                 raise ValueError(_missing_stream(self.config))
             audio = self.audio_tower(input_features, input_features_mask, **outputs)
-            if audio_index is not None:
-                audio.last_hidden_state = audio.last_hidden_state[audio_index]
-                audio.attention_mask = None if audio.attention_mask is None else audio.attention_mask[audio_index]
+            _select_rows(audio, audio_index)
         if fusion_type != "audio_only" and pixel_values_videos is not None:
             video = self.video_tower(pixel_values_videos, pixel_values_videos_mask, **outputs)
+            _select_rows(video, video_index)
             if audio is not None:
                 _move(video, audio.last_hidden_state.device)
         if fusion_type == "video_only" and video is None:
@@ -593,15 +683,16 @@ class EVACapEncoder(EVACapPreTrainedModel):
                 gate = entropy = hidden_states.new_zeros(hidden_states.shape[:2], dtype=torch.float32)
             else:
                 hidden_states, gate, entropy, cross_attentions = self.fusion(
-                    hidden_states, video.last_hidden_state, video.attention_mask
+                    hidden_states, video.last_hidden_state, video.attention_mask, outputs["output_attentions"]
                 )
                 if token_mask is not None:
                     padding = ~token_mask.to(gate.device)
                     gate, entropy = gate.masked_fill(padding, 0.0), entropy.masked_fill(padding, 0.0)
         elif fusion_type == "concat" and video is not None:
-            token_mask = _concatenate_masks(
-                (audio.last_hidden_state, audio.attention_mask), (video.last_hidden_state, video.attention_mask), dim=1
+            masks = _fill_in_masks(
+                (audio.last_hidden_state, audio.attention_mask), (video.last_hidden_state, video.attention_mask)
             )
+            token_mask = None if masks[0] is None else torch.cat(masks, dim=1)
             hidden_states = torch.cat([hidden_states, video.last_hidden_state], dim=1)
         joint = self.joint(hidden_states, token_mask, **outputs)
 
@@ -610,13 +701,20 @@ class EVACapEncoder(EVACapPreTrainedModel):
             last_hidden_state=joint.last_hidden_state,
             hidden_states=None if joint.hidden_states is None else main.hidden_states + joint.hidden_states[1:],
             attentions=None if joint.attentions is None else main.attentions + joint.attentions,
-            cross_attentions=cross_attentions if outputs["output_attentions"] else None,
+            cross_attentions=cross_attentions,
             video_hidden_states=beside.hidden_states,
             video_attentions=beside.attentions,
             attention_mask=token_mask,
             fusion_gate=gate,
             attention_entropy=entropy,
         )
+
+
+def _select_rows(output: EVACapEncoderOutput, index: torch.Tensor | None) -> None:
+    """Brings a tower's rows into the order of the pairs."""
+    if index is not None:
+        output.last_hidden_state = output.last_hidden_state[index]
+        output.attention_mask = None if output.attention_mask is None else output.attention_mask[index]
 
 
 def _move(output: EVACapEncoderOutput, device: torch.device) -> None:
@@ -639,14 +737,13 @@ def _missing_stream(config: EVACapConfig) -> str:
     )
 
 
-def _concatenate_masks(*parts: tuple[torch.Tensor, torch.Tensor | None], dim: int) -> torch.Tensor | None:
-    """One mask (rows, length) for `(tensor, mask)` parts that are joined along `dim`; `None` where none has a mask."""
+def _fill_in_masks(*parts: tuple[torch.Tensor, torch.Tensor | None]) -> list[torch.Tensor] | list[None]:
+    """The masks (rows, length) of `(tensor, mask)` parts: all of them, or none where no part has one."""
     if all(mask is None for _, mask in parts):
-        return None
-    masks = [
+        return [None] * len(parts)
+    return [
         tensor.new_ones(tensor.shape[:2], dtype=torch.bool) if mask is None else mask.bool() for tensor, mask in parts
     ]
-    return torch.cat(masks, dim=dim)
 
 
 class EVACapDecoderAttention(nn.Module):
@@ -1126,7 +1223,7 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> Seq2SeqLMOutput:
+    ) -> EVACapSeq2SeqLMOutput:
         r"""
         Args:
             input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`): The sound.
@@ -1142,7 +1239,7 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
             shuffled (`torch.BoolTensor` of shape `(batch_size,)`, *optional*): The samples whose video the data
                 collator swapped; used by the semantic-consistency term.
             video_index (`torch.LongTensor` of shape `(batch_size,)`, *optional*): The sample each video came from, as
-                the data collator reports it. Not used.
+                the data collator reports it; used by the same term.
             matched_pixel_values_videos (`torch.FloatTensor` of shape `(swapped, frames, channels, height, width)`,
                 *optional*): The own videos of the swapped samples, in their order, for the semantic-consistency term.
             matched_pixel_values_videos_mask (`torch.Tensor` of shape `(swapped, frames)`, *optional*): Frames of
@@ -1154,12 +1251,13 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
                 labels, self.config.text_config.pad_token_id, self.config.decoder_start_token_id
             )
 
-        swapped = audio_index = None
+        swapped = audio_index = tower_index = None
         if self.training and labels is not None and matched_pixel_values_videos is not None:
             if self.config.semantic_consistency_weight > 0 and len(matched_pixel_values_videos) > 0:
-                if shuffled is None or encoder_outputs is not None:
+                if shuffled is None or video_index is None or encoder_outputs is not None:
                     raise ValueError(
-                        "The semantic-consistency term needs `shuffled`, and the streams instead of `encoder_outputs`."
+                        "The semantic-consistency term needs `shuffled`, `video_index`, and the streams instead of "
+                        "`encoder_outputs`."
                     )
                 swapped = shuffled.nonzero().squeeze(1)
                 if len(swapped) != len(matched_pixel_values_videos):
@@ -1167,14 +1265,17 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
                         f"`matched_pixel_values_videos` has {len(matched_pixel_values_videos)} videos, but `shuffled` "
                         f"marks {len(swapped)} samples: it must hold the own video of each of those, in their order."
                     )
-                # The own videos of the swapped samples ride along as more rows of the same pass.
-                audio_index = torch.cat([torch.arange(len(shuffled), device=swapped.device), swapped])
-                pixel_values_videos_mask = _concatenate_masks(
+                # Every sample's own video passes the tower once; the swapped samples then come twice, with the other
+                # video and, as more rows, with their own.
+                masks = _fill_in_masks(
                     (pixel_values_videos, pixel_values_videos_mask),
                     (matched_pixel_values_videos, matched_pixel_values_videos_mask),
-                    dim=0,
                 )
-                pixel_values_videos = torch.cat([pixel_values_videos, matched_pixel_values_videos])
+                pixel_values_videos = pixel_values_videos.index_copy(0, swapped, matched_pixel_values_videos)
+                if masks[0] is not None:
+                    pixel_values_videos_mask = masks[0].index_copy(0, swapped, masks[1])
+                audio_index = torch.cat([torch.arange(len(shuffled), device=swapped.device), swapped])
+                tower_index = torch.cat([video_index, swapped])
                 decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, decoder_position_ids = (
                     None if rows is None else rows[audio_index]
                     for rows in (
@@ -1191,6 +1292,7 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
                 input_features_mask,
                 pixel_values_videos_mask,
                 audio_index=audio_index,
+                video_index=tower_index,
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,
                 return_dict=True,
@@ -1209,27 +1311,30 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state)
-        loss = None
+        loss, terms = None, {}
         if labels is not None:
             labels = labels.to(logits.device)
             logits, matched_logits = logits.split([len(labels), len(logits) - len(labels)])
             loss = label_smoothed_kl(logits, labels, self.config.label_smoothing, num_items_in_batch)
-            # The regularisers are means over this batch: where it is a part of a larger one, they count as its part.
+            # Means over this batch; where it is a part of a larger one, they count as its part.
             share = 1 if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
+            caption_loss = loss / share
             gate = getattr(encoder_outputs, "fusion_gate", None)
             if self.config.gate_stability_weight > 0 and gate is not None:
                 mask = encoder_outputs.attention_mask
-                term = gate_stability(
+                terms["gate_stability"] = gate_stability(
                     gate[: len(labels)],
                     self.model.encoder.audio_tower.embeddings.num_rows,
                     None if mask is None else mask[: len(labels)].to(gate.device),
-                )
-                loss = loss + share * self.config.gate_stability_weight * term.to(loss.device)
+                ).to(loss.device)
+                loss = loss + share * self.config.gate_stability_weight * terms["gate_stability"]
             if swapped is not None:
                 rows = swapped.to(logits.device)
-                term = semantic_consistency(matched_logits, logits[rows], labels[rows])
-                loss = loss + share * self.config.semantic_consistency_weight * term
-        return Seq2SeqLMOutput(
+                terms["semantic_consistency"] = semantic_consistency(matched_logits, logits[rows], labels[rows])
+                loss = loss + share * self.config.semantic_consistency_weight * terms["semantic_consistency"]
+            if terms:
+                terms = {name: term.detach() for name, term in {"caption_loss": caption_loss, **terms}.items()}
+        return EVACapSeq2SeqLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -1239,6 +1344,7 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
             encoder_last_hidden_state=outputs.encoder_last_hidden_state,
             encoder_hidden_states=outputs.encoder_hidden_states,
             encoder_attentions=outputs.encoder_attentions,
+            **terms,
         )
 
     @staticmethod
@@ -1278,5 +1384,6 @@ __all__ = [
     "EVACapGatedCrossAttention",
     "EVACapModel",
     "EVACapPreTrainedModel",
+    "EVACapSeq2SeqLMOutput",
     "EVACapVideoTower",
 ]

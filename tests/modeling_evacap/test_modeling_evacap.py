@@ -11,10 +11,13 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from evacap.modeling_evacap.configuration_evacap import EVACapConfig
 from evacap.modeling_evacap.modeling_evacap import (
+    QUERIES_AT_ONCE,
     EVACapDecoderLayer,
     EVACapEncoderOutput,
     EVACapForConditionalGeneration,
     EVACapModel,
+    attention_and_entropy,
+    fused_attention_and_entropy,
     interpolate_in_time,
     label_smoothed_kl,
     sincos_position_table,
@@ -117,8 +120,9 @@ def test_entropy_is_one_for_uniform_attention_and_zero_for_sharp():
     with torch.no_grad():
         fusion.q_proj.weight.zero_(), fusion.q_proj.bias.zero_()
         assert fusion(torch.randn(1, 8, 32), video)[2].min() > 1 - 1e-6
-        fusion.q_proj.bias.fill_(1e4)
-        assert fusion(torch.randn(1, 8, 32), video)[2].max() < 1e-6
+        fusion.q_proj.bias.fill_(1e3)
+        # The entropy is a difference of numbers as large as the scores, here hundreds.
+        assert fusion(torch.randn(1, 8, 32), video)[2].max() < 1e-4
 
 
 def test_one_visible_video_token_has_no_entropy():
@@ -127,14 +131,52 @@ def test_one_visible_video_token_has_no_entropy():
     assert gate.min() > 0
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_entropy_needs_no_probabilities(masked):
+    shapes = [(2, 3, 2 * QUERIES_AT_ONCE + 5, 8), (2, 3, 9, 8), (2, 3, 9, 8)]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    mask = torch.arange(9) < torch.tensor([[9], [4]]) if masked else None
+    results, gradients = [], []
+    for attend in (attention_and_entropy, fused_attention_and_entropy):
+        context, entropy, weights = attend(*inputs, mask, 8**-0.5)
+        results.append((context, entropy))
+        loss = (context * torch.linspace(-1, 1, 8, dtype=torch.float64)).sum() + entropy.square().sum()
+        gradients.append(torch.autograd.grad(loss, inputs))
+    assert weights is None
+    torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_gradient_of_the_entropy_is_that_of_its_value(masked):
+    query, key, value = (torch.randn(2, 2, n, 4, dtype=torch.float64, requires_grad=True) for n in (3, 5, 5))
+    mask = torch.arange(5) < torch.tensor([[5], [2]]) if masked else None
+    assert torch.autograd.gradcheck(
+        lambda *inputs: fused_attention_and_entropy(*inputs, mask, 0.5)[:2], (query, key, value)
+    )
+
+
+def test_the_fusion_holds_no_probabilities_unless_asked():
+    fusion = build(gate_weight_init=-1.0).model.encoder.fusion
+    audio, video = torch.randn(2, 8, 32, requires_grad=True), torch.randn(2, 6, 32)
+    plain, fused = fusion(audio, video, output_attentions=True), fusion(audio, video)
+    assert plain[3].shape == (2, 4, 8, 6) and fused[3] is None
+    for expected, found in zip(plain[:3], fused[:3], strict=True):
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda t: t):
+        fusion(audio, video)
+    assert saved and (2, 4, 8, 6) not in saved
+
+
 def test_gate_types():
     audio, video = torch.randn(2, 8, 32), torch.randn(2, 6, 32)
-    fused, gate, entropy, weights = build(gate_type="none").model.encoder.fusion(audio, video)
+    fused, gate, entropy, weights = build(gate_type="none").model.encoder.fusion(audio, video, output_attentions=True)
     assert torch.equal(gate, torch.ones(2, 8))
     value = build(gate_type="none").model.encoder.fusion.v_proj(video).view(2, 6, 4, 8).transpose(1, 2)
     torch.testing.assert_close(fused, (weights @ value).transpose(1, 2).reshape(2, 8, 32), **TOLERANCE)
     fusion = build(gate_type="learned").model.encoder.fusion
-    fused, gate, _, weights = fusion(audio, video)
+    fused, gate, _, weights = fusion(audio, video, output_attentions=True)
     context = (weights @ fusion.v_proj(video).view(2, 6, 4, 8).transpose(1, 2)).transpose(1, 2).reshape(2, 8, 32)
     torch.testing.assert_close(gate, fusion.gate(torch.cat([audio, context], -1)).sigmoid()[..., 0], **TOLERANCE)
 
@@ -276,7 +318,9 @@ def test_gate_stability_adds_its_weighted_mean():
     plain, weighted = build(), build(gate_stability_weight=3.0)
     gate = plain.get_encoder()(**tiny_inputs()).fusion_gate.view(BATCH_SIZE, 2, 4).mean(1)
     expected = plain(**tiny_inputs(), labels=tiny_labels()).loss + 3.0 * (gate[:, 1:] - gate[:, :-1]).pow(2).mean()
-    torch.testing.assert_close(weighted(**tiny_inputs(), labels=tiny_labels()).loss, expected)
+    outputs = weighted(**tiny_inputs(), labels=tiny_labels())
+    torch.testing.assert_close(outputs.loss, expected)
+    torch.testing.assert_close(outputs.caption_loss + 3.0 * outputs.gate_stability, expected)
 
 
 def build_for_training(**kwargs):
@@ -304,7 +348,7 @@ def test_semantic_consistency_is_the_divergence_of_the_swapped_samples():
     plain, weighted = build_for_training(), build_for_training(semantic_consistency_weight=2.0)
     batch, labels = swapped_batch(), tiny_labels()
     runs = []
-    weighted.model.encoder.video_tower.register_forward_hook(lambda *_: runs.append(1))
+    weighted.model.encoder.video_tower.register_forward_hook(lambda *call: runs.append(len(call[1][0])))
     output = weighted(**batch)
     matched = plain(**tiny_inputs(), labels=labels).logits.log_softmax(-1)
     other = plain(**batch)
@@ -312,7 +356,10 @@ def test_semantic_consistency_is_the_divergence_of_the_swapped_samples():
     expected = other.loss + 2.0 * divergence[labels[:2] != -100].mean()
     torch.testing.assert_close(output.loss, expected)
     assert output.logits.shape[0] == BATCH_SIZE
-    assert len(runs) == 1
+    assert runs == [BATCH_SIZE]
+    torch.testing.assert_close(output.caption_loss, other.loss.detach())
+    torch.testing.assert_close(output.semantic_consistency, divergence[labels[:2] != -100].mean().detach())
+    assert other.caption_loss is None and other.semantic_consistency is None
     torch.testing.assert_close(weighted.eval()(**batch).loss, other.loss)
 
 
@@ -326,8 +373,9 @@ def test_semantic_consistency_with_every_kind_of_decoder_input():
     torch.testing.assert_close(model(**batch, decoder_input_ids=ids, decoder_attention_mask=mask).loss, expected)
     with pytest.raises(ValueError, match="marks 2 samples"):
         model(**{**batch, "matched_pixel_values_videos": tiny_inputs()["pixel_values_videos"]})
-    with pytest.raises(ValueError, match="needs `shuffled`"):
-        model(**{**batch, "shuffled": None})
+    for name in ("shuffled", "video_index"):
+        with pytest.raises(ValueError, match="needs `shuffled`, `video_index`"):
+            model(**{**batch, name: None})
     without_words = {**batch, "labels": batch["labels"].masked_fill(batch["shuffled"][:, None], -100)}
     assert model(**without_words).loss.isfinite()
 
