@@ -6,6 +6,8 @@ from zlib import crc32
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.utils.data import default_collate
 
 
 class EVACapDataCollator:
@@ -14,24 +16,54 @@ class EVACapDataCollator:
     A uniformly random permutation of the batch is drawn, and each sample's video is replaced by the permuted one with
     probability `p_mix`; sound and caption stay. The swaps follow from `seed` and the captions in the batch (ours), not
     from the state of a generator: they are the same whatever the number of workers, whichever process makes the batch,
-    and after a training is resumed. A shuffling sampler brings other batches, hence other swaps, in every epoch.
+    and after a training is resumed. A shuffling sampler brings other batches, hence other swaps, in every epoch; a
+    batch with the same captions in the same order has the same swaps again.
+
+    A process swaps within its own batches (the paper's "within each mini-batch"): two processes with batches of 8 swap
+    among 8 clips, not among 16.
 
     Args:
         p_mix (`float`, *optional*, defaults to 0.05): Probability of a swap, 0 to 1. 0 for evaluation.
-        seed (`int`, *optional*, defaults to 0): Other seeds give other swaps.
+        seed (`int`, *optional*, defaults to 0): Other seeds give other swaps; 0 or more.
         keep_matched (`bool`, *optional*, defaults to `False`): Whether the own videos of the swapped clips come along,
             as a model with `semantic_consistency_weight` above 0 needs them.
+        fixed_points (`bool`, *optional*, defaults to `True`): Whether the permutation may leave a video where it is,
+            as a uniform one does once in B times: the share of samples with another's video is then
+            p_mix · (1 - 1 / B) in batches of B (paper). With `False` it is drawn among the permutations that move
+            every video, and the share is p_mix (ours). The video of a batch of one clip stays in any case.
+        whole_batch (`bool`, *optional*, defaults to `False`): Whether one throw decides for all videos of the batch
+            instead of one for each (ours).
+        video_shape (`tuple[int, int, int, int]`, *optional*): Frames, channels, height and width of the zeros that a
+            batch without any picture carries, under a mask of all false. Without it such a batch has no videos, and
+            the model leaves out its video tower: which no process may do alone where gradients are exchanged (DDP,
+            FSDP).
 
     Raises:
-        ValueError: If `p_mix` is not within 0 and 1.
+        ValueError: If `p_mix` is not within 0 and 1, `seed` is negative, or `video_shape` is not of four positive
+            sizes.
     """
 
-    def __init__(self, p_mix: float = 0.05, seed: int = 0, keep_matched: bool = False):
+    def __init__(
+        self,
+        p_mix: float = 0.05,
+        seed: int = 0,
+        keep_matched: bool = False,
+        fixed_points: bool = True,
+        whole_batch: bool = False,
+        video_shape: Sequence[int] | None = None,
+    ):
         if not 0 <= p_mix <= 1:
             raise ValueError(f"p_mix={p_mix} is no probability; choose a value from 0 to 1")
+        if seed < 0:
+            raise ValueError(f"seed={seed} is negative; choose 0 or more")
+        if video_shape is not None and (len(video_shape) != 4 or min(video_shape) < 1):
+            raise ValueError(f"video_shape={video_shape} must be four sizes: frames, channels, height, width")
         self.p_mix = p_mix
         self.seed = seed
         self.keep_matched = keep_matched
+        self.fixed_points = fixed_points
+        self.whole_batch = whole_batch
+        self.video_shape = None if video_shape is None else tuple(video_shape)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Makes one batch.
@@ -43,7 +75,9 @@ class EVACapDataCollator:
                 * `pixel_values_videos` (F, 3, H, W), `None` or absent for a clip without a picture; clips with fewer
                   frames than others are filled up with zeros;
                 * `pixel_values_videos_mask` (F,), optional: 1 for a real frame;
-                * `labels` (L,), optional: token ids; filled up with -100.
+                * `labels` (L,): token ids, filled up with -100; absent in every clip or in none.
+
+                Whatever else a clip holds is left out.
 
         Returns:
             `dict[str, torch.Tensor]`: `input_features` (B, T, M), `pixel_values_videos` (B, F, 3, H, W),
@@ -55,27 +89,30 @@ class EVACapDataCollator:
             With `keep_matched` and at least one swap also `matched_pixel_values_videos` (swapped, F, 3, H, W) and
             `matched_pixel_values_videos_mask` (swapped, F; under the same condition as the other mask).
 
-            In a batch where no clip has a picture, only `input_features` and `labels` remain.
+            In a batch where no clip has a picture, only `input_features` and `labels` remain, unless there is a
+            `video_shape`.
 
         Raises:
-            ValueError: If the clips differ in `input_features` or in the size of their pictures.
+            ValueError: If some clips lack what others have, or differ in the shape of `input_features` or in the size
+                of their pictures.
         """
         batch: dict[str, torch.Tensor] = {}
-        if features[0].get("input_features") is not None:
+        if _in_all(features, "input_features"):
             batch["input_features"] = _stack("input_features", [clip["input_features"] for clip in features])
-        if features[0].get("labels") is not None:
+        if _in_all(features, "labels"):
             batch["labels"] = torch.nn.utils.rnn.pad_sequence(
                 [torch.as_tensor(clip["labels"], dtype=torch.long) for clip in features],
                 batch_first=True,
                 padding_value=-100,
             )
-        if any(clip.get("pixel_values_videos") is not None for clip in features):
-            videos, mask = _pad_videos(features)
+        videos, masks = self._read_videos(features)
+        if videos:
             video_index = self._draw_video_index(features)
             shuffled = video_index != torch.arange(len(features))
-            batch |= _masked_videos("", videos[video_index], mask[video_index], masked=not mask.all())
+            # Each video is copied once, to where it belongs in the batch.
+            batch |= _stack_videos("", videos, masks, video_index)
             if self.keep_matched and shuffled.any():
-                batch |= _masked_videos("matched_", videos[shuffled], mask[shuffled], masked=not mask.all())
+                batch |= _stack_videos("matched_", videos, masks, shuffled.nonzero().squeeze(1))
             batch |= {"shuffled": shuffled, "video_index": video_index}
         return batch
 
@@ -84,8 +121,47 @@ class EVACapDataCollator:
         if self.p_mix == 0:
             return torch.from_numpy(own)
         rng = np.random.default_rng([self.seed, _fingerprint(features)])
-        permuted = rng.permutation(len(features))
-        return torch.from_numpy(np.where(rng.random(len(features)) < self.p_mix, permuted, own))
+        permuted = rng.permutation(len(own))
+        # About one permutation in e has no fixed point, whatever the size of the batch.
+        while not self.fixed_points and len(own) > 1 and (permuted == own).any():
+            permuted = rng.permutation(len(own))
+        swaps = rng.random(1 if self.whole_batch else len(own)) < self.p_mix
+        return torch.from_numpy(np.where(swaps, permuted, own))
+
+    def _read_videos(self, features: Sequence[Mapping[str, Any]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The videos, all of one length, and their masks (frames,); nothing where no clip has a picture."""
+        videos = [clip.get("pixel_values_videos") for clip in features]
+        videos = [None if video is None else torch.as_tensor(video) for video in videos]
+        present = [video for video in videos if video is not None]
+        if not present and self.video_shape is None:
+            return [], []
+        sizes = {tuple(video.shape[1:]) for video in present}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"pixel_values_videos of one batch hold frames of {sorted(sizes)}; bring them to one size"
+            )
+        if self.video_shape is not None and sizes - {self.video_shape[1:]}:
+            raise ValueError(
+                f"pixel_values_videos hold frames of {sizes.pop()}, but video_shape={self.video_shape} says "
+                f"{self.video_shape[1:]}; give the shape that the video processor makes"
+            )
+        like = present[0] if present else torch.empty(self.video_shape)
+        nothing = like.new_empty(0, *like.shape[1:])
+        num_frames = max((len(video) for video in present), default=len(like))
+        masks = [_frame_mask(place, *pair) for place, pair in enumerate(zip(features, videos, strict=True))]
+        videos = [_fill_up(nothing if video is None else video, num_frames) for video in videos]
+        return videos, [_fill_up(mask, num_frames) for mask in masks]
+
+
+def _in_all(features: Sequence[Mapping[str, Any]], name: str) -> bool:
+    """Whether every clip of a batch has `name` rather than none."""
+    missing = [place for place, clip in enumerate(features) if clip.get(name) is None]
+    if 0 < len(missing) < len(features):
+        raise ValueError(
+            f"{name} is missing in {len(missing)} of {len(features)} clips of a batch, first in clip {missing[0]}; "
+            "all of them need it, or none may have it"
+        )
+    return not missing
 
 
 def _fingerprint(features: Sequence[Mapping[str, Any]]) -> int:
@@ -95,14 +171,15 @@ def _fingerprint(features: Sequence[Mapping[str, Any]]) -> int:
     """
     checksum = 0
     for clip in features:
-        content = clip["labels"] if clip.get("labels") is not None else clip["input_features"]
-        checksum = crc32(torch.as_tensor(content).contiguous().view(torch.uint8).numpy(), checksum)
+        if clip.get("labels") is not None:
+            # One type of number, and none of the filling: neither changes the caption.
+            content = torch.as_tensor(clip["labels"], dtype=torch.long)
+            content = content[content != -100]
+        else:
+            stream = "pixel_values_videos" if clip.get("input_features") is None else "input_features"
+            content = torch.as_tensor(() if clip.get(stream) is None else clip[stream])
+        checksum = crc32(content.contiguous().view(torch.uint8).numpy(), checksum)
     return checksum
-
-
-def _masked_videos(prefix: str, videos: torch.Tensor, mask: torch.Tensor, masked: bool) -> dict[str, torch.Tensor]:
-    batch = {f"{prefix}pixel_values_videos": videos}
-    return batch | {f"{prefix}pixel_values_videos_mask": mask} if masked else batch
 
 
 def _stack(name: str, values: list[Any]) -> torch.Tensor:
@@ -110,23 +187,34 @@ def _stack(name: str, values: list[Any]) -> torch.Tensor:
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) > 1:
         raise ValueError(f"{name} of one batch have the shapes {sorted(shapes)}; make them with one feature extractor")
-    return torch.stack(tensors)
+    # In a worker this writes to shared memory at once, where the other process reads it without another copy.
+    return default_collate(tensors)
 
 
-def _pad_videos(features: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The videos of a batch, missing frames as zeros, and a mask with True for a real frame."""
-    clips = [clip.get("pixel_values_videos") for clip in features]
-    clips = [None if clip is None else torch.as_tensor(clip) for clip in clips]
-    present = [clip for clip in clips if clip is not None]
-    sizes = {tuple(clip.shape[1:]) for clip in present}
-    if len(sizes) > 1:
-        raise ValueError(f"pixel_values_videos of one batch hold frames of {sorted(sizes)}; bring them to one size")
-    num_frames = max(len(clip) for clip in present)
-    videos = present[0].new_zeros(len(clips), num_frames, *present[0].shape[1:])
-    mask = torch.zeros(len(clips), num_frames, dtype=torch.bool)
-    for row, (clip, feature) in enumerate(zip(clips, features, strict=True)):
-        if clip is not None:
-            videos[row, : len(clip)] = clip
-            given = feature.get("pixel_values_videos_mask")
-            mask[row, : len(clip)] = True if given is None else torch.as_tensor(given, dtype=torch.bool)
-    return videos, mask
+def _frame_mask(place: int, clip: Mapping[str, Any], video: torch.Tensor | None) -> torch.Tensor:
+    """True for a real frame: a bool tensor (frames,)."""
+    num_frames = 0 if video is None else len(video)
+    given = None if video is None else clip.get("pixel_values_videos_mask")
+    mask = torch.ones(num_frames, dtype=torch.bool) if given is None else torch.as_tensor(given, dtype=torch.bool)
+    if mask.shape != (num_frames,):
+        raise ValueError(
+            f"pixel_values_videos_mask of clip {place} has shape {tuple(mask.shape)}, but the clip has {num_frames} "
+            "frames; give one entry a frame"
+        )
+    return mask
+
+
+def _fill_up(frames: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """`num_frames` frames (num_frames, …), missing ones as zeros."""
+    missing = num_frames - len(frames)
+    return F.pad(frames, (0, 0) * (frames.ndim - 1) + (0, missing)) if missing else frames
+
+
+def _stack_videos(
+    prefix: str, videos: list[torch.Tensor], masks: list[torch.Tensor], index: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The videos at the places of `index`, with their mask where any frame of the batch is missing."""
+    batch = {f"{prefix}pixel_values_videos": _stack("pixel_values_videos", [videos[place] for place in index])}
+    if not all(mask.all() for mask in masks):
+        batch[f"{prefix}pixel_values_videos_mask"] = torch.stack([masks[place] for place in index])
+    return batch
