@@ -4,7 +4,8 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib import metadata
+
+from . import __version__
 
 
 COMMANDS = {
@@ -12,6 +13,7 @@ COMMANDS = {
     "sample": "write a procedural clip to try things on",
     "import-weights": "turn AVCap, CAV-MAE and GIT weights into a model folder",
     "publish": "check a model folder, complete its card and upload it",
+    "install-spice": "fetch the parser that the metric SPICE needs",
 }
 
 
@@ -19,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0, 1 after an error that a sentence explains, 2 for a wrong call."""
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="evacap", description="Audio-visual captioning with EVACap.")
-    parser.add_argument("--version", action="version", version=f"evacap {metadata.version('evacap')}")
+    parser.add_argument("--version", action="version", version=f"evacap {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     module = None
     for name, summary in COMMANDS.items():
