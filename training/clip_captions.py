@@ -6,6 +6,7 @@ it names.
 
 import re
 import string
+from collections.abc import Sequence
 
 import numpy as np
 from transformers import BertTokenizer
@@ -22,13 +23,22 @@ _TOGETHER = (("while", "clause"), ("as", "clause"), ("and", "clause"), ("with", 
 _IN_A_ROW = (("followed by", "noun_phrase"), ("and then", "clause"), ("then", "clause"), (", then", "clause"))
 
 
+def _choose(options: Sequence, rng: np.random.Generator):
+    """
+    One of the options, the n-th with a weight of 1 / n, as words of one meaning are in real captions too (Zipf). Were
+    all as frequent, the most probable caption would be a toss-up.
+    """
+    weights = 1 / np.arange(1, len(options) + 1)
+    return options[rng.choice(len(options), p=weights / weights.sum())]
+
+
 def _join(parts: list[tuple[Phrase, ...]], rng: np.random.Generator) -> str:
     text = ""
     for position, group in enumerate(parts):
-        link, form = ("", "clause") if position == 0 else _IN_A_ROW[rng.integers(len(_IN_A_ROW))]
+        link, form = ("", "clause") if position == 0 else _choose(_IN_A_ROW, rng)
         text += (link if link.startswith(",") else f" {link}") + f" {getattr(group[0], form)}"
         for phrase in group[1:]:
-            link, form = _TOGETHER[rng.integers(len(_TOGETHER))]
+            link, form = _choose(_TOGETHER, rng)
             text += f" {link} {getattr(phrase, form)}"
     return text.strip()
 
@@ -44,11 +54,11 @@ def write_captions(groups: list[tuple[str, ...]], count: int, rng: np.random.Gen
     """
     captions: dict[str, None] = {}
     while len(captions) < count:
-        parts = [tuple(_NAMED[name].phrases[rng.integers(2)] for name in group) for group in groups]
+        parts = [tuple(_choose(_NAMED[name].phrases, rng) for name in group) for group in groups]
         if len(parts) == 1 and len(parts[0]) == 1:
             phrase = parts[0][0]
             forms = (phrase.clause, phrase.noun_phrase, f"the sound of {phrase.noun_phrase}")
-            text = forms[rng.integers(len(forms))]
+            text = _choose(forms, rng)
         else:
             text = _join(parts, rng)
         captions[text[0].upper() + text[1:]] = None
