@@ -1,11 +1,35 @@
 """The plain trainers of Transformers, without a subclass."""
 
+import base64
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import evaluate
 import numpy as np
 import pytest
 import torch
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from safetensors.torch import load_file
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    EvalPrediction,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    pipeline,
+)
 
 import evacap
+from evacap.training.clips import make_scene, write_clip
+from evacap.training.metrics import EVALUATE_MODULE
 from evacap.training.tiny import ProceduralClips, tiny_config, tiny_processor
 
 
@@ -25,34 +49,43 @@ PLAIN = {"remove_unused_columns": False, "report_to": "none", "save_strategy": "
 
 
 def test_generated_captions_reach_the_metrics(clips, tmp_path):
-    processor = tiny_processor()
-    seen = {}
+    """The bundled checkpoint's captions score well, those of fresh weights do not."""
+    processor = AutoProcessor.from_pretrained(evacap.TINY)
+    metrics = evaluate.load(EVALUATE_MODULE)
 
-    def compute_metrics(prediction) -> dict[str, float]:
-        seen["predictions"], seen["labels"] = prediction
-        references = processor.batch_decode(np.where(seen["labels"] < 0, 0, seen["labels"]), skip_special_tokens=True)
-        return {"words": float(np.mean([len(reference.split()) for reference in references]))}
+    def read(ids: np.ndarray) -> list[str]:
+        return processor.batch_decode(
+            np.where(ids < 0, processor.tokenizer.pad_token_id, ids), skip_special_tokens=True
+        )
 
-    trainer = Seq2SeqTrainer(
-        make_model(),
-        Seq2SeqTrainingArguments(
-            str(tmp_path),
-            per_device_eval_batch_size=3,
-            max_steps=2,
-            predict_with_generate=True,
-            generation_num_beams=2,
-            **PLAIN,
-        ),
-        data_collator=evacap.EVACapDataCollator(p_mix=0.5),
-        train_dataset=clips,
-        eval_dataset=clips,
-        processing_class=processor,
-        compute_metrics=compute_metrics,
-    )
-    trainer.train()
-    figures = trainer.evaluate()
-    assert figures["eval_loss"] > 0 and figures["eval_words"] > 2
-    assert seen["predictions"].shape[0] == seen["labels"].shape[0] == 6
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        references = [[caption] for caption in read(prediction.label_ids)]
+        scores = metrics.compute(
+            predictions=read(prediction.predictions), references=references, metrics=["bleu", "cider_d"]
+        )
+        return {name: score for name, score in scores.items() if isinstance(score, float)}
+
+    def evaluate_model(model) -> dict[str, float]:
+        trainer = Seq2SeqTrainer(
+            model,
+            Seq2SeqTrainingArguments(
+                str(tmp_path),
+                per_device_eval_batch_size=4,
+                predict_with_generate=True,
+                generation_num_beams=2,
+                **PLAIN,
+            ),
+            data_collator=evacap.EVACapDataCollator(p_mix=0.0),
+            eval_dataset=clips,
+            processing_class=processor,
+            compute_metrics=compute_metrics,
+        )
+        return trainer.evaluate()
+
+    bundled, fresh = evaluate_model(AutoModel.from_pretrained(evacap.TINY)), evaluate_model(make_model())
+    assert 0 < bundled["eval_loss"] < fresh["eval_loss"]
+    assert bundled["eval_bleu_1"] > 0.5 > fresh["eval_bleu_1"]
+    assert bundled["eval_cider_d"] > fresh["eval_cider_d"]
 
 
 def test_accumulated_batches_have_the_loss_of_one(clips, tmp_path):
@@ -87,3 +120,158 @@ def test_accumulated_batches_have_the_loss_of_one(clips, tmp_path):
     assert total.norm() > 0
     # The caption loss is the same; the gate's is a mean of means, weighted by words instead of clips.
     assert (total - other).norm() < 0.02 * total.norm()
+
+
+class StopAt(TrainerCallback):
+    """Saves and ends a training at a step, as a limit of time would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_resumed_training_ends_with_the_same_weights(clips, tmp_path, num_workers):
+    def make_trainer(name: str, *callbacks) -> Trainer:
+        model = make_model(gate_stability_weight=0.1, semantic_consistency_weight=0.1)
+        arguments = TrainingArguments(
+            str(tmp_path / name),
+            per_device_train_batch_size=2,
+            max_steps=7,
+            learning_rate=1e-3,
+            logging_steps=1,
+            dataloader_num_workers=num_workers,
+            **PLAIN,
+        )
+        collator = evacap.EVACapDataCollator(p_mix=0.5, keep_matched=True)
+        return Trainer(model, arguments, collator, clips, processing_class=tiny_processor(), callbacks=[*callbacks])
+
+    def losses(trainer: Trainer) -> list[float]:
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    whole = make_trainer("whole")
+    whole.train()
+    make_trainer("parts", StopAt(4)).train()  # within the second epoch
+    resumed = make_trainer("parts")
+    resumed.train(resume_from_checkpoint=True)
+    assert len(losses(whole)) == 7 and losses(resumed) == losses(whole)
+    expected = dict(whole.model.named_parameters())
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.model.named_parameters())
+
+    checkpoint = tmp_path / "parts" / "checkpoint-4"
+    assert type(AutoProcessor.from_pretrained(checkpoint)) is evacap.EVACapProcessor
+    assert type(AutoModel.from_pretrained(checkpoint)) is evacap.EVACapForConditionalGeneration
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub's interface as an upload needs; what was committed is in the server's `files`."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        url = f"http://{self.headers['Host']}/{REPO_ID}"
+        if self.path == "/api/repos/create":
+            self.answer({"url": url})
+        elif "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            self.answer(
+                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+            )
+        elif "/commit/" in self.path:
+            lines = [json.loads(line) for line in body.splitlines()]
+            files = [line["value"] for line in lines if line["key"] == "file"]
+            self.server.files |= {file["path"]: base64.b64decode(file["content"]) for file in files}
+            self.answer({"success": True, "commitUrl": f"{url}/commit/0", "commitOid": "0", "hookOutput": ""})
+        else:
+            self.answer({})
+
+    def do_GET(self):
+        self.answer({})
+
+    def answer(self, content: dict):
+        content = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments):
+        pass
+
+
+REPO_ID = "somebody/toy"
+TRAIN_AND_PUSH = f"""
+    import sys
+    import torch
+    from transformers import AutoModel, AutoProcessor, Seq2SeqTrainer, Seq2SeqTrainingArguments
+    import evacap
+
+    processor = AutoProcessor.from_pretrained(evacap.TINY)
+    inputs = processor(media=sys.argv[1], text="a dog barks", return_tensors="pt")
+    clip = {{name: value[0] for name, value in inputs.items()}}
+    arguments = Seq2SeqTrainingArguments(
+        "trained",
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        report_to="none",
+        use_cpu=True,
+        remove_unused_columns=False,
+        predict_with_generate=True,
+        push_to_hub=True,
+        hub_model_id="{REPO_ID}",
+    )
+    trainer = Seq2SeqTrainer(
+        AutoModel.from_pretrained(evacap.TINY),
+        arguments,
+        evacap.EVACapDataCollator(),
+        train_dataset=[clip] * 4,
+        eval_dataset=[clip],
+        processing_class=processor,
+    )
+    trainer.train()
+    trainer.push_to_hub()
+"""
+
+
+@pytest.mark.slow
+def test_a_trained_model_is_pushed_whole_and_without_a_warning(tmp_path):
+    """The real client talks to a server of the test, in a process of its own, as it reads its address on import."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files = {}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    clip = tmp_path / "clip.mp4"
+    write_clip(make_scene(0, "test", 0), clip)
+    known = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "hf_none", "HF_HOME": str(tmp_path)}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(TRAIN_AND_PUSH), str(clip)],
+            env=known | hub,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr.lower(), done.stderr
+
+    assert not [name for name in server.files if "/" in name], "a Hub repository of a model is flat"
+    assert server.files["README.md"].startswith(b"---")
+    pushed = tmp_path / "pushed"
+    pushed.mkdir()
+    for name, content in server.files.items():
+        (pushed / name).write_bytes(content)
+    before = load_file(Path(evacap.TINY) / "model.safetensors")
+    pushed_weights, trained = (load_file(tmp_path / name / "model.safetensors") for name in ("pushed", "trained"))
+    assert all(torch.equal(pushed_weights[name], value) for name, value in trained.items())
+    assert any(not torch.equal(before[name], value) for name, value in trained.items())
+    assert {"modeling_evacap.py", "pipeline_evacap.py", "processing_evacap.py"} <= server.files.keys()
+    assert pipeline(evacap.TASK, model=str(pushed))(str(clip))["text"]
