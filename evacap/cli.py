@@ -12,6 +12,8 @@ COMMANDS = {
     "caption": "caption media files",
     "sample": "write a procedural clip to try things on",
     "import-weights": "turn AVCap, CAV-MAE and GIT weights into a model folder",
+    "prepare": "make the features of media files and captions, ready for training",
+    "train": "train a captioner as a YAML file says",
     "publish": "check a model folder, complete its card and upload it",
     "install-spice": "fetch the parser that the metric SPICE needs",
 }

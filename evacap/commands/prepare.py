@@ -1,0 +1,102 @@
+"""`evacap prepare`: media files and captions to ready features for training."""
+
+import argparse
+import re
+from pathlib import Path
+
+from ..cli import positive_int
+from ..modeling_evacap.presets import PRESETS
+
+
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation", "dev"),
+    "test": ("test",),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--audiocaps", metavar="CSV", help="one of AudioCaps' files; needs --media")
+    source.add_argument("--manifest", metavar="FILE", help="a list of clips of your own, .jsonl or .csv")
+    parser.add_argument("--media", metavar="FOLDER", help="where the clips of AudioCaps are")
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="the prepared folder; each split is added to it"
+    )
+    parser.add_argument("--split", help="its name (default: train, validation or test, after the name of the list)")
+    processing = parser.add_mutually_exclusive_group()
+    processing.add_argument("--model", metavar="FOLDER", help="a model folder or Hub name, whose processor is taken")
+    processing.add_argument(
+        "--preset", choices=PRESETS, default="evacap", help="or a variant of the paper (default: %(default)s)"
+    )
+    frames = parser.add_mutually_exclusive_group()
+    frames.add_argument("--num-frames", type=positive_int, metavar="N", help="frames of a clip to keep, or")
+    frames.add_argument(
+        "--fps", type=float, metavar="RATE", help="keep all at this rate (default: what the processor samples)"
+    )
+    parser.add_argument("--max-clips", type=positive_int, metavar="N", help="only the first clips of the list")
+    parser.add_argument(
+        "--shard-size", type=positive_int, default=256, metavar="N", help="rows (default: %(default)s)"
+    )
+    parser.add_argument("--workers", type=positive_int, metavar="N", help="processes (default: one for each core)")
+    parser.add_argument("--jpeg-quality", type=positive_int, default=95, help="of the frames (default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..training.audiocaps import read_audiocaps
+    from ..training.manifest import read_manifest
+    from ..training.prepare import prepare
+
+    if (arguments.audiocaps is None) != (arguments.media is None):
+        raise ValueError("--audiocaps and --media belong together: the captions, and the folder with the clips")
+    source = arguments.audiocaps or arguments.manifest
+    if arguments.audiocaps is not None:
+        entries = read_audiocaps(arguments.audiocaps, arguments.media)
+    else:
+        entries = read_manifest(arguments.manifest)
+    split = arguments.split or split_of(source)
+    try:
+        counts = prepare(
+            entries[: arguments.max_clips],
+            arguments.output,
+            _processor(arguments.model, arguments.preset),
+            split,
+            num_frames=arguments.num_frames,
+            fps=arguments.fps,
+            jpeg_quality=arguments.jpeg_quality,
+            shard_size=arguments.shard_size,
+            num_workers=arguments.workers,
+        )
+    except KeyboardInterrupt:
+        print("evacap prepare: stopped; the same command goes on from here")
+        return 130
+    print(
+        f"{split}: {counts['clips']:,} of {counts['rows']:,} clips, {counts['without_picture']:,} of them without a "
+        f"picture, {counts['damaged']:,} damaged but usable"
+    )
+    if counts["clips"] < counts["rows"] or counts["damaged"]:
+        print(f"why: {Path(arguments.output) / 'report.jsonl'}")
+    return 0
+
+
+def split_of(source: str) -> str:
+    """The split that the name of a list, or of its folder, tells; `"train"` if it tells none."""
+    for name in (Path(source).stem, Path(source).resolve().parent.name):
+        words = re.split(r"[^a-z]+", name.lower())
+        for split, synonyms in SPLITS.items():
+            if any(word in words for word in synonyms):
+                return split
+    return "train"
+
+
+def _processor(model: str | None, preset: str):
+    from transformers import AutoProcessor
+
+    from ..processing.model_processor import make_processor
+    from ..training.clip_captions import build_tokenizer
+
+    if model is not None:
+        return AutoProcessor.from_pretrained(model)
+    chosen = PRESETS[preset]
+    # Features depend on no tokenizer, but there is no processor without one.
+    return make_processor(chosen.config(), chosen.processing, build_tokenizer())

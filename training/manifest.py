@@ -1,0 +1,143 @@
+"""Lists of clips: where their sound and picture are, and what is heard in them."""
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+
+SOURCES = ("media", "audio", "video", "frames")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A clip of a manifest.
+
+    Args:
+        id (`str`): Its name, which no other clip of the manifest has.
+        captions (`tuple[str, ...]`): One or more.
+        media (`str`, *optional*): File with sound and picture.
+        audio (`str`, *optional*): File with the sound, instead of `media`.
+        video (`str`, *optional*): File with the picture, beside `audio`.
+        frames (`str`, *optional*): Pictures in the order of their names, beside `audio`: a folder of them, one picture,
+            or a shell pattern such as `frames/frame_*/ID.jpg`.
+        start (`float`), duration (`float`, *optional*): The part of the files that is the clip, in seconds; by default
+            from the beginning, as far as the model hears.
+        start_in_whole (`float`, *optional*): Where the clip begins in a file that turns out to hold much more than it.
+        extra (`dict`): Everything else that is known of it.
+    """
+
+    id: str
+    captions: tuple[str, ...]
+    media: str | None = None
+    audio: str | None = None
+    video: str | None = None
+    frames: str | None = None
+    start: float = 0.0
+    duration: float | None = None
+    start_in_whole: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str | None:
+        """The file to look at first where something is wrong with the clip."""
+        return self.media or self.audio or self.video or self.frames
+
+
+def read_manifest(path: str | os.PathLike) -> list[Entry]:
+    """
+    Reads a manifest of one's own, a `.jsonl` file with an object a line or a `.csv` file with a header.
+
+    Its fields: `id`; `media`, or `audio` with `video` or `frames` (relative to the manifest's folder); `captions` (a list)
+    or `caption`; optionally `start` and `duration` in seconds. See [`Entry`]. All other fields are kept in `extra`. Rows
+    with the same `id` and the same files are one clip with several captions.
+
+    Raises:
+        ValueError: With file and line, for a row that lacks a field or holds a wrong one, and for an empty manifest.
+        FileNotFoundError: If there is no such file.
+    """
+    path = Path(path)
+    readers = {".jsonl": _json_lines, ".csv": _csv_rows}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"{path}: a manifest's name ends in .jsonl or .csv")
+    clips: dict[str, Entry] = {}
+    for line, row in readers[path.suffix.lower()](path):
+        entry = _entry(path, line, row)
+        first = clips.setdefault(entry.id, entry)
+        if first is not entry:
+            if any(getattr(first, name) != getattr(entry, name) for name in (*SOURCES, "start", "duration")):
+                raise ValueError(f"{path}, line {line}: `id` {entry.id!r} was given to another clip before")
+            clips[entry.id] = replace(first, captions=first.captions + entry.captions)
+    if not clips:
+        raise ValueError(f"{path}: has no rows")
+    return list(clips.values())
+
+
+def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The numbered rows of a CSV file with a header."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: has more or fewer fields than the header; put quotes around "
+                    "captions that hold a comma"
+                )
+            yield reader.line_num, row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, row in read_csv(path):
+        row = {name: value for name, value in row.items() if value != ""}
+        if row.get("captions", "").startswith("["):
+            row["captions"] = _parse(path, line, row["captions"])
+        yield line, row
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            row = _parse(path, number, line)
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: is a {type(row).__name__}, expected an object with fields")
+            yield number, row
+
+
+def _parse(path: Path, line: int, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {line}: is no JSON ({error})") from error
+
+
+def _entry(path: Path, line: int, row: dict[str, Any]) -> Entry:
+    extra = dict(row)
+    name = str(extra.pop("id", ""))
+    caption, captions = extra.pop("caption", None), extra.pop("captions", None)
+    captions = caption if captions is None else captions
+    captions = [captions] if isinstance(captions, str) else captions
+    sources = {source: extra.pop(source, None) for source in SOURCES}
+    window = {key: extra.pop(key) for key in ("start", "duration") if extra.get(key) is not None}
+    given = [source for source, value in sources.items() if value is not None]
+    try:
+        if not name:
+            raise ValueError("`id` is missing")
+        if not captions or not isinstance(captions, list) or not all(isinstance(c, str) and c for c in captions):
+            raise ValueError(f"`captions` must be a list of one or more sentences, or `caption` one, got {captions!r}")
+        if not given or ("media" in given and len(given) > 1) or {"video", "frames"} <= set(given):
+            raise ValueError(
+                f"give `media`, or `audio` with one of `video` and `frames`, got {', '.join(given) or 'none'}"
+            )
+        for source in given:
+            if not isinstance(sources[source], str):
+                raise ValueError(f"`{source}` must be a path, got {sources[source]!r}")
+            sources[source] = os.path.join(path.parent, sources[source])
+        window = {key: float(value) for key, value in window.items()}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}, line {line}: {error}") from error
+    return Entry(name, tuple(captions), **sources, **window, extra=extra)

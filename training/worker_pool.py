@@ -1,0 +1,155 @@
+"""Worker processes for a long list of items, any of which may take its worker down with it."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+
+
+ITEMS_AHEAD = 8
+"""Items for each worker that may be begun before the first of them is done."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Stands for the result of an item whose worker ended: `reason` says how."""
+
+    reason: str
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    connection: Connection
+    started: bool = False
+    task: tuple[int, Any] | None = None
+    since: float = 0.0
+
+
+class WorkerPool:
+    """
+    Processes that apply a function, each with one thread, in memory that does not depend on the number of items.
+
+    Other than the pools of the standard library it outlives its workers: where one is killed, or crashes in native code,
+    the item that it had becomes [`Lost`] and another worker takes its place. The workers end with the process that has
+    the pool, however that ends.
+
+    Args:
+        function (`Callable`): Of one item; can be pickled. What it raises ends the pool.
+        num_workers (`int`): How many processes.
+        seconds (`float`): A worker that takes longer for an item is killed.
+        preload (`str`): The module of the function, which the workers then import once and together.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], num_workers: int, seconds: float, preload: str):
+        methods = multiprocessing.get_all_start_methods()
+        self.context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        self.context.set_forkserver_preload([preload])
+        self.function = function
+        self.seconds = seconds
+        self.workers: list[_Worker] = []
+        for _ in range(num_workers):
+            self.workers.append(self._start())
+
+    def close(self) -> None:
+        """Ends the workers, whatever they are doing."""
+        for worker in self.workers:
+            worker.connection.close()
+            worker.process.kill()
+        for worker in self.workers:
+            worker.process.join()
+
+    def map(self, items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+        """Yields `(item, result)` in the order of the items.
+
+        Raises:
+            RuntimeError: If a worker ends before it has begun to work, as others would then, too.
+        """
+        numbered = enumerate(items)
+        done: dict[int, tuple[Any, Any]] = {}
+        sent = yielded = 0
+        while True:
+            for worker in self.workers:
+                if worker.started and worker.task is None and sent - yielded < ITEMS_AHEAD * len(self.workers):
+                    worker.task, worker.since = next(numbered, None), time.monotonic()
+                    if worker.task is not None:
+                        sent += 1
+                        _send(worker.connection, worker.task[1])
+            if sent == yielded and all(worker.started for worker in self.workers):
+                return
+            for number, result in self._results():
+                done[number[0]] = (number[1], result)
+            while yielded in done:
+                yield done.pop(yielded)
+                yielded += 1
+
+    def _results(self) -> Iterator[tuple[tuple[int, Any], Any]]:
+        """Waits a moment, and yields the tasks that have an end, with their results."""
+        ready = wait([worker.connection for worker in self.workers], timeout=1.0)
+        for position, worker in enumerate(self.workers):
+            late = worker.task is not None and time.monotonic() - worker.since > self.seconds
+            if worker.connection in ready:
+                try:
+                    result = worker.connection.recv()
+                except (EOFError, OSError):
+                    result = Lost(_ending(worker.process))
+            elif late:
+                worker.process.kill()
+                result = Lost(f"its worker was ended, as it took more than {self.seconds:g} s")
+            else:
+                continue
+            if isinstance(result, BaseException):
+                raise result
+            if isinstance(result, Lost):
+                if not worker.started:
+                    raise RuntimeError(f"a worker process cannot start: {result.reason}")
+                worker.connection.close()
+                self.workers[position] = self._start()
+            if worker.task is not None:
+                yield worker.task, result
+            worker.started, worker.task = True, None
+
+    def _start(self) -> _Worker:
+        ours, theirs = self.context.Pipe()
+        process = self.context.Process(target=_work, args=(theirs, self.function), daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(process, ours)
+
+
+def _send(connection: Connection, item: Any) -> None:
+    try:
+        connection.send(item)
+    except OSError:  # The worker is gone: its end of the pipe tells so when it is read.
+        pass
+
+
+def _ending(process: BaseProcess) -> str:
+    process.join()
+    if process.exitcode is not None and process.exitcode < 0:
+        name = signal.Signals(-process.exitcode).name
+        return f"its worker was ended by {name}: out of memory, or a crash in a decoder"
+    return f"its worker ended with exit status {process.exitcode}"
+
+
+def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that has the pool.
+    torch.set_num_threads(1)
+    connection.send(None)
+    while True:
+        try:
+            item = connection.recv()
+        except EOFError:
+            os._exit(0)  # Nobody is left who would wait for a tidy end.
+        try:
+            result = function(item)
+        except Exception as error:
+            result = error
+        connection.send(result)
