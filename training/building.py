@@ -1,0 +1,175 @@
+"""What a configuration names: the model with its processor, and the clips."""
+
+import difflib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import BertTokenizer
+
+from ..modeling_evacap.configuration_evacap import EVACapConfig
+from ..modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
+from ..modeling_evacap.presets import get_preset
+from ..processing.model_processor import make_processor
+from ..processing.processing_evacap import EVACapProcessor
+from .clip_captions import build_tokenizer
+from .clip_kinds import KINDS
+from .collator import EVACapDataCollator
+from .procedural_clips import ProceduralClips
+from .run_config import DataSection, ModelSection, RunConfig
+
+
+def make_processor_and_config(section: ModelSection) -> tuple[EVACapProcessor, EVACapConfig]:
+    """
+    The processor and the configuration of the model that is to be trained.
+
+    Raises:
+        ValueError: a field of `model.config` is unknown, or `model.start` is another variant than `model.preset`.
+        OSError: the tokenizer or `model.start` cannot be had.
+    """
+    preset = get_preset(section.preset)
+    if section.start is not None:
+        config = EVACapConfig.from_pretrained(section.start)
+        wanted = preset.config()
+        if _variant(config) != _variant(wanted):
+            raise ValueError(
+                f"`model.start` {section.start} is {_variant(config)}, but `model.preset` {section.preset!r} is "
+                f"{_variant(wanted)}: choose the preset that fits, or import the weights with --as {section.preset}."
+            )
+        config = EVACapConfig.from_dict(_with_fields(config.to_dict(), section.config, "model.config"))
+        return EVACapProcessor.from_pretrained(section.start), config
+    if section.tokenizer is None:
+        raise ValueError(
+            "Give `model.start`, a model folder as `evacap import-weights` makes it, or `model.tokenizer` to begin with "
+            "random weights."
+        )
+    tokenizer = build_tokenizer() if section.tokenizer == "procedural" else load_tokenizer(section.tokenizer)
+    text = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.cls_token_id,
+        "eos_token_id": tokenizer.sep_token_id,
+    }
+    config = preset.config(text_config=text).to_dict()
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
+        config.pop(name)
+    config = EVACapConfig.from_dict(_with_fields(config, section.config, "model.config"))
+    return make_processor(config, {**preset.processing, **section.processing}, tokenizer), config
+
+
+def make_model(section: ModelSection, config: EVACapConfig) -> EVACapForConditionalGeneration:
+    """The model to train, with weights in float32: those of `model.start`, or random ones."""
+    options = {"attn_implementation": section.attn_implementation, "dtype": torch.float32}
+    if section.start is not None:
+        model = EVACapForConditionalGeneration.from_pretrained(section.start, config=config, **options)
+    else:
+        model = EVACapForConditionalGeneration._from_config(config, **options)
+    if section.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def make_clips(
+    data: DataSection, processor: EVACapProcessor, seed: int, split: str | None = None, augment: bool = True
+) -> Dataset:
+    """The clips to learn from; with `augment=False` as they are."""
+    split = data.split if split is None else split
+    if data.procedural is not None:
+        return ProceduralClips(processor, data.procedural, split, seed)
+    from .augmentation import Augmentation
+    from .prepared_clips import PreparedClips, StreamedClips
+
+    augmentation = None
+    if augment and data.augmentation is not None:
+        defaults = vars(Augmentation())
+        augmentation = Augmentation(**_with_fields(defaults, data.augmentation, "data.augmentation"))
+    kind = StreamedClips if data.streamed else PreparedClips
+    return kind(data.prepared, split, processor, augmentation, seed)
+
+
+def make_validation_clips(config: RunConfig, processor: EVACapProcessor) -> Dataset:
+    """The clips to be judged by."""
+    section = config.validation
+    if section.procedural is not None:
+        source = DataSection(procedural=section.procedural)
+    else:
+        source = DataSection(prepared=section.prepared or config.data.prepared)
+    return make_clips(source, processor, config.seed, section.split, augment=False)
+
+
+def make_collators(config: RunConfig, processor: EVACapProcessor, model_config: EVACapConfig):
+    """The collator of training, which swaps videos, and that of validation, which does not."""
+    video_shape = None
+    if processor.modalities != "audio":
+        # A process without a picture in its batch runs the video tower all the same, as the others wait for its
+        # gradients.
+        video = model_config.video_config
+        video_shape = (video.num_frames, video.num_channels, video.image_size, video.image_size)
+    data = config.data
+    training = EVACapDataCollator(
+        data.p_mix,
+        config.seed,
+        keep_matched=model_config.semantic_consistency_weight > 0,
+        fixed_points=data.fixed_points,
+        whole_batch=data.whole_batch,
+        video_shape=video_shape,
+    )
+    return training, EVACapDataCollator(p_mix=0.0, video_shape=video_shape)
+
+
+def describe_training(config: RunConfig, num_clips: int | None) -> dict[str, Any]:
+    """The content of `training.json`, from which the model card says what was learned."""
+    data = config.data
+    clips = "clips" if num_clips is None else f"{num_clips:,} clips"
+    if data.procedural is not None:
+        source = (
+            f"{data.procedural:,} procedural clips of 5 s (`python -m evacap.training.clips`, seed {config.seed}): "
+            f"synthesised sounds of {len(KINDS)} kinds and drawn pictures of their sources. For trying and testing: a "
+            "model of them knows these kinds and nothing of real recordings"
+        )
+    else:
+        source = f"{clips} of `{os.path.basename(os.path.normpath(data.prepared))}` (split `{data.split}`)"
+    swaps = f"{data.p_mix:.0%} of the videos were those of other clips" if data.p_mix else "no video was swapped"
+    length = f"{config.optimization.epochs} epochs"
+    if config.optimization.max_steps is not None:
+        length += f", at most {config.optimization.max_steps:,} steps"
+    return {"data": f"{source}. {length}; {swaps}.", "datasets": data.hub_datasets}
+
+
+def load_tokenizer(name: str | os.PathLike) -> BertTokenizer:
+    """
+    A BERT tokenizer of the Hub, or of a folder that holds at least `vocab.txt`.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    try:
+        tokenizer = BertTokenizer.from_pretrained(name)
+        # Where there is no vocabulary, Transformers makes one of the special tokens alone.
+        if len(tokenizer) > len(tokenizer.all_special_ids):
+            return tokenizer
+    except (OSError, ValueError):
+        pass
+    raise FileNotFoundError(
+        f"{name}: no BERT tokenizer can be had there now. Go online, or give a folder that holds the vocab.txt of "
+        "bert-base-uncased."
+    )
+
+
+def _variant(config: EVACapConfig) -> str:
+    gated = config.fusion_type == "gated_cross_attention"
+    return f"{config.fusion_type} with gate {config.gate_type}" if gated else config.fusion_type
+
+
+def _with_fields(values: Mapping[str, Any], changes: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """`values` with `changes`, which may change what is there and add nothing."""
+    result = dict(values)
+    for name, change in changes.items():
+        if name not in values:
+            near = difflib.get_close_matches(name, values, n=3) or sorted(values)
+            raise ValueError(f"`{key}.{name}` is no field. Did you mean {' or '.join(f'`{key}.{n}`' for n in near)}?")
+        inner = isinstance(change, Mapping) and isinstance(values[name], Mapping)
+        result[name] = _with_fields(values[name], change, f"{key}.{name}") if inner else change
+    return result

@@ -1,0 +1,89 @@
+"""What is trained, and how fast: frozen parameters, AdamW's groups, the learning rate over the steps."""
+
+import difflib
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup_lr_rate
+
+from .run_config import OptimizationSection
+
+
+def freeze(model: nn.Module, patterns: Iterable[str], exceptions: Iterable[str] = ()) -> list[str]:
+    """
+    Freezes the parameters whose name fits one of `patterns` and none of `exceptions`.
+
+    Args:
+        model (`nn.Module`): The model; tied weights have the first of their names alone.
+        patterns (`Iterable[str]`), exceptions (`Iterable[str]`): Shell patterns, such as `"model.decoder.*"`.
+
+    Returns:
+        The names of the frozen parameters.
+
+    Raises:
+        ValueError: a pattern fits no parameter, or nothing is left to train.
+    """
+    parameters = dict(model.named_parameters())
+    frozen = _matches(parameters, patterns) - _matches(parameters, exceptions)
+    if frozen == parameters.keys():
+        raise ValueError("`model.freeze` fits every parameter: there is nothing left to train.")
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    return sorted(frozen)
+
+
+def _matches(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
+    matches = set()
+    for pattern in patterns:
+        fitting = {name for name in names if fnmatchcase(name, pattern)}
+        if not fitting:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3)
+            raise ValueError(
+                f"{pattern!r} fits no parameter of the model. Near to it are {', '.join(near) or 'none'}."
+            )
+        matches |= fitting
+    return matches
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """
+    The trained parameters in two groups for AdamW: the weights of linear layers and patch embeddings decay; biases,
+    norms, tables of words and positions, modality vectors and the gate's scalars do not.
+    """
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    decaying, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = name.endswith(".weight") and parameter.ndim > 1 and parameter not in tables
+            (decaying if decays else others).append(parameter)
+    return [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def make_optimizer(model: nn.Module, section: OptimizationSection) -> AdamW:
+    """AdamW with the groups of [`parameter_groups`]."""
+    groups = parameter_groups(model, section.weight_decay)
+    return AdamW(groups, lr=section.learning_rate, betas=tuple(section.betas), fused=True)
+
+
+def make_scheduler(
+    optimizer: Optimizer, section: OptimizationSection, steps_per_epoch: float, total_steps: int
+) -> LRScheduler:
+    """
+    The learning rate of each step: along a line from `warmup_start` to `learning_rate`, then along a cosine down to
+    `min_learning_rate` in the last step (AVCap).
+
+    Args:
+        optimizer (`Optimizer`): AdamW as [`make_optimizer`] makes it.
+        section ([`~run_config.OptimizationSection`]): The rates and `warmup_epochs`.
+        steps_per_epoch (`float`), total_steps (`int`): Steps of an epoch and of the run.
+    """
+    return get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
+        optimizer,
+        num_warmup_steps=min(round(section.warmup_epochs * steps_per_epoch), total_steps),
+        num_training_steps=total_steps,
+        min_lr_rate=section.min_learning_rate / section.learning_rate,
+        warmup_lr_rate=section.warmup_start / section.learning_rate,
+    )

@@ -1,0 +1,408 @@
+"""The configuration of a training run: one YAML file, checked key by key."""
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+CONFIGS = Path(__file__).with_name("configs")
+"""The folder of the configurations that come with the package."""
+
+
+@dataclass
+class ModelSection:
+    """
+    What is trained.
+
+    Args:
+        preset (`str`, defaults to `"evacap"`): A key of [`~presets.PRESETS`]: the fusion, its gate and the processing.
+        start (`str`, *optional*): A model folder or a name on the Hub to start from, as `evacap import-weights` or a
+            training run make it. Its sizes and its processor are used as they are. Without it weights are random.
+        tokenizer (`str`, *optional*): Without `start`: a BERT tokenizer of the Hub, a folder with its `vocab.txt`, or
+            `"procedural"`, the words of the procedural clips.
+        processing (`dict`): Without `start`: options of [`make_processor`] on top of the preset's.
+        config (`dict`): Fields of [`EVACapConfig`], such as `gate_stability_weight`.
+        attn_implementation (`str`, defaults to `"sdpa"`): Attention of the towers and of the prefix.
+        freeze (`list[str]`): Shell patterns of the names of parameters that stay as they are.
+        freeze_except (`list[str]`): Patterns of those among them that are trained all the same.
+        gradient_checkpointing (`bool`, defaults to `False`): Less memory for a third more time.
+    """
+
+    preset: str = "evacap"
+    start: str | None = None
+    tokenizer: str | None = None
+    processing: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    attn_implementation: str = "sdpa"
+    freeze: list[str] = field(default_factory=list)
+    freeze_except: list[str] = field(default_factory=list)
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class DataSection:
+    """
+    What it learns from: either `prepared` or `procedural`.
+
+    Args:
+        prepared (`str`, *optional*): A folder that `evacap prepare` made.
+        split (`str`, defaults to `"train"`): Its split.
+        streamed (`bool`, defaults to `False`): Whether its shards are read in a row instead of at random places, for
+            a folder that is far away or on the Hub.
+        procedural (`int`, *optional*): The number of procedural clips, rendered when they are needed.
+        p_mix (`float`, defaults to 0.05): Probability of another clip's video (Stochastic Modality Shuffling, paper).
+        fixed_points (`bool`, defaults to `True`), whole_batch (`bool`, defaults to `False`): See
+            [`EVACapDataCollator`].
+        augmentation (`dict`, *optional*): Fields of [`Augmentation`]; `{}` is AVCap's recipe, `null` none.
+        hub_datasets (`list[str]`): Names of the datasets on the Hub, for the model card.
+    """
+
+    prepared: str | None = None
+    split: str = "train"
+    streamed: bool = False
+    procedural: int | None = None
+    p_mix: float = 0.05
+    fixed_points: bool = True
+    whole_batch: bool = False
+    augmentation: dict[str, Any] | None = None
+    hub_datasets: list[str] = field(default_factory=list)
+
+
+@dataclass
+class OptimizationSection:
+    """
+    How it learns. The defaults are AVCap's recipe.
+
+    Args:
+        epochs (`int`, defaults to 50): Times that every clip is seen.
+        max_steps (`int`, *optional*): Steps after which the run ends all the same; streamed clips need it.
+        batch_size (`int`, defaults to 8): Clips a process takes at a time.
+        accumulation_steps (`int`, defaults to 1): Batches a process takes for one step.
+        learning_rate (`float`, defaults to 1e-4): Its peak.
+        warmup_epochs (`float`, defaults to 1.0), warmup_start (`float`, defaults to 2e-7): How long it rises, along a
+            line, and from where.
+        min_learning_rate (`float`, defaults to 1e-6): Where it ends, along a cosine.
+        betas (`list[float]`, defaults to `[0.95, 0.999]`), weight_decay (`float`, defaults to 5e-7): Of AdamW.
+        max_grad_norm (`float`, *optional*): The length to which longer gradients are cut; `null` leaves them.
+    """
+
+    epochs: int = 50
+    max_steps: int | None = None
+    batch_size: int = 8
+    accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    warmup_epochs: float = 1.0
+    warmup_start: float = 2e-7
+    min_learning_rate: float = 1e-6
+    betas: list[float] = field(default_factory=lambda: [0.95, 0.999])
+    weight_decay: float = 5e-7
+    max_grad_norm: float | None = 1.0
+
+
+@dataclass
+class ValidationSection:
+    """
+    How it is judged on the way.
+
+    Args:
+        every_steps (`int`, *optional*): Steps from one validation to the next; there is one at the end in any case.
+            `null`: none at all.
+        prepared (`str`, *optional*), split (`str`, defaults to `"validation"`): The clips; `data.prepared`'s by
+            default.
+        procedural (`int`, *optional*): The number of procedural clips instead.
+        max_clips (`int`, *optional*): The first clips alone.
+        batch_size (`int`, defaults to 8): Clips a process captions at a time.
+        num_beams (`int`, defaults to 1): Beams of the search.
+        metrics (`list[str]`): Metrics of [`compute_metrics`]; `[]` for the loss alone.
+        best (`str`, defaults to `"loss"`): The figure that tells the best models: `"loss"` or a figure of the metrics,
+            such as `"spider"`.
+        keep_best (`int`, defaults to 1): Best models to keep.
+        patience (`int`, *optional*): Validations in a row without a better figure after which the run ends.
+    """
+
+    every_steps: int | None = None
+    prepared: str | None = None
+    split: str = "validation"
+    procedural: int | None = None
+    max_clips: int | None = None
+    batch_size: int = 8
+    num_beams: int = 1
+    metrics: list[str] = field(default_factory=list)
+    best: str = "loss"
+    keep_best: int = 1
+    patience: int | None = None
+
+
+@dataclass
+class SavingSection:
+    """
+    What is kept on the way.
+
+    Args:
+        every_steps (`int`, *optional*): Steps from one checkpoint to the next; `null`: one an epoch. There is one at
+            the end in any case.
+        keep (`int`, defaults to 2): Newest checkpoints to keep.
+        code (`bool`, defaults to `True`): Whether models carry the code that makes them load without this package.
+    """
+
+    every_steps: int | None = None
+    keep: int = 2
+    code: bool = True
+
+
+@dataclass
+class LoggingSection:
+    """
+    What is told on the way.
+
+    Args:
+        every_steps (`int`, defaults to 10): Steps that a line of `log.jsonl` is the mean of.
+        trackers (`list[str]`, defaults to `["tensorboard"]`): Trackers of Accelerate, such as `"wandb"`.
+        project (`str`, defaults to `"evacap"`): The name under which they keep it.
+    """
+
+    every_steps: int = 10
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    project: str = "evacap"
+
+
+@dataclass
+class ResourcesSection:
+    """
+    What it runs on. `accelerate launch` tells how many processes on which machines.
+
+    Args:
+        mixed_precision (`str`, defaults to `"bf16"`): `"bf16"`, `"fp16"` or `"no"`. Weights stay in float32.
+        cpu (`bool`, defaults to `False`): Leaves a GPU alone.
+        num_workers (`int`, defaults to 4): Processes that make batches, for each training process.
+        prefetch (`int`, defaults to 2): Batches that each of them makes in advance.
+        num_threads (`int`, *optional*): Threads of PyTorch in each training process; its own choice by default.
+    """
+
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    cpu: bool = False
+    num_workers: int = 4
+    prefetch: int = 2
+    num_threads: int | None = None
+
+
+@dataclass
+class RunConfig:
+    """
+    A training run.
+
+    Args:
+        output (`str`): The folder of the run: checkpoints, models, logs. The same configuration with the same folder
+            goes on where the run was.
+        seed (`int`, defaults to 0): Of the weights at birth, the order of the clips, dropout, augmentation and swaps.
+        model, data, optimization, validation, saving, logging, resources: See the sections' classes.
+    """
+
+    output: str
+    seed: int = 0
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    optimization: OptimizationSection = field(default_factory=OptimizationSection)
+    validation: ValidationSection = field(default_factory=ValidationSection)
+    saving: SavingSection = field(default_factory=SavingSection)
+    logging: LoggingSection = field(default_factory=LoggingSection)
+    resources: ResourcesSection = field(default_factory=ResourcesSection)
+
+
+def load_run_config(name: str | os.PathLike, overrides: Iterable[str] = ()) -> RunConfig:
+    """
+    Reads a configuration.
+
+    Args:
+        name (`str` or `os.PathLike`): A YAML file, or the name of a shipped one, such as `"evacap"`. Its key `base`
+            names another one, shipped or beside it, whose values it changes.
+        overrides (`Iterable[str]`): Further changes, `key=value` with the value in YAML, such as
+            `optimization.learning_rate=3e-4`.
+
+    Raises:
+        FileNotFoundError: there is no such configuration.
+        ValueError: a key is unknown or of the wrong type; the message names it and where it stands.
+    """
+    values = _read(_find(name))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"{override!r} is no change of the configuration: write KEY=VALUE, such as seed=1.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{override!r}: the value is not YAML ({error}).") from error
+        for part in reversed(key.strip().split(".")):
+            value = {part: value}
+        values = _merge(values, value)
+    config = _build(RunConfig, values, "")
+    _check(config)
+    return config
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of a configuration, or of a `dict` of one, under their whole keys: `{"model.preset": "evacap"}`."""
+    content = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    flat = {}
+    for name, value in content.items():
+        inner = value if isinstance(value, dict) and prefix == "" else None
+        flat |= {prefix + name: value} if inner is None else flatten(inner, f"{prefix}{name}.")
+    return flat
+
+
+def shipped_configs() -> list[str]:
+    """The names of the configurations that come with the package."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def _find(name: str | os.PathLike, beside: Path = Path()) -> Path:
+    for path in (beside / name, CONFIGS / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"{name}: there is no such file, and no such configuration among the shipped ones: "
+        f"{', '.join(shipped_configs())}."
+    )
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a file on top of its base's."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a YAML file ({error}).") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: it holds a {type(values).__name__}, but it must hold keys with values.")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    base_path = _find(base, path.parent)
+    if base_path in (*seen, path):
+        raise ValueError(f"{path}: its `base` {base!r} leads back to itself.")
+    return _merge(_read(base_path, (*seen, path)), values)
+
+
+def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with `changes`, dictionaries within them likewise."""
+    merged = dict(values)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _build(kind: type, values: Any, prefix: str) -> Any:
+    """A dataclass from a dictionary, each value checked; `prefix` is what stands before its keys in messages."""
+    if not isinstance(values, dict):
+        raise ValueError(f"`{prefix.rstrip('.')}` is {values!r}, but it must hold keys with values.")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in values:
+        if key not in fields:
+            raise ValueError(
+                f"`{prefix}{key}` is no key of the configuration.{_near_misses(str(key), fields, prefix)}"
+            )
+    for name, entry in fields.items():
+        if name not in values and entry.default is entry.default_factory is dataclasses.MISSING:
+            raise ValueError(f"`{prefix}{name}` is missing: give it in the configuration or as {prefix}{name}=VALUE.")
+    hints = typing.get_type_hints(kind)
+    return kind(**{name: _convert(hints[name], value, f"{prefix}{name}") for name, value in values.items()})
+
+
+def _near_misses(key: str, fields: Iterable[str], prefix: str) -> str:
+    near = difflib.get_close_matches(key, fields, n=3, cutoff=0.5)
+    # A key that was given without its section, or in the wrong one.
+    places = [f"{section}.{key}" for section, hint in typing.get_type_hints(RunConfig).items() if _has(hint, key)]
+    proposals = [f"`{prefix}{name}`" for name in near] + [f"`{place}`" for place in places]
+    if proposals:
+        return f" Did you mean {' or '.join(dict.fromkeys(proposals))}?"
+    return f" There are {', '.join(f'`{prefix}{name}`' for name in fields)}."
+
+
+def _has(kind: Any, key: str) -> bool:
+    return dataclasses.is_dataclass(kind) and key in typing.get_type_hints(kind)
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """`value` as `hint` says, or a `ValueError` that names `key`."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, {} if value is None else value, f"{key}.")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return None if value is None else _convert(arguments[0], value, key)
+    if origin is Literal:
+        # YAML reads a bare `no` as false.
+        value = "no" if value is False and "no" in arguments else value
+        if value in arguments:
+            return value
+        raise ValueError(f"`{key}` is {value!r}, but it must be one of {', '.join(map(repr, arguments))}.")
+    if origin is list and isinstance(value, list):
+        return [_convert(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value)]
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        # YAML takes 1e-4 for text, as it has no point.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    plain = origin or hint
+    if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
+        return value
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        list: "a list",
+        dict: "keys with values",
+    }
+    raise ValueError(f"`{key}` is {value!r}, but it must be {names[plain]}.")
+
+
+def _check(config: RunConfig) -> None:
+    """What the types do not tell."""
+    data, validation = config.data, config.validation
+    if (data.prepared is None) == (data.procedural is None):
+        raise ValueError(
+            "Give either `data.prepared`, a folder made by `evacap prepare`, or `data.procedural`, a number of clips: "
+            f"they are {data.prepared!r} and {data.procedural!r}."
+        )
+    if data.streamed and config.optimization.max_steps is None:
+        raise ValueError("`optimization.max_steps` is missing: `data.streamed` clips are not counted in advance.")
+    at_least_one = {
+        "data.procedural",
+        "optimization.epochs",
+        "optimization.max_steps",
+        "optimization.batch_size",
+        "optimization.accumulation_steps",
+        "validation.every_steps",
+        "validation.procedural",
+        "validation.max_clips",
+        "validation.batch_size",
+        "validation.num_beams",
+        "validation.keep_best",
+        "validation.patience",
+        "saving.every_steps",
+        "saving.keep",
+        "logging.every_steps",
+        "resources.prefetch",
+        "resources.num_threads",
+    }
+    not_negative = {"seed", "resources.num_workers", "optimization.warmup_epochs", "optimization.learning_rate"}
+    for key, value in flatten(config).items():
+        least = 1 if key in at_least_one else 0 if key in not_negative else None
+        if least is not None and value is not None and value < least:
+            raise ValueError(f"`{key}` is {value}, but it must be at least {least}.")
+    if len(config.optimization.betas) != 2:
+        raise ValueError(f"`optimization.betas` is {config.optimization.betas}, but it must hold two numbers.")
+    if validation.every_steps and validation.prepared is validation.procedural is data.prepared is None:
+        raise ValueError(
+            "`validation.prepared` or `validation.procedural` is missing, as `validation.every_steps` is set."
+        )

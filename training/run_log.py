@@ -1,0 +1,107 @@
+"""What a run tells of itself: `run.json`, `log.jsonl` and the trackers."""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from .files import write_text
+from .run_config import RunConfig, flatten
+
+
+PACKAGES = ("evacap", "torch", "transformers", "accelerate", "datasets", "numpy")
+SETTLED = ("seed", "model.", "data.", "optimization.")
+"""What a run keeps from its beginning to its end: the beginnings of these keys of the configuration."""
+
+
+def record_start(folder: Path, config: RunConfig, command: list[str], num_processes: int, step: int) -> None:
+    """
+    Writes `run.json`: the configuration and, for each time that the run was started, when, by which command, from which
+    step, with which versions and which git commit of the working directory.
+
+    Raises:
+        ValueError: the run in this folder was begun with other settings.
+    """
+    path = folder / "run.json"
+    starts = []
+    if path.exists():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        _check_settings(folder, flatten(record["config"]), flatten(config))
+        starts = record["starts"]
+    start = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "step": step,
+        "processes": num_processes,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    content = {"seed": config.seed, "config": dataclasses.asdict(config), "starts": [*starts, start]}
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _check_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [
+        f"`{key}` was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if key.startswith(SETTLED) and before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run with other settings: {'; '.join(changed)}. Give a new `output`, or the settings of "
+            "before to go on."
+        )
+
+
+def _git_commit() -> str | None:
+    """The commit that the working directory is at, with `+changes` where files differ from it."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None
+
+
+class RunLog:
+    """
+    Tells figures to `log.jsonl` and to the trackers; in the main process alone.
+
+    Args:
+        folder (`Path`): The folder of the run.
+        accelerator (`Accelerator`): Knows the trackers.
+        step (`int`): Where the run goes on: lines of later steps, which will come again, are dropped.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, step: int):
+        self.path = folder / "log.jsonl"
+        self.accelerator = accelerator
+        if accelerator.is_main_process and self.path.exists():
+            # A line that was being written when the run was killed has no end.
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_text(self.path, "".join(kept))
+
+    def write(self, step: int, figures: dict[str, float], **passing: float) -> None:
+        """Adds a line; `passing` figures, such as speed, go to the trackers alone, so that a line can be reproduced."""
+        if self.accelerator.is_main_process:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **figures}) + "\n")
+            self.accelerator.log({**figures, **passing}, step=step)
+
+
+def command_line() -> list[str]:
+    """The command that runs this process."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]

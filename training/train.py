@@ -1,0 +1,384 @@
+"""Trains a captioner as a YAML file says, on any number of processes, and goes on where it was stopped.
+
+accelerate launch -m evacap.training.train evacap data.prepared=audiocaps model.start=start output=runs/evacap
+"""
+
+import argparse
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from .building import (
+    describe_training,
+    make_clips,
+    make_collators,
+    make_model,
+    make_processor_and_config,
+    make_validation_clips,
+)
+from .checkpoints import Checkpoints, Models, TrainingState, remove_partial_folders
+from .optimization import freeze, make_optimizer, make_scheduler
+from .run_config import RunConfig, flatten, load_run_config, shipped_configs
+from .run_log import RunLog, command_line, record_start
+from .validation import LOWER_IS_BETTER, Validation
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def train(config: RunConfig) -> int:
+    """
+    Trains a captioner, from the newest checkpoint in `config.output` where there is one.
+
+    Args:
+        config ([`RunConfig`]): All of it.
+
+    Returns:
+        0 at the end of the run; 128 + its number if a signal stopped it, after a checkpoint was saved.
+
+    Raises:
+        ValueError: the configuration does not fit itself, its data or the run that is in its folder.
+        OSError: something cannot be read or written.
+        RuntimeError: the loss or the gradient is no finite number. The last checkpoint is the one before.
+    """
+    run = TrainingRun(config)
+    log = run.begin()
+    state, every = run.state, config.logging.every_steps
+    progress = tqdm(
+        desc=run.folder.name,
+        total=run.total_steps,
+        initial=state.step,
+        unit="step",
+        disable=not run.accelerator.is_local_main_process,
+    )
+    with progress, StopSignals() as stop:
+        began = time.perf_counter()
+        for batches in run.batches():
+            figures, stopping = run.step(batches, stop)
+            state.add(figures)
+            progress.update()
+            if run.is_due(every):
+                means = state.take_means() | {"learning_rate": figures["learning_rate"]}
+                clips_per_second = every * run.clips_per_step / (time.perf_counter() - began)
+                log.write(state.step, means, clips_per_second=clips_per_second)
+                progress.set_postfix_str(f"loss {means['loss']:.3f}, {clips_per_second:.1f} clips/s")
+                began = time.perf_counter()
+            if run.is_due(config.validation.every_steps):
+                log.write(state.step, run.validate())
+            if stopping or run.is_due(run.save_every):
+                run.checkpoints.save(state.step)
+            if stopping:
+                run.say(f"stopped after step {state.step}; the same command goes on from there")
+                return 128 + (stop.number or signal.SIGTERM)
+    run.end()
+    return 0
+
+
+class TrainingRun:
+    """
+    All that a run works with, made from its configuration.
+
+    Args:
+        config ([`RunConfig`]): See there.
+    """
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self.folder = Path(config.output)
+        self.accelerator = accelerator = make_accelerator(config)
+        set_seed(config.seed)
+        processor, self.model_config = make_processor_and_config(config.model)
+        collator, validation_collator = make_collators(config, processor, self.model_config)
+        self.clips = make_clips(config.data, processor, config.seed)
+        self.loader = make_loader(config, self.clips, collator, accelerator)
+        model = make_model(config.model, self.model_config)
+        freeze(model, config.model.freeze, config.model.freeze_except)
+        optimizer = make_optimizer(model, config.optimization)
+        self._count_steps()
+        self.scheduler = make_scheduler(optimizer, config.optimization, self.steps_per_epoch, self.total_steps)
+        if accelerator.is_fsdp2:
+            adapt_fsdp(accelerator, model)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.validation = None
+        if config.validation.every_steps is not None:
+            clips = make_validation_clips(config, processor)
+            self.validation = Validation(clips, processor, config, accelerator, validation_collator)
+        self.state = TrainingState()
+        accelerator.register_for_checkpointing(self.state, self.scheduler)
+        self.checkpoints = Checkpoints(self.folder, accelerator, config.saving.keep)
+        training = describe_training(config, len(self.clips))
+        self.models = Models(self.folder, accelerator, self.model, processor, training, config.saving.code)
+
+    def _count_steps(self) -> None:
+        section = self.config.optimization
+        self.clips_per_step = section.batch_size * section.accumulation_steps * self.accelerator.num_processes
+        self.steps_per_epoch = math.ceil(len(self.loader) / section.accumulation_steps)
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"There are {len(self.clips)} clips to learn from, but the processes take "
+                f"{section.batch_size * self.accelerator.num_processes} at a time: lower `optimization.batch_size`."
+            )
+        self.total_steps = min(section.epochs * self.steps_per_epoch, section.max_steps or sys.maxsize)
+        self.save_every = self.config.saving.every_steps or self.steps_per_epoch
+
+    def begin(self) -> RunLog:
+        """Goes to the newest checkpoint, writes down the start, and opens the logs."""
+        accelerator, config = self.accelerator, self.config
+        if accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_partial_folders(self.folder)
+        accelerator.wait_for_everyone()
+        # Dropout differs between processes. A checkpoint brings its own state of the generators.
+        set_seed(config.seed, device_specific=True)
+        if self.checkpoints.resume():
+            self.say(f"going on after step {self.state.step} of {self.total_steps}")
+        if accelerator.is_main_process:
+            record_start(self.folder, config, command_line(), accelerator.num_processes, self.state.step)
+        accelerator.init_trackers(
+            config.logging.project,
+            {
+                key: value if isinstance(value, (int, float, str)) else str(value)
+                for key, value in flatten(config).items()
+            },
+            {"tensorboard": {"purge_step": self.state.step + 1}},
+        )
+        self.model.train()
+        return RunLog(self.folder, accelerator, self.state.step)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to do: all steps are done, or validations have not become better for long."""
+        patience = self.config.validation.patience
+        stale = patience is not None and self.state.without_improvement >= patience
+        return stale or self.state.step >= self.total_steps
+
+    def is_due(self, every: int | None) -> bool:
+        """Whether it is time for what is done every so many steps, and after the last one."""
+        step = self.state.step
+        return every is not None and (step % every == 0 or step == self.total_steps)
+
+    def batches(self) -> Iterator[list[dict[str, torch.Tensor]]]:
+        """The batches of each step, from where the run is to its end; no clip is read to be skipped."""
+        state, accumulated = self.state, self.config.optimization.accumulation_steps
+        while not self.is_over:
+            self.loader.set_epoch(state.epoch)
+            if hasattr(self.clips, "set_epoch"):
+                self.clips.set_epoch(state.epoch)
+            rest = iter(skip_first_batches(self.loader, state.step_in_epoch * accumulated))
+            while not self.is_over and (batches := list(islice(rest, accumulated))):
+                yield batches
+            if state.step_in_epoch == self.steps_per_epoch:
+                state.epoch, state.step_in_epoch = state.epoch + 1, 0
+
+    def step(self, batches: list[dict[str, torch.Tensor]], stop: "StopSignals") -> tuple[dict[str, float], bool]:
+        """
+        One step of the optimizer.
+
+        Args:
+            batches (`list[dict]`): The batches of this process, whose gradients are added up.
+            stop ([`StopSignals`]): The signals that this process has got.
+
+        Returns:
+            The figures over all processes: `loss`, its terms by name where there are several, `grad_norm` and
+            `learning_rate`; and whether a signal has stopped any process.
+        """
+        accelerator, model, terms = self.accelerator, self.model, self._loss_terms()
+        counts = [(batch["labels"] != -100).sum() for batch in batches]
+        # The caption loss is a mean over all caption tokens of the step, in whatever process and batch they are.
+        count = accelerator.reduce(sum(counts))
+        totals = torch.zeros(1 + len(terms) + 1, device=accelerator.device)
+        totals[-1] = bool(stop.number)
+        for number, (batch, own_count) in enumerate(zip(batches, counts, strict=True), start=1):
+            with nullcontext() if number == len(batches) else accelerator.no_sync(model):
+                with accelerator.autocast():
+                    outputs = model(**batch, use_cache=False, num_items_in_batch=count)
+                # The loss is this batch's share already, but gradients are averaged over the processes.
+                accelerator.backward(outputs.loss * accelerator.num_processes)
+            totals[0] += outputs.loss.detach()
+            for place, name in enumerate(terms, start=1):
+                if outputs.get(name) is not None:
+                    totals[place] += outputs[name] * own_count / count
+        norm = accelerator.clip_grad_norm_(model.parameters(), self.config.optimization.max_grad_norm or math.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        # One exchange a step tells every process the same: what to log, whether to stop, whether all is well.
+        loss, *values, stopping = accelerator.reduce(totals).tolist()
+        figures = {"loss": loss, **dict(zip(terms, values, strict=True)), "grad_norm": norm.item()}
+        self._check_finite(figures)
+        figures["learning_rate"] = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if not accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        self.state.step += 1
+        self.state.step_in_epoch += 1
+        return figures, stopping > 0
+
+    def _loss_terms(self) -> list[str]:
+        """The names of the terms that the loss is a sum of, where it is not the caption loss alone."""
+        weights = {
+            "gate_stability": self.model_config.gate_stability_weight,
+            "semantic_consistency": self.model_config.semantic_consistency_weight,
+        }
+        terms = [name for name, weight in weights.items() if weight > 0]
+        return ["caption_loss", *terms] if terms else []
+
+    def _check_finite(self, figures: dict[str, float]) -> None:
+        # With fp16 a gradient may overflow: the step is left out and the loss scaled anew.
+        checked = ("loss",) if self.accelerator.scaler is not None else ("loss", "grad_norm")
+        for name in checked:
+            if not math.isfinite(figures[name]):
+                kept = self.checkpoints.list()
+                raise RuntimeError(
+                    f"{name} is {figures[name]} in step {self.state.step + 1}: the run is stopped before it changes the "
+                    f"model. {f'{kept[-1]} is the last checkpoint' if kept else 'There is no checkpoint yet'}. A lower "
+                    "`optimization.learning_rate` or `optimization.max_grad_norm` may help, in a new `output`."
+                )
+
+    def validate(self) -> dict[str, float]:
+        """The figures of a validation, under names for the log; the model is saved if it is among the best."""
+        section, state = self.config.validation, self.state
+        figures = self.validation(self.model)
+        score, lower = figures[section.best], section.best in LOWER_IS_BETTER
+        is_best = self.models.save_best(state, score, lower, section.keep_best)
+        state.without_improvement = 0 if is_best else state.without_improvement + 1
+        self.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+        return {f"validation/{name}": value for name, value in figures.items()}
+
+    def end(self) -> None:
+        """Saves what the run has come to."""
+        self.checkpoints.save(self.state.step)
+        self.models.save_final()
+        self.say(f"{self.models.final_folder} is the model after step {self.state.step}")
+        for name, score in self.state.best.items():
+            self.say(f"{self.models.best_folder / name}: {self.config.validation.best} {score:.4f}")
+        self.accelerator.end_training()
+
+    def say(self, line: str) -> None:
+        """Tells a line, above the progress bar, in one of the processes."""
+        if self.accelerator.is_main_process:
+            tqdm.write(f"{self.folder.name}: {line}", file=sys.stderr)
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """
+    The accelerator that the configuration and `accelerate launch` ask for.
+
+    Raises:
+        ImportError: a tracker is not installed.
+        ValueError: there is no such tracker, or the device cannot compute in this precision.
+    """
+    resources, trackers = config.resources, config.logging.trackers
+    if resources.num_threads is not None:
+        torch.set_num_threads(resources.num_threads)
+    accelerator = Accelerator(
+        mixed_precision=resources.mixed_precision,
+        cpu=resources.cpu or not torch.accelerator.is_available(),
+        log_with=trackers,
+        project_config=ProjectConfiguration(config.output, logging_dir=str(Path(config.output) / "trackers")),
+        dataloader_config=DataLoaderConfiguration(
+            use_seedable_sampler=True, data_seed=config.seed, dispatch_batches=False, non_blocking=True
+        ),
+    )
+    missing = set(trackers) - {str(tracker) for tracker in accelerator.log_with}
+    if missing:
+        raise ImportError(f"`logging.trackers` asks for {', '.join(sorted(missing))}: install it, or leave it out.")
+    return accelerator
+
+
+def make_loader(config: RunConfig, clips, collator, accelerator: Accelerator) -> DataLoader:
+    """Batches in another order each epoch, which follows from the seed and the epoch; an incomplete one is left out."""
+    resources = config.resources
+    loader = DataLoader(
+        clips,
+        config.optimization.batch_size,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=collator,
+        num_workers=resources.num_workers,
+        prefetch_factor=resources.prefetch if resources.num_workers else None,
+        pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=_leave_signals_to_the_parent,
+        # Of its own: beginning an epoch must not move the generator from which dropout draws.
+        generator=torch.Generator(),
+    )
+    return accelerator.prepare_data_loader(loader)
+
+
+def adapt_fsdp(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """What FSDP needs to know of this model."""
+    plugin = accelerator.state.fsdp_plugin
+    # Autocast computes in half precision. Half-precision weights would round the gate's scalars.
+    plugin.mixed_precision_policy = None
+    # Only those of the modules that are not to be split that this variant has.
+    present = {type(module).__name__ for module in model.modules()}
+    plugin.transformer_cls_names_to_wrap = [name for name in model._no_split_modules if name in present]
+    torch.distributed.fsdp.register_fsdp_forward_method(model, "generate")
+
+
+class StopSignals:
+    """
+    Within it, the first Ctrl-C or SIGTERM is noted in `number`, for the run to stop after its step; the second one ends
+    the process.
+    """
+
+    def __init__(self):
+        self.number = 0
+
+    def __enter__(self) -> "StopSignals":
+        # Only the main thread may change what a signal does.
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        self._before = {s: signal.signal(s, self._note) for s in STOP_SIGNALS} if in_main_thread else {}
+        return self
+
+    def _note(self, number: int, frame) -> None:
+        self.number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *exception) -> None:
+        self._restore()
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    # Ctrl-C reaches every process of a terminal, and a job scheduler's SIGTERM every process of a job.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", metavar="CONFIG", help=f"a YAML file, or one of {', '.join(shipped_configs())}, which are shipped"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="changes of it, such as optimization.learning_rate=3e-4"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m evacap.training.train", description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    try:
+        return train(load_run_config(options.config, options.overrides))
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"train: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

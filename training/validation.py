@@ -1,0 +1,108 @@
+"""Judging a captioner while it is trained: its loss and, through the metrics, its captions."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..modeling_evacap.modeling_evacap import label_smoothed_kl
+from ..processing.processing_evacap import EVACapProcessor
+from .collator import EVACapDataCollator
+from .run_config import RunConfig
+
+
+LOWER_IS_BETTER = ("loss",)
+
+
+class Validation:
+    """
+    Captions the same clips whenever it is called.
+
+    Args:
+        clips (`Dataset`): What [`EVACapDataCollator`] takes, with a method `captions(index) -> list[str]`.
+        processor ([`EVACapProcessor`]): Turns tokens into text.
+        config ([`RunConfig`]): Its section `validation` and its `resources`.
+        accelerator (`Accelerator`): Shares the clips out among the processes.
+        collator ([`EVACapDataCollator`]): Makes the batches; it must not swap videos.
+
+    Raises:
+        ValueError: `validation.best` is none of the figures that come out.
+        RuntimeError: a metric cannot be had here.
+    """
+
+    def __init__(
+        self,
+        clips: Dataset,
+        processor: EVACapProcessor,
+        config: RunConfig,
+        accelerator: Accelerator,
+        collator: EVACapDataCollator,
+    ):
+        section = config.validation
+        count = len(clips) if section.max_clips is None else min(section.max_clips, len(clips))
+        self.references = [clips.captions(index) for index in range(count)]
+        self.processor = processor
+        self.section = section
+        self.accelerator = accelerator
+        self.loader = accelerator.prepare_data_loader(
+            DataLoader(
+                Subset(clips, range(count)),
+                section.batch_size,
+                collate_fn=collator,
+                num_workers=config.resources.num_workers,
+                # Of its own, so that the order of training and its dropout do not depend on validations.
+                generator=torch.Generator(),
+            )
+        )
+        if accelerator.is_main_process:
+            # Better now than after hours.
+            figures = self._score([captions[0] for captions in self.references[:1]]) | {"loss": 0.0}
+            if section.best not in figures:
+                raise ValueError(
+                    f"`validation.best` is {section.best!r}, but it must be one of {', '.join(map(repr, figures))}, "
+                    "which `validation.metrics` gives."
+                )
+
+    @torch.no_grad()
+    def __call__(self, model: torch.nn.Module) -> dict[str, float]:
+        """The figures of a model: `"loss"`, the mean over all caption tokens, and those of the metrics."""
+        accelerator = self.accelerator
+        captioner = accelerator.unwrap_model(model)
+        model.eval()
+        predictions, sums, tokens = [], [], []
+        for batch in self.loader:
+            labels = batch.pop("labels")
+            with accelerator.autocast():
+                logits = captioner(**batch, labels=labels).logits
+                generated = (
+                    captioner.generate(**batch, num_beams=self.section.num_beams) if self.section.metrics else None
+                )
+            counted = (labels != -100).sum(1)
+            losses = [
+                label_smoothed_kl(row[None], label[None], captioner.config.label_smoothing, 1)
+                for row, label in zip(logits, labels, strict=True)
+            ]
+            # The last batch is filled up with clips that were there before; these are dropped here.
+            gathered = accelerator.gather_for_metrics((torch.stack(losses), counted))
+            sums.append(gathered[0].double().sum())
+            tokens.append(gathered[1].sum())
+            if generated is not None:
+                texts = self.processor.batch_decode(generated, skip_special_tokens=True)
+                predictions += accelerator.gather_for_metrics(texts, use_gather_object=True)
+        model.train()
+        figures = {"loss": (sum(sums) / sum(tokens)).item()}
+        if accelerator.is_main_process:
+            figures |= self._score(predictions)
+        return broadcast_object_list([figures])[0]
+
+    def _score(self, predictions: list[str]) -> dict[str, float]:
+        if not self.section.metrics:
+            return {}
+        # Not needed where the loss alone is asked for.
+        from .metrics import compute_metrics
+
+        references = self.references[: len(predictions)]
+        scores = compute_metrics(predictions, references, metrics=tuple(self.section.metrics))
+        for name, reason in scores["skipped"].items():
+            raise RuntimeError(f"`validation.metrics` asks for {name}, which cannot be had here: {reason}")
+        return scores["corpus"]
