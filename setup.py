@@ -22,7 +22,14 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["evacap", "evacap.commands", "evacap.modeling_evacap", "evacap.processing", "evacap.training"],
+    packages=[
+        "evacap",
+        "evacap.commands",
+        "evacap.modeling_evacap",
+        "evacap.processing",
+        "evacap.training",
+        "evacap.training.caption_metrics",
+    ],
     package_dir={
         "evacap": "evacap",
         "evacap.modeling_evacap": "modeling_evacap",
