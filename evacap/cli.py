@@ -38,12 +38,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Some libraries wrap their messages over several lines.
         print(f"evacap {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"evacap {arguments.command}: stopped", file=sys.stderr)
+        return 130
 
 
 def positive_int(text: str) -> int:
     """An argument that must be a whole number above 0."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def whole_number(text: str) -> int:
+    """An argument that must be a whole number, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, 0 or more")
     return int(text)
 
 

@@ -6,6 +6,7 @@ import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -163,8 +164,20 @@ def portable(error: Exception) -> Exception:
     return error
 
 
-def collate_windows(items: list[tuple[int, dict[str, Any] | Exception]]) -> tuple[list, dict[str, torch.Tensor]]:
-    """Windows as one batch, beside what is known of each: its timestamp, or the error."""
+@dataclass
+class WindowBatch:
+    """Windows as one batch of inputs, beside the items they are from, each with the number of its input."""
+
+    items: list[tuple[int, dict[str, Any] | Exception]]
+    inputs: dict[str, torch.Tensor]
+
+    def pin_memory(self) -> "WindowBatch":
+        """Called by [`DataLoader`], which would turn the items' tuples into lists."""
+        return WindowBatch(self.items, {name: value.pin_memory() for name, value in self.inputs.items()})
+
+
+def collate_windows(items: list[tuple[int, dict[str, Any] | Exception]]) -> WindowBatch:
+    """Windows as one batch; an item keeps what is known of it beside its inputs: its timestamp, or the error."""
     batch = [item.pop("inputs") for _, item in items if not isinstance(item, Exception)]
     inputs = {
         name: torch.cat([window[name] for window in batch])
@@ -174,7 +187,7 @@ def collate_windows(items: list[tuple[int, dict[str, Any] | Exception]]) -> tupl
     videos = [window["pixel_values_videos"][0] if "pixel_values_videos" in window else None for window in batch]
     if any(video is not None for video in videos):
         inputs.update(stack_videos(videos))
-    return items, inputs
+    return WindowBatch(items, inputs)
 
 
 def undecoded(rows: Any) -> Any:
@@ -335,16 +348,21 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
     def get_iterator(
         self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
     ) -> _Captions:
+        loader = self.window_loader(inputs, num_workers, batch_size, **preprocess_params)
+        return _Captions(inputs, partial(self._caption, loader, forward_params, **postprocess_params))
+
+    def window_loader(self, inputs: Any, num_workers: int, batch_size: int, **preprocess_params) -> DataLoader:
+        """The windows of the inputs in batches, read by processes of their own while the model is at work."""
         # The base class reads in one process at most, cannot batch windows with and without a picture, and loses a
         # batch to one bad file.
         most = len(inputs) if hasattr(inputs, "__len__") else 1
-        loader = DataLoader(
+        return DataLoader(
             WindowDataset(inputs, partial(read_windows, **self._reading(**preprocess_params))),
             batch_size=batch_size,
             num_workers=min(num_workers, most),
             collate_fn=collate_windows,
+            pin_memory=self.device.type == "cuda",
         )
-        return _Captions(inputs, partial(self._caption, loader, forward_params, **postprocess_params))
 
     def _reading(self, chunk_length_s: float | None = None) -> dict[str, Any]:
         return {"processor": self.processor, "window_seconds": chunk_length_s or self.processor.window_seconds}
@@ -354,10 +372,11 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
     ) -> Iterator[dict]:
         """Run the model on batches of windows and yield the results in the order of the inputs."""
         windows, results, upcoming = defaultdict(list), {}, 0
-        for items, inputs in loader:
+        for batch in loader:
+            inputs = {name: value.to(self.device, non_blocking=True) for name, value in batch.inputs.items()}
             outputs = self.forward(inputs, **forward_params) if inputs else {}
-            rows = iter(range(len(items)))
-            for index, item in items:
+            rows = iter(range(len(batch.items)))
+            for index, item in batch.items:
                 if isinstance(item, Exception):
                     windows.pop(index, None)
                     results[index] = item

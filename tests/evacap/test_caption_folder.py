@@ -1,0 +1,189 @@
+"""`evacap caption FOLDER --output FILE.jsonl`."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from evacap.cli import main
+from evacap.commands.caption import find_media, read_results
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("sample") / "sample.mp4"
+    assert main(["sample", str(path)]) == 0
+    return path
+
+
+@pytest.fixture
+def folder(clip, tmp_path, monkeypatch) -> Path:
+    """A folder with three clips, one of them below it, one bad clip, and files that are none."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("clips")
+    (folder / "below").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    for name in ("a.mp4", "c.MP4", "below/d é.mp4", ".a.mp4", ".hidden/e.mp4"):
+        shutil.copy(clip, folder / name)
+    (folder / "b.mp4").write_bytes(b"no video at all" * 50)
+    (folder / "notes.txt").write_text("no clip")
+    return folder
+
+
+NAMES = ["clips/a.mp4", "clips/b.mp4", "clips/below/d é.mp4", "clips/c.MP4"]
+
+
+def read(path: str | Path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_a_folder_gives_a_line_for_each_clip(folder, capsys):
+    assert find_media(["clips", "clips/a.mp4", "https://example.org/x"]) == [*NAMES, "https://example.org/x"]
+    assert main(["caption", "clips", "--output", "out/captions.jsonl"]) == 1
+    lines = read("out/captions.jsonl")
+    assert [line["file"] for line in lines] == NAMES
+    assert [line.keys() for line in lines] == [{"file", "text"}, {"file", "error"}, {"file", "text"}, {"file", "text"}]
+    assert lines[0]["text"] == lines[2]["text"] == lines[3]["text"] != ""
+    assert "clips/b.mp4: " in lines[1]["error"]
+    printed = capsys.readouterr()
+    assert not printed.out and "4/4" in printed.err and "1 of 4 files failed" in printed.err
+
+    for options in (["--batch-size", "2", "--workers", "0"], ["--batch-size", "3", "--workers", "2"]):
+        output = f"{options[1]}.jsonl"
+        assert main(["caption", "clips", "--output", output, *options, "--dtype", "float32"]) == 1
+        assert read(output) == lines
+    assert main(["caption", "clips/a.mp4", "--output", "gate.jsonl", "--json"]) == 0
+    assert len(read("gate.jsonl")[0]["gate"]) > 0
+
+    capsys.readouterr()
+    assert main(["caption", "clips", "--json"]) == 1
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [result["media"] for result in printed] == NAMES
+    assert [result.get("text") for result in printed] == [line.get("text") for line in lines]
+
+
+def test_a_second_call_goes_on_where_the_first_stopped(folder, clip, capsys):
+    call = ["caption", "clips", "--output", "captions.jsonl"]
+    assert main(["caption", "clips/a.mp4", "clips/b.mp4", "--output", "captions.jsonl"]) == 1
+    first = Path("captions.jsonl").read_bytes()
+    with open("captions.jsonl", "ab") as file:
+        file.write(b'{"file": "clips/c.MP4", "text": "half a li')
+    capsys.readouterr()
+    assert main(call) == 1
+    assert "2 of 4 files are in captions.jsonl already" in capsys.readouterr().err
+    assert Path("captions.jsonl").read_bytes().startswith(first)
+    assert [line["file"] for line in read("captions.jsonl")] == NAMES
+    assert main(["caption", "clips", "--output", "whole.jsonl"]) == 1
+    assert read("captions.jsonl") == read("whole.jsonl")
+
+    whole = Path("captions.jsonl").read_bytes()
+    shutil.copy(clip, folder / "b.mp4")
+    assert main(call) == 1 and Path("captions.jsonl").read_bytes() == whole, "what failed is left alone"
+    assert main([*call, "--retry-failed"]) == 0
+    lines = read("captions.jsonl")
+    assert sorted(line["file"] for line in lines) == sorted(NAMES) and all("text" in line for line in lines)
+    assert main(call) == 0
+
+
+def test_another_file_is_left_as_it_is(folder, capsys):
+    contents = (b'{"file": "a.mp4", "text": "a"}\n[1]\n', b"a,b\n1,2\n", b"no newline", b'{"media": "a.mp4"}\n')
+    for content in contents:
+        Path("other").write_bytes(content)
+        assert main(["caption", "clips", "--output", "other"]) == 1
+        assert "give another --output" in capsys.readouterr().err
+        assert Path("other").read_bytes() == content
+    assert main(["caption", "clips", "--output", "clips"]) == 1
+    (folder / "empty").mkdir()
+    for call in (["clips/empty"], ["clips", "--retry-failed"]):
+        assert main(["caption", *call]) == 1
+        printed = capsys.readouterr().err
+        assert (
+            "clips/empty: no media files" if call == ["clips/empty"] else "--retry-failed needs --output"
+        ) in printed
+
+
+def test_half_a_line_is_cut_off(tmp_path):
+    path, line = tmp_path / "captions.jsonl", b'{"file": "a.mp4", "text": "a"}\n'
+    assert read_results(path) == {} and not path.exists()
+    for length in range(len(line)):
+        path.write_bytes(line + line[:length])
+        assert read_results(path) == {"a.mp4": {"text": "a"}}
+        assert path.read_bytes() == line
+
+
+def wait_for(condition: Callable[[], object]) -> object:
+    """What `condition` returns once it is true; the limit is only there to end a test that hangs."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        result = condition()
+        if result:
+            return result
+        time.sleep(0.05)
+    raise TimeoutError(condition)
+
+
+def open_when_read(fifo: str) -> int | None:
+    """The writing end of a pipe, once a process reads it."""
+    try:
+        return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return None
+
+
+@pytest.fixture
+def stuck(folder):
+    """The command at a pipe from which nothing comes, between two clips; the first one is done."""
+    os.mkfifo("clips/b")
+    names = ["clips/a.mp4", "clips/b", "clips/c.MP4"]
+    options = ["--output", "captions.jsonl", "--workers", "1", "--batch-size", "1"]
+    process = subprocess.Popen([sys.executable, "-m", "evacap", "caption", *names, *options])
+    pipe = None
+    try:
+        pipe = wait_for(lambda: open_when_read("clips/b"))
+        wait_for(lambda: Path("captions.jsonl").exists() and len(read("captions.jsonl")) == 1)
+        yield process, [sys.executable, "-m", "evacap", "caption", names[0], names[2], *options]
+    finally:
+        if pipe is not None:
+            os.close(pipe)
+        process.kill()
+        process.wait()
+
+
+needs_fork = pytest.mark.skipif(
+    multiprocessing.get_start_method() != "fork", reason="the reading process must be a child of the command"
+)
+
+
+@pytest.mark.slow
+@needs_fork
+def test_after_kill_9(stuck):
+    process, call = stuck
+    process.kill()
+    process.wait()
+    before = read("captions.jsonl")
+    assert subprocess.run(call).returncode == 0
+    lines = read("captions.jsonl")
+    assert lines[:1] == before and [line["file"] for line in lines] == ["clips/a.mp4", "clips/c.MP4"]
+
+
+@pytest.mark.slow
+@needs_fork
+def test_a_clip_that_ends_its_reader_loses_no_other(stuck):
+    process, _ = stuck
+    (reader,) = psutil.Process(process.pid).children()
+    reader.kill()
+    # It is read once more, alone; the clips after it are not lost.
+    (alone,) = wait_for(lambda: [child for child in psutil.Process(process.pid).children() if child != reader])
+    alone.kill()
+    assert process.wait(timeout=120) == 1
+    lines = read("captions.jsonl")
+    assert [line["file"] for line in lines] == ["clips/a.mp4", "clips/b", "clips/c.MP4"]
+    assert "ended the process that read it" in lines[1]["error"] and lines[2]["text"] == lines[0]["text"]
