@@ -127,9 +127,7 @@ def run_java(java: Java, *arguments: str | os.PathLike, text: str = "", timeout:
     try:
         done = subprocess.run(**java_command(java, *arguments), input=text, capture_output=True, timeout=timeout)
     except subprocess.TimeoutExpired as error:
-        raise RuntimeError(
-            f"{java.path} was killed after {timeout:.0f} s, which is more than it should take"
-        ) from error
+        raise RuntimeError(f"{java.path} was killed after {timeout:g} s, which is more than it should take") from error
     if done.returncode:
         raise RuntimeError(
             f"{java.path} ended with status {done.returncode}: {last_words(done.stderr or done.stdout)}"

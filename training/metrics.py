@@ -62,7 +62,7 @@ def compute_metrics(
     try:
         java = find_java()
         tokens, no_java = tokenize(captions, java), None
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         tokens, no_java = tokenize_without_java(captions), str(error)
     remaining = iter(tokens)
     predictions = [next(remaining) for _ in predictions]
@@ -79,7 +79,7 @@ def compute_metrics(
             if no_java:
                 raise RuntimeError(no_java)
             scores["meteor"] = meteor(predictions, references, java)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             skipped["meteor"] = str(error)
     if "rouge_l" in metrics:
         scores["rouge_l"] = Rouge().compute_score(truths, results)
@@ -97,7 +97,7 @@ def compute_metrics(
             scores["spice"] = spice(predictions, references)
             clips = [sum(pair) / 2 for pair in zip(scores["cider_d"][1], scores["spice"][1])]
             scores["spider"] = _mean(clips), clips
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             skipped["spice"], skipped["spider"] = str(error), f"it needs SPICE: {error}"
 
     wanted = {*metrics, *(f"bleu_{order}" for order in range(1, 5) if "bleu" in metrics)}

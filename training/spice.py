@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from .java import Java, java_command, java_runtimes, run_java, toolkit_path
+from .java import Java, java_runtimes, run_java, toolkit_path
 
 
 # Size and SHA-256 of what SPICE needs of Stanford CoreNLP 3.6.0, in the order of its class path.
@@ -93,7 +92,7 @@ def spice(
 
 
 def _has_javascript(java: Java) -> bool:
-    if java.version == 8:
-        return True
-    modules = subprocess.run(**java_command(java, "--list-modules"), capture_output=True, timeout=60)
-    return "jdk.scripting.nashorn@" in modules.stdout
+    try:
+        return java.version == 8 or "jdk.scripting.nashorn@" in run_java(java, "--list-modules", timeout=60)
+    except RuntimeError:
+        return False
