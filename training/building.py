@@ -14,9 +14,11 @@ from ..modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from ..modeling_evacap.presets import get_preset
 from ..processing.model_processor import make_processor
 from ..processing.processing_evacap import EVACapProcessor
+from .augmentation import Augmentation
 from .clip_captions import build_tokenizer
 from .clip_kinds import KINDS
 from .collator import EVACapDataCollator
+from .prepared_clips import PreparedClips, StreamedClips
 from .procedural_clips import ProceduralClips
 from .run_config import DataSection, ModelSection, RunConfig
 
@@ -78,15 +80,14 @@ def make_clips(
     split = data.split if split is None else split
     if data.procedural is not None:
         return ProceduralClips(processor, data.procedural, split, seed)
-    from .augmentation import Augmentation
-    from .prepared_clips import PreparedClips, StreamedClips
-
     augmentation = None
     if augment and data.augmentation is not None:
         defaults = vars(Augmentation())
         augmentation = Augmentation(**_with_fields(defaults, data.augmentation, "data.augmentation"))
-    kind = StreamedClips if data.streamed else PreparedClips
-    return kind(data.prepared, split, processor, augmentation, seed)
+    if data.streamed:
+        # Where one process had a clip more than the others, it would wait for them in vain.
+        return StreamedClips(data.prepared, split, processor, augmentation, seed, shuffle=True, even=True)
+    return PreparedClips(data.prepared, split, processor, augmentation, seed)
 
 
 def make_validation_clips(config: RunConfig, processor: EVACapProcessor) -> Dataset:
@@ -119,10 +120,9 @@ def make_collators(config: RunConfig, processor: EVACapProcessor, model_config: 
     return training, EVACapDataCollator(p_mix=0.0, video_shape=video_shape)
 
 
-def describe_training(config: RunConfig, num_clips: int | None) -> dict[str, Any]:
+def describe_training(config: RunConfig, num_clips: int) -> dict[str, Any]:
     """The content of `training.json`, from which the model card says what was learned."""
     data = config.data
-    clips = "clips" if num_clips is None else f"{num_clips:,} clips"
     if data.procedural is not None:
         source = (
             f"{data.procedural:,} procedural clips of 5 s (`python -m evacap.training.clips`, seed {config.seed}): "
@@ -130,7 +130,7 @@ def describe_training(config: RunConfig, num_clips: int | None) -> dict[str, Any
             "model of them knows these kinds and nothing of real recordings"
         )
     else:
-        source = f"{clips} of `{os.path.basename(os.path.normpath(data.prepared))}` (split `{data.split}`)"
+        source = f"{num_clips:,} clips of `{os.path.basename(os.path.normpath(data.prepared))}` (split `{data.split}`)"
     swaps = f"{data.p_mix:.0%} of the videos were those of other clips" if data.p_mix else "no video was swapped"
     length = f"{config.optimization.epochs} epochs"
     if config.optimization.max_steps is not None:

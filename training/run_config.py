@@ -83,7 +83,7 @@ class OptimizationSection:
 
     Args:
         epochs (`int`, defaults to 50): Times that every clip is seen.
-        max_steps (`int`, *optional*): Steps after which the run ends all the same; streamed clips need it.
+        max_steps (`int`, *optional*): Steps after which the run ends all the same.
         batch_size (`int`, defaults to 8): Clips a process takes at a time.
         accumulation_steps (`int`, defaults to 1): Batches a process takes for one step.
         learning_rate (`float`, defaults to 1e-4): Its peak.
@@ -374,8 +374,6 @@ def _check(config: RunConfig) -> None:
             "Give either `data.prepared`, a folder made by `evacap prepare`, or `data.procedural`, a number of clips: "
             f"they are {data.prepared!r} and {data.procedural!r}."
         )
-    if data.streamed and config.optimization.max_steps is None:
-        raise ValueError("`optimization.max_steps` is missing: `data.streamed` clips are not counted in advance.")
     at_least_one = {
         "data.procedural",
         "optimization.epochs",

@@ -4,6 +4,7 @@ accelerate launch -m evacap.training.train evacap data.prepared=audiocaps model.
 """
 
 import argparse
+import logging
 import math
 import signal
 import sys
@@ -14,11 +15,13 @@ from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
-from torch.utils.data import DataLoader
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, send_to_device, set_seed
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from .building import (
     describe_training,
@@ -29,6 +32,7 @@ from .building import (
     make_validation_clips,
 )
 from .checkpoints import Checkpoints, Models, TrainingState, remove_partial_folders
+from .collator import EVACapDataCollator
 from .optimization import freeze, make_optimizer, make_scheduler
 from .run_config import RunConfig, flatten, load_run_config, shipped_configs
 from .run_log import RunLog, command_line, record_start
@@ -124,7 +128,12 @@ class TrainingRun:
     def _count_steps(self) -> None:
         section = self.config.optimization
         self.clips_per_step = section.batch_size * section.accumulation_steps * self.accelerator.num_processes
-        self.steps_per_epoch = math.ceil(len(self.loader) / section.accumulation_steps)
+        batches = len(self.loader)
+        if isinstance(self.clips, IterableDataset):
+            # Each worker leaves out its own incomplete batch.
+            parts = range(len(self.clips)), max(self.config.resources.num_workers, 1)
+            batches = sum(len(part) // section.batch_size for part in np.array_split(*parts))
+        self.steps_per_epoch = math.ceil(batches / section.accumulation_steps)
         if self.steps_per_epoch == 0:
             raise ValueError(
                 f"There are {len(self.clips)} clips to learn from, but the processes take "
@@ -173,10 +182,16 @@ class TrainingRun:
         """The batches of each step, from where the run is to its end; no clip is read to be skipped."""
         state, accumulated = self.state, self.config.optimization.accumulation_steps
         while not self.is_over:
-            self.loader.set_epoch(state.epoch)
+            done = state.step_in_epoch * accumulated
             if hasattr(self.clips, "set_epoch"):
                 self.clips.set_epoch(state.epoch)
-            rest = iter(skip_first_batches(self.loader, state.step_in_epoch * accumulated))
+            if isinstance(self.clips, IterableDataset):
+                # Each process reads its own part of a stream already, so Accelerate has not taken over its loader.
+                self.clips.skip(done, self.config.optimization.batch_size)
+                rest = (send_to_device(batch, self.accelerator.device, non_blocking=True) for batch in self.loader)
+            else:
+                self.loader.set_epoch(state.epoch)
+                rest = iter(skip_first_batches(self.loader, done))
             while not self.is_over and (batches := list(islice(rest, accumulated))):
                 yield batches
             if state.step_in_epoch == self.steps_per_epoch:
@@ -282,10 +297,13 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     resources, trackers = config.resources, config.logging.trackers
     if resources.num_threads is not None:
         torch.set_num_threads(resources.num_threads)
+    # They would break the bar of the run at each checkpoint: bars of files, and notes on tied weights.
+    disable_progress_bar()
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     accelerator = Accelerator(
         mixed_precision=resources.mixed_precision,
         cpu=resources.cpu or not torch.accelerator.is_available(),
-        log_with=trackers,
+        log_with=trackers or None,
         project_config=ProjectConfiguration(config.output, logging_dir=str(Path(config.output) / "trackers")),
         dataloader_config=DataLoaderConfiguration(
             use_seedable_sampler=True, data_seed=config.seed, dispatch_batches=False, non_blocking=True
@@ -297,13 +315,15 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def make_loader(config: RunConfig, clips, collator, accelerator: Accelerator) -> DataLoader:
+def make_loader(
+    config: RunConfig, clips: Dataset, collator: EVACapDataCollator, accelerator: Accelerator
+) -> DataLoader:
     """Batches in another order each epoch, which follows from the seed and the epoch; an incomplete one is left out."""
-    resources = config.resources
+    resources, is_stream = config.resources, isinstance(clips, IterableDataset)
     loader = DataLoader(
         clips,
         config.optimization.batch_size,
-        shuffle=True,
+        shuffle=not is_stream,
         drop_last=True,
         collate_fn=collator,
         num_workers=resources.num_workers,
@@ -313,7 +333,7 @@ def make_loader(config: RunConfig, clips, collator, accelerator: Accelerator) ->
         # Of its own: beginning an epoch must not move the generator from which dropout draws.
         generator=torch.Generator(),
     )
-    return accelerator.prepare_data_loader(loader)
+    return loader if is_stream else accelerator.prepare_data_loader(loader)
 
 
 def adapt_fsdp(accelerator: Accelerator, model: torch.nn.Module) -> None:

@@ -1,0 +1,75 @@
+import math
+
+import pytest
+import torch
+from training_runs import write_config
+
+from evacap.training.building import make_model, make_processor_and_config
+from evacap.training.optimization import freeze, make_optimizer, make_scheduler, parameter_groups
+from evacap.training.run_config import OptimizationSection, load_run_config
+
+
+@pytest.fixture(scope="module")
+def section(tmp_path_factory):
+    return load_run_config(write_config(tmp_path_factory.mktemp("run") / "small.yaml")).model
+
+
+@pytest.fixture
+def model(section):
+    return make_model(section, make_processor_and_config(section)[1])
+
+
+def test_biases_norms_tables_and_the_gate_do_not_decay(model):
+    decaying, others = parameter_groups(model, 0.5)
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.5, 0.0)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decaying, others = ({names[parameter] for parameter in group["params"]} for group in (decaying, others))
+    assert decaying | others == set(names.values()) and not decaying & others
+    tables = ("embed_tokens.weight", "embed_positions.weight", "position_embeddings", "modality_embedding")
+    scalars = ("gate_weight", "gate_bias")
+    norms = {name for name, parameter in model.named_parameters() if parameter.ndim == 1}
+    assert others == norms | {name for name in names.values() if name.endswith(tables + scalars)}
+    assert {
+        "model.encoder.fusion.q_proj.weight",
+        "model.encoder.video_tower.embeddings.patch_embeddings.weight",
+    } <= decaying
+
+
+def test_freezing_by_pattern(model):
+    frozen = freeze(model, ["model.decoder.*", "lm_head.*"], ["model.decoder.prefix_*"])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not trained & set(frozen)
+    assert {"model.decoder.embed_tokens.weight", "lm_head.bias", "model.decoder.layers.0.fc1.bias"} <= set(frozen)
+    prefix = {name for name in trained if name.startswith("model.decoder")}
+    assert prefix == {
+        f"model.decoder.prefix_{part}.{kind}" for part in ("projection", "layer_norm") for kind in ("weight", "bias")
+    }
+    assert {p for group in parameter_groups(model, 0.1) for p in group["params"]} == {
+        p for p in model.parameters() if p.requires_grad
+    }
+
+
+def test_a_pattern_that_fits_nothing_is_an_error(model):
+    with pytest.raises(
+        ValueError, match="'model.decodr.embed_tokens.weight' fits no.*model.decoder.embed_tokens.weight"
+    ):
+        freeze(model, ["model.decodr.embed_tokens.weight"])
+    with pytest.raises(ValueError, match="nothing left to train"):
+        freeze(model, ["*"])
+
+
+def test_the_learning_rate_rises_along_a_line_and_falls_along_a_cosine_to_its_floor(model):
+    section = OptimizationSection()
+    optimizer = make_optimizer(model, section)
+    scheduler = make_scheduler(optimizer, section, steps_per_epoch=10, total_steps=500)
+    rates = []
+    for _ in range(500):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    torch.testing.assert_close(torch.tensor(rates[:10]), torch.linspace(2e-7, 1e-4, 10), atol=1e-9, rtol=0)
+    for step in (10, 250, 499):
+        cosine = 1e-6 + (1e-4 - 1e-6) * (1 + math.cos(math.pi * (step - 9) / 490)) / 2
+        assert rates[step] == pytest.approx(cosine)
+    assert rates[-1] == pytest.approx(1e-6)
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.95, 0.999)] * 2
