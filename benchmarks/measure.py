@@ -23,8 +23,9 @@ from evacap.training.files import write_text
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Larger than any cache, so that reading it is reading memory.
 BANDWIDTH_BYTES = {"cpu": 2**28, "cuda": 2**31}
-# The largest result of one measured matrix product.
+# The largest result and the most operations of one measured matrix product: its rate does not change beyond.
 MAX_PRODUCT_BYTES = 2**30
+MAX_PRODUCT_FLOPS = {"cpu": 5e10, "cuda": 1e13}
 
 
 def default_device() -> str:
@@ -101,8 +102,15 @@ def _resident_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no line {field}, which this benchmark reads on Linux.")
 
 
-def _peak_bytes(queue: multiprocessing.Queue, setup: Callable, args: tuple, device: str, warm_ups: int) -> None:
-    run = setup(*args)
+def _report_peaks(queue: multiprocessing.Queue, setup: Callable, args: tuple, device: str, warm_ups: int) -> None:
+    runs = setup(*args)
+    if not isinstance(runs, dict):
+        queue.put(_peak_bytes(runs, device, warm_ups))
+        return
+    queue.put({name: _peak_bytes(run, device, warm_ups) for name, run in runs.items()})
+
+
+def _peak_bytes(run: Callable[[], Any], device: str, warm_ups: int) -> int:
     for _ in range(warm_ups):
         run()
     gc.collect()
@@ -113,17 +121,16 @@ def _peak_bytes(queue: multiprocessing.Queue, setup: Callable, args: tuple, devi
         before = torch.cuda.memory_allocated(device)
         run()
         torch.cuda.synchronize(device)
-        queue.put(torch.cuda.max_memory_allocated(device) - before)
-    else:
-        ctypes.CDLL(None).malloc_trim(0)
-        # Sets the peak back to what is resident now: loading weights can take more than using them.
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _resident_bytes("VmRSS")
-        run()
-        queue.put(_resident_bytes("VmHWM") - before)
+        return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL(None).malloc_trim(0)
+    # Sets the peak back to what is resident now: loading weights can take more than using them.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident_bytes("VmRSS")
+    run()
+    return _resident_bytes("VmHWM") - before
 
 
-def peak_memory(setup: Callable[..., Callable[[], Any]], *args, device: str = "cpu", warm_ups: int = 0) -> int | None:
+def peak_memory(setup: Callable, *args, device: str = "cpu", warm_ups: int = 0) -> int | dict[str, int] | None:
     """
     The bytes that a call needs beside its weights and inputs, measured in a process of its own.
 
@@ -132,23 +139,23 @@ def peak_memory(setup: Callable[..., Callable[[], Any]], *args, device: str = "c
 
     Args:
         setup (`Callable`): A function of a module, called with `args` in that process. It builds weights and inputs
-            and returns the call to measure.
+            and returns the call to measure, or several by name, which are measured one after the other.
         device (`str`, defaults to `"cpu"`): Where the call runs.
         warm_ups (`int`, defaults to 0): Calls before the measured one.
 
     Returns:
-        `int`, or `None` on a CPU whose system is not Linux.
+        `int`, or a `dict` of them for several calls, or `None` on a CPU whose system is not Linux.
     """
     if torch.device(device).type == "cpu" and platform.system() != "Linux":
         return None
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=_peak_bytes, args=(queue, setup, args, device, warm_ups))
+    process = context.Process(target=_report_peaks, args=(queue, setup, args, device, warm_ups))
     process.start()
     process.join()
     if process.exitcode:
         raise RuntimeError(f"The memory measurement of {setup.__name__}{args} ended with status {process.exitcode}.")
-    return queue.get()
+    return queue.get(timeout=60)
 
 
 @functools.cache
@@ -156,9 +163,12 @@ def product_seconds(batch: int, m: int, k: int, n: int, dtype: str, device: str)
     """
     The seconds of `batch` plain products (m × k) · (k × n) at the better rate of `torch.mm`, one by one, and of
     `torch.bmm`, all at once. The result's memory is given, and the second factor is transposed as a linear layer's
-    weight is.
+    weight is. Of a very large product a part is measured, at whose rate the rest follows.
     """
     options = {"dtype": DTYPES[dtype], "device": device}
+    rows = max(1, min(m, int(MAX_PRODUCT_FLOPS[torch.device(device).type] / (2 * k * n))))
+    if rows < m:
+        return product_seconds(batch, rows, k, n, dtype, device) * m / rows
     fitting = max(1, min(batch, MAX_PRODUCT_BYTES // (m * n * options["dtype"].itemsize)))
     best = float("inf")
     for size in {1, fitting}:
