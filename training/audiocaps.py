@@ -21,17 +21,18 @@ _KINDS = {extension: (kind, rank) for kind, names in EXTENSIONS.items() for rank
 _TIMES = re.compile(r"(?:_(\d+(?:\.\d+)?))?(?:_(\d+(?:\.\d+)?))?")
 
 Key = tuple[str, float | None]
-"""YouTube id, and where the clip begins in the video: in seconds or milliseconds as its name says; `None` if it does not."""
+"""YouTube id, and where the clip begins: the number that its name tells, in seconds or milliseconds, or `None`."""
 
 
 def read_audiocaps(csv_file: str | os.PathLike, media: str | os.PathLike) -> list[Entry]:
     """
-    The clips of one of AudioCaps' CSV files (`audiocap_id, youtube_id, start_time, caption`), with the files that belong
-    to them. Rows of the same clip, five in validation and test, become one clip with all their captions.
+    The clips of one of AudioCaps' CSV files (`audiocap_id, youtube_id, start_time, caption`), with the files that
+    belong to them. Rows of the same clip, five in validation and test, become one clip with all their captions.
 
     The folder is searched once, with all its subfolders. A file belongs to a clip if its name without the extension is
 
-    * `ID_START_END`, `ID_START`, with seconds (`30`, `000030`, `30.000`) or milliseconds (`30000`), as in AudioSet downloads;
+    * `ID_START_END` or `ID_START`, in seconds (`30`, `000030`, `30.000`) or milliseconds (`30000`), as AudioSet's
+      downloads have it;
     * `ID`, a clip or the whole video: where it lasts longer than a clip can, it is read from the start time on;
     * one of these with a `Y` before it, as AudioCaps' WAV files have;
     * the `audiocap_id`.
@@ -40,8 +41,8 @@ def read_audiocaps(csv_file: str | os.PathLike, media: str | os.PathLike) -> lis
     folders `frame_0`, `frame_1`, … (CAV-MAE, AVCap).
 
     Of several files a name with the start time is preferred to one without, and that to an `audiocap_id`, then the
-    extension that stands first in `EXTENSIONS`, then the path that sorts first. Of several kinds, a video is preferred to
-    frames, and a sound file to the sound track of a video. (ours)
+    extension that stands first in `EXTENSIONS`, then the path that sorts first. Of several kinds, a video is preferred
+    to frames, and a sound file to the sound track of a video. (ours)
 
     Args:
         csv_file (`str` or `os.PathLike`): Such as `train.csv`.

@@ -8,18 +8,18 @@ import numpy as np
 @dataclass(frozen=True)
 class Augmentation:
     """
-    AVCap's augmentation of a clip, for training only: a band of mel bins and a stretch of time are masked (SpecAugment),
-    noise is added, and the clip is rolled in time, in this order; of the frames a random run is taken.
+    AVCap's augmentation of a clip, for training only: a band of mel bins and a stretch of time are masked
+    (SpecAugment), noise is added, and the clip is rolled in time, in this order; of the frames a random run is taken.
 
     Args:
-        freq_mask (`int`, *optional*, defaults to 48): The masked band has fewer mel bins than this, as has torchaudio's
-            `FrequencyMasking`: a uniformly drawn number of them, at a uniformly drawn place. 0 for none.
+        freq_mask (`int`, *optional*, defaults to 48): The masked band has fewer mel bins than this, as that of
+            torchaudio's `FrequencyMasking`: a uniformly drawn number of them, at a uniformly drawn place. 0 for none.
         time_mask (`int`, *optional*, defaults to 192): The same in frames, as torchaudio's `TimeMasking`.
-        noise (`bool`, *optional*, defaults to `True`): Whether to add uniform noise of [0, 1) to every value, the whole
-            of it scaled by one uniform draw from [0, 0.1).
-        roll (`bool`, *optional*, defaults to `True`): Whether to roll the frames by a uniform number of them, around the
-            end. AVCap has one switch for noise and roll.
-        random_frames (`bool`, *optional*, defaults to `True`): Whether to take a random run of consecutive stored frames.
+        noise (`bool`, *optional*, defaults to `True`): Whether to add uniform noise of [0, 1) to every value, all of
+            it scaled by one uniform draw from [0, 0.1).
+        roll (`bool`, *optional*, defaults to `True`): Whether to roll the frames by a uniform number of them, around
+            the end. AVCap has one switch for noise and roll.
+        random_frames (`bool`, *optional*, defaults to `True`): Whether to take a random run of consecutive pictures.
 
     Raises:
         ValueError: If a mask is below 0.
@@ -41,8 +41,8 @@ class Augmentation:
         Args:
             features (`np.ndarray` of shape `(frames, mel bins)`): Normalised log-mel filterbank, left as it is.
             rng (`np.random.Generator`): Decides everything.
-            mask_value (`float`): What masked values become. AVCap masks with 0 before it normalises, so that its masked
-                values are those of the padding, `(0 - mean) / std`, up to the noise.
+            mask_value (`float`): What masked values become. AVCap masks with 0 before it normalises: its masked values
+                are those of the padding, `(0 - mean) / std`.
 
         Returns:
             `np.ndarray`: The same shape and type, in a new array.

@@ -22,8 +22,8 @@ class Entry:
         media (`str`, *optional*): File with sound and picture.
         audio (`str`, *optional*): File with the sound, instead of `media`.
         video (`str`, *optional*): File with the picture, beside `audio`.
-        frames (`str`, *optional*): Pictures in the order of their names, beside `audio`: a folder of them, one picture,
-            or a shell pattern such as `frames/frame_*/ID.jpg`.
+        frames (`str`, *optional*): Pictures in the order of the numbers in their names, beside `audio`: a folder of
+            them, one picture, or a shell pattern such as `frames/frame_*/ID.jpg`.
         start (`float`), duration (`float`, *optional*): The part of the files that is the clip, in seconds; by default
             from the beginning, as far as the model hears.
         start_in_whole (`float`, *optional*): Where the clip begins in a file that turns out to hold much more than it.
@@ -51,9 +51,9 @@ def read_manifest(path: str | os.PathLike) -> list[Entry]:
     """
     Reads a manifest of one's own, a `.jsonl` file with an object a line or a `.csv` file with a header.
 
-    Its fields: `id`; `media`, or `audio` with `video` or `frames` (relative to the manifest's folder); `captions` (a list)
-    or `caption`; optionally `start` and `duration` in seconds. See [`Entry`]. All other fields are kept in `extra`. Rows
-    with the same `id` and the same files are one clip with several captions.
+    Its fields: `id`; `media`, or `audio` with `video` or `frames` (relative to the manifest's folder); `captions` (a
+    list) or `caption`; optionally `start` and `duration` in seconds. See [`Entry`]. All other fields are kept in
+    `extra`. Rows with the same `id` and the same files are one clip with several captions.
 
     Raises:
         ValueError: With file and line, for a row that lacks a field or holds a wrong one, and for an empty manifest.

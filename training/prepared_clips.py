@@ -95,19 +95,19 @@ class _Clips:
 
 class PreparedClips(_Clips, Dataset):
     """
-    The clips of a split that [`prepare`] has made, memory-mapped: `datasets` makes a copy of the shards in its cache when
-    they are used for the first time, from which single clips are read.
+    The clips of a split that [`prepare`] has made, memory-mapped: `datasets` makes a copy of the shards in its cache
+    when they are used for the first time, from which single clips are read.
 
-    In training, with an `augmentation`, one of the captions of a clip, its augmentation and its run of frames are drawn at
-    random; the draw follows from `seed`, the epoch and the clip's id, and from nothing else. Without, a clip has its first
-    caption, and the frames that the processor's video processor samples: uniformly over the clip, or the middle run. Where
-    it takes fewer frames than are stored, it samples those that are stored as if they were the whole clip. (ours)
+    In training, with an `augmentation`, one of the captions of a clip, its augmentation and its run of frames are
+    drawn at random; the draw follows from `seed`, the epoch and the clip's id, and from nothing else. Without, a clip
+    has its first caption, and the frames that the processor's video processor samples: uniformly over the clip, or the
+    middle run. Where it takes fewer frames than are stored, it samples those as if they were the whole video. (ours)
 
     Args:
         folder (`str` or `os.PathLike`): What [`prepare`] wrote.
         split (`str`): Name of the split.
-        processor ([`EVACapProcessor`]): The model's. It may take fewer frames, or one stream of both, but must make the
-            features that are stored.
+        processor ([`EVACapProcessor`]): The model's. It may take fewer frames, or one stream of both, but must make
+            the features that are stored.
         augmentation ([`Augmentation`], *optional*): For training.
         seed (`int`, *optional*, defaults to 0): Of the random choices.
 
@@ -147,20 +147,20 @@ class PreparedClips(_Clips, Dataset):
 
 class StreamedClips(_Clips, IterableDataset):
     """
-    The clips of a split as [`PreparedClips`] gives them, read from the shards one after the other, without a copy: for more
-    data than there is disk, and for folders elsewhere (`hf://datasets/ORG/NAME`, `s3://…`; whatever `fsspec` opens).
+    The clips of a split as [`PreparedClips`] gives them, read from the shards without a copy: for more data than there
+    is disk, and for folders elsewhere (`hf://datasets/ORG/NAME`, `s3://…`; whatever `fsspec` opens).
 
-    The order of all clips follows from `seed` and the epoch. Each process (rank) takes an equal part of it, one clip more
-    or less, and of that each worker of its data loader; so every clip is seen exactly once. Do not let Accelerate split it
-    again: leave a data loader of it out of `accelerator.prepare`, or give `world_size=1` there.
+    The order of all clips follows from `seed` and the epoch. Each process (rank) takes an equal part of it, one clip
+    more or less, and each worker of its data loader an equal part of that; so every clip is seen exactly once. Do not
+    let Accelerate split it again: leave its data loader out of `accelerator.prepare`, or give `world_size=1` there.
 
     Args:
         folder, split, processor, augmentation, seed: As of [`PreparedClips`].
-        shuffle (`bool`, *optional*): Whether to shuffle: the row groups of all shards, and the clips of each
-            `GROUPS_AT_ONCE` of them. By default with an augmentation.
-        even (`bool`, *optional*, defaults to `False`): Whether all processes get the same number of clips, so that none
-            waits for the others in vain: up to `world_size - 1` clips of an epoch are then left out, others in each epoch
-            that is shuffled.
+        shuffle (`bool`, *optional*, defaults to `True`): Whether to shuffle: the row groups of all shards, and then
+            the clips of each `GROUPS_AT_ONCE` of them.
+        even (`bool`, *optional*, defaults to `False`): Whether all processes get the same number of clips, so that
+            none waits for the others in vain: up to `world_size - 1` clips of an epoch are then left out, others in
+            each epoch that is shuffled.
         rank (`int`, *optional*), world_size (`int`, *optional*): Number of this process, and how many there are; by
             default those of `torch.distributed`, or of the environment variables `RANK` and `WORLD_SIZE`.
 
@@ -175,13 +175,13 @@ class StreamedClips(_Clips, IterableDataset):
         processor: EVACapProcessor,
         augmentation: Augmentation | None = None,
         seed: int = 0,
-        shuffle: bool | None = None,
+        shuffle: bool = True,
         even: bool = False,
         rank: int | None = None,
         world_size: int | None = None,
     ):
         super().__init__(folder, split, processor, augmentation, seed)
-        self.shuffle = augmentation is not None if shuffle is None else shuffle
+        self.shuffle = shuffle
         self.even = even
         self.rank, self.world_size = _place(rank, world_size)
         self.shards = sorted(self.files.glob(f"{self.folder}/data/{split}-*-of-*.parquet"))
@@ -197,7 +197,7 @@ class StreamedClips(_Clips, IterableDataset):
         return len(self._part(np.arange(sum(rows for _, _, rows in self.groups))))
 
     def skip(self, batches: int, batch_size: int) -> None:
-        """Lets the next epoch begin after so many batches, where a training is resumed.
+        """Lets the epoch, once it is set, begin after so many batches: for a training that is resumed.
 
         Args:
             batches (`int`): Batches that the data loader of this process has given, with as many workers as now.
@@ -212,9 +212,10 @@ class StreamedClips(_Clips, IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        places = np.array_split(self._part(self._order()), workers)[number]
-        # A data loader takes a batch from each of its workers in turn.
+        # A data loader takes a batch from each of its workers in turn: the first one goes on where it is the turn.
         batches, batch_size = self._skipped.tolist()
+        number = (number + batches) % workers
+        places = np.array_split(self._part(self._order()), workers)[number]
         places = places[len(range(number, batches, workers)) * batch_size :]
         held: dict[int, pa.Table] = {}
         for group, row in places:
@@ -276,8 +277,8 @@ def _check(files: fsspec.AbstractFileSystem, folder: str, split: str, processor:
         different.append(f"`frames.num_frames` is {frames['num_frames']} there and {video.num_frames} here")
     if different:
         raise ValueError(
-            f"{folder}: was prepared for another processor: {'; '.join(different)}. Prepare the clips for this one, in a "
-            "folder of its own."
+            f"{folder}: was prepared for another processor: {'; '.join(different)}. Prepare the clips for this one, "
+            "in a folder of its own."
         )
     return frames
 

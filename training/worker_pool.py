@@ -37,9 +37,9 @@ class WorkerPool:
     """
     Processes that apply a function, each with one thread, in memory that does not depend on the number of items.
 
-    Other than the pools of the standard library it outlives its workers: where one is killed, or crashes in native code,
-    the item that it had becomes [`Lost`] and another worker takes its place. The workers end with the process that has
-    the pool, however that ends.
+    Other than the pools of the standard library it outlives its workers: where one is killed, or crashes in native
+    code, the item that it had becomes [`Lost`] and another worker takes its place. The workers end with the process
+    that has the pool, however that ends.
 
     Args:
         function (`Callable`): Of one item; can be pickled. What it raises ends the pool.
@@ -51,7 +51,7 @@ class WorkerPool:
     def __init__(self, function: Callable[[Any], Any], num_workers: int, seconds: float, preload: str):
         methods = multiprocessing.get_all_start_methods()
         self.context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        self.context.set_forkserver_preload([preload])
+        self.context.set_forkserver_preload([__name__, preload])
         self.function = function
         self.seconds = seconds
         self.workers: list[_Worker] = []
