@@ -9,14 +9,17 @@ from tiny import BATCH_SIZE, FRAMES, VIDEO_FRAMES, VOCABULARY, tiny_config, tiny
 from transformers import TextStreamer
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from evacap.modeling_evacap import modeling_evacap
 from evacap.modeling_evacap.configuration_evacap import EVACapConfig
 from evacap.modeling_evacap.modeling_evacap import (
     QUERIES_AT_ONCE,
     EVACapDecoderLayer,
+    EVACapEncoderLayer,
     EVACapEncoderOutput,
     EVACapForConditionalGeneration,
     EVACapModel,
     attention_and_entropy,
+    blockwise_attention_forward,
     fused_attention_and_entropy,
     interpolate_in_time,
     label_smoothed_kl,
@@ -536,6 +539,39 @@ def test_sdpa_and_eager_agree(fusion_type, attention):
         assert model.model.encoder.joint.config._attn_implementation == implementation
         outputs.append(model(**inputs).logits)
     torch.testing.assert_close(*outputs, **TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+def test_blockwise_attention_is_the_attention(masked):
+    module, num_queries = torch.nn.Module(), 2 * QUERIES_AT_ONCE + 5
+    query, key, value = (torch.randn(2, 3, num_queries, 8) for _ in range(3))
+    mask = torch.arange(num_queries) < torch.tensor([num_queries, 4])[:, None, None, None] if masked else None
+    output, _ = blockwise_attention_forward(module, query, key, value, mask, scaling=0.3)
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(output, expected.transpose(1, 2), **TOLERANCE)
+
+
+@torch.no_grad()
+def test_half_precision_on_a_cpu_takes_the_blockwise_attention(monkeypatch):
+    calls = []
+
+    def count(*args, **kwargs):
+        calls.append(args[1].dtype)
+        return blockwise_attention_forward(*args, **kwargs)
+
+    monkeypatch.setattr(modeling_evacap, "blockwise_attention_forward", count)
+    inputs = {**tiny_inputs(), "labels": tiny_labels()}
+    inputs["pixel_values_videos_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])
+    model = build()
+    expected = model(**inputs).logits
+    assert calls == []
+    model.bfloat16()
+    inputs = {name: x.bfloat16() if x.is_floating_point() else x for name, x in inputs.items()}
+    logits = model(**inputs).logits.float()
+    layers = [layer for layer in model.model.encoder.modules() if isinstance(layer, EVACapEncoderLayer)]
+    assert calls == [torch.bfloat16] * len(layers)
+    assert (logits - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
