@@ -5,6 +5,8 @@ import sys
 from importlib import metadata
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModel
 
 import evacap
 
@@ -122,3 +124,25 @@ def test_public_names():
     assert evacap.EVACapConfig is evacap.EVACapModel.config_class
     with pytest.raises(AttributeError, match="has no attribute 'EVACapNothing'"):
         evacap.EVACapNothing  # noqa: B018
+
+
+class FilledElements(TorchDispatchMode):
+    """Counts the elements of real tensors that initialisers fill."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in ("normal_", "uniform_", "fill_", "zero_"):
+            self.count += args[0].numel() * (args[0].device.type != "meta")
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_checkpoint_loads_without_initialising_first():
+    with FilledElements() as filled:
+        AutoModel.from_config(AutoConfig.from_pretrained(evacap.TINY))
+    assert filled.count > 1e6
+    with FilledElements() as filled:
+        AutoModel.from_pretrained(evacap.TINY)
+    assert filled.count == 0
