@@ -9,7 +9,6 @@ import math
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import islice
@@ -68,17 +67,16 @@ def train(config: RunConfig) -> int:
         disable=not run.accelerator.is_local_main_process,
     )
     with progress, StopSignals() as stop:
-        began = time.perf_counter()
         for batches in run.batches():
             figures, stopping = run.step(batches, stop)
             state.add(figures)
             progress.update()
             if run.is_due(every):
                 means = state.take_means() | {"learning_rate": figures["learning_rate"]}
-                clips_per_second = every * run.clips_per_step / (time.perf_counter() - began)
-                log.write(state.step, means, clips_per_second=clips_per_second)
-                progress.set_postfix_str(f"loss {means['loss']:.3f}, {clips_per_second:.1f} clips/s")
-                began = time.perf_counter()
+                log.write(
+                    state.step, means, clips_per_second=run.clips_per_step * (progress.format_dict["rate"] or 0.0)
+                )
+                progress.set_postfix(loss=means["loss"], refresh=False)
             if run.is_due(config.validation.every_steps):
                 log.write(state.step, run.validate())
             if stopping or run.is_due(run.save_every):

@@ -278,28 +278,28 @@ def test_prepared_clips_are_gone_through_once_an_epoch(tmp_path, prepared, strea
 @pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path, prepared, streamed):
-    """Dropout, swaps, augmentation and workers on; killed three times, at random moments."""
+    """Dropout, swaps, augmentation and workers on; killed twice, at random moments."""
     changes = [
         from_prepared(prepared, streamed=streamed, p_mix=0.5),
         {
-            "optimization": {"epochs": 40, "batch_size": 2},
-            "validation": {"every_steps": 20},
+            "optimization": {"epochs": 12, "batch_size": 2},
+            "validation": {"every_steps": 25},
             "saving": {"every_steps": 7},
             "resources": {"num_workers": 2},
         },
     ]
     whole, parts = write_config(tmp_path / "whole.yaml", *changes), write_config(tmp_path / "parts.yaml", *changes)
     command = [sys.executable, "-m", "evacap.training.train"]
-    assert subprocess.run([*command, whole], timeout=300).returncode == 0
+    assert subprocess.run([*command, whole], timeout=300, capture_output=True).returncode == 0
     rng, log = np.random.default_rng(), tmp_path / "parts" / "log.jsonl"
-    for lines in sorted(rng.integers(1, 200, 3)):
-        process = subprocess.Popen([*command, parts])
+    for lines in sorted(rng.integers(1, 70, 2)):
+        process = subprocess.Popen([*command, parts], stderr=subprocess.DEVNULL)
         while process.poll() is None and (not log.exists() or log.read_text().count("\n") < lines):
             time.sleep(0.01)
         time.sleep(rng.random() * 0.05)
         process.send_signal(signal.SIGKILL)
         assert process.wait(60) == -signal.SIGKILL
-    assert subprocess.run([*command, parts], timeout=300).returncode == 0
-    assert len(losses(tmp_path / "parts")) == 240
+    assert subprocess.run([*command, parts], timeout=300, capture_output=True).returncode == 0
+    assert len(losses(tmp_path / "parts")) == 72
     for name in ("log.jsonl", "model/model.safetensors"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
