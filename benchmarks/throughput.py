@@ -45,11 +45,14 @@ def write_clips(folder: Path) -> list[str]:
     return [str(path) for path in paths]
 
 
-def make_captioner(model: str, dtype: str, device: str) -> AudioVisualCaptioningPipeline:
-    """The bundled checkpoint, or EVACap at the paper's size with random weights and an invented vocabulary."""
+def make_captioner(model: str, dtype: str, device: str, attention: str = "full") -> AudioVisualCaptioningPipeline:
+    """
+    The bundled checkpoint, or EVACap at the paper's size with random weights and an invented vocabulary, and with
+    `attention` in the video tower.
+    """
     if model == "tiny":
         return pipeline(evacap.TASK, model=evacap.TINY, dtype=dtype, device=device)
-    captioner = make_model(make_config("evacap"), dtype, device)
+    captioner = make_model(make_config("evacap", attention=attention), dtype, device)
     pieces = ["[PAD]", *(f"word{index}" for index in range(1, captioner.config.text_config.vocab_size))]
     for index, piece in ((100, "[UNK]"), (101, "[CLS]"), (102, "[SEP]"), (103, "[MASK]")):
         pieces[index] = piece
