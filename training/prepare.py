@@ -122,8 +122,10 @@ def prepare(
         RuntimeError: If the worker processes cannot start, or no clip at all could be used.
     """
     output = Path(output)
-    if not re.fullmatch(r"\w+(\.\w+)*", split):
-        raise ValueError(f"`split` is {split!r}; a name of a split has letters, digits, _ and dots between them")
+    if not re.fullmatch(r"\w+(\.\w+)*", split) or split == "all":
+        raise ValueError(
+            f"`split` is {split!r}; a name of a split has letters, digits, _ and dots between them, and is not 'all'"
+        )
     numbers = {"shard_size": shard_size, "num_workers": num_workers, "num_frames": num_frames, "fps": fps}
     for name, value in numbers.items():
         if value is not None and not 0 < value < np.inf:

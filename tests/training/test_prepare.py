@@ -232,6 +232,7 @@ def test_other_settings_are_refused(processor, small, tmp_path):
     "options, expected",
     [
         ({"split": "a b"}, "`split` is 'a b'"),
+        ({"split": "all"}, "`split` is 'all'"),
         ({"shard_size": 0}, "`shard_size` is 0"),
         ({"num_workers": -1}, "`num_workers` is -1"),
         ({"num_frames": 0}, "`num_frames` is 0"),

@@ -1,11 +1,13 @@
 import json
+import shutil
 import subprocess
 import sys
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -281,7 +283,22 @@ def test_streamed_clips_are_the_same_clips(processor, small):
     assert as_lists(list(streamed)) == as_lists([mapped[index] for index in range(len(mapped))])
 
 
-@pytest.mark.parametrize("world_size, num_workers", [(1, 0), (2, 2), (3, 1), (8, 4)])
+def test_clips_are_streamed_from_elsewhere(processor, small):
+    fsspec.filesystem("memory").put(str(small), "/prepared", recursive=True)
+    here, there = (Numbered(folder, "train", processor) for folder in (small, "memory://prepared"))
+    assert list(there) == list(here)
+
+
+def test_a_folder_that_was_made_anew_is_read_anew(processor, tmp_path):
+    manifest = write_small_clips(tmp_path / "clips", 2)
+    entries = read_manifest(manifest)
+    for captions in (("a dog barks",), ("a cat meows",)):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        prepare([replace(entry, captions=captions) for entry in entries], tmp_path / "out", processor, num_workers=1)
+        assert PreparedClips(tmp_path / "out", "train", processor).captions(1) == list(captions)
+
+
+@pytest.mark.parametrize("world_size, num_workers", [(1, 0), (2, 2), (3, 1), (8, 2)])
 def test_every_clip_is_seen_once(processor, small, world_size, num_workers):
     shares = [
         [clip for batch in stream(small, processor, num_workers, rank=rank, world_size=world_size) for clip in batch]

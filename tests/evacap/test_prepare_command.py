@@ -1,0 +1,119 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import datasets
+import pytest
+
+import evacap
+from evacap.cli import main
+from evacap.commands.prepare import split_of
+from evacap.training.clips import write_dataset
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """The manifest of three procedural clips."""
+    return write_dataset(tmp_path_factory.mktemp("clips") / "val", "validation", 3, seed=6)
+
+
+def test_own_clips(clips, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    output = str(tmp_path / "out")
+    call = ["prepare", "--manifest", str(clips), "--output", output, "--model", evacap.TINY, "--workers", "2"]
+    assert main([*call, "--max-clips", "2"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "validation: 2 of 2 clips, 0 of them without a picture, 0 damaged but usable\n"
+    assert "2/2" in printed.err and "clip/s" in printed.err
+    assert main([*call, "--split", "whole", "--fps", "2"]) == 1
+    assert "`frames.fps` is None there and 2.0 here" in capsys.readouterr().err
+    assert main([*call, "--split", "whole"]) == 0
+    rows = datasets.load_dataset(output)
+    assert {split: len(rows[split]) for split in rows} == {"validation": 2, "whole": 3}
+
+
+def test_audiocaps(clips, tmp_path, capsys):
+    media = tmp_path / "media"
+    media.mkdir()
+    lines = ["audiocap_id,youtube_id,start_time,caption"]
+    for number, file in enumerate(sorted(clips.parent.glob("*.mp4"))[:2]):
+        (media / f"abcdefghij{number}_30.mp4").symlink_to(file)
+        lines += [f'{number},abcdefghij{number},30,"a dog, {row}"' for row in range(5)]
+    lines.append("9,deadlink999,30,a dog")
+    (tmp_path / "test.csv").write_text("\n".join(lines))
+    call = ["prepare", "--audiocaps", str(tmp_path / "test.csv"), "--output", str(tmp_path / "out")]
+    assert main([*call, "--media", str(media), "--preset", "avcap", "--workers", "2"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "test: 2 of 3 clips, 0 of them without a picture, 0 damaged but usable"
+    assert printed[1] == f"why: {tmp_path / 'out' / 'report.jsonl'}"
+    preparation = json.loads((tmp_path / "out" / "preparation.json").read_text())
+    assert preparation["frames"] == {"num_frames": None, "fps": 2, "jpeg_quality": 95}
+    assert preparation["feature_extractor"]["window_type"] == "hanning"
+    assert preparation["splits"]["test"]["clips"] == 2
+    (problem,) = [json.loads(line) for line in (tmp_path / "out" / "report.jsonl").read_text().splitlines()]
+    assert problem["id"] == "deadlink999_30" and not problem["usable"]
+
+
+def test_wrong_calls(clips, tmp_path, capsys):
+    output = ["--output", str(tmp_path / "out")]
+    for call, expected in (
+        (["--audiocaps", "train.csv"], "--audiocaps and --media belong together"),
+        (["--manifest", str(clips), "--media", "clips"], "--audiocaps and --media belong together"),
+        (["--manifest", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--manifest", str(clips), "--model", str(tmp_path / "nowhere")], "nowhere"),
+        (["--manifest", str(clips), "--fps", "0"], "`fps` is 0.0"),
+    ):
+        assert main(["prepare", *call, *output]) == 1
+        assert expected in capsys.readouterr().err
+    for call in ([], ["--manifest", "a", "--audiocaps", "b"], ["--manifest", "a", "--fps", "2", "--num-frames", "4"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["prepare", *call, *output])
+        assert stopped.value.code == 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "source, split",
+    [
+        ("audiocaps_train.csv", "train"),
+        ("lists/audiocaps_val.csv", "validation"),
+        ("test.csv", "test"),
+        ("clips/dev/manifest.jsonl", "validation"),
+        ("contest/manifest.jsonl", "train"),
+    ],
+)
+def test_the_split_is_told_by_the_name(source, split, tmp_path):
+    assert split_of(str(tmp_path.root + source)) == split
+
+
+@pytest.mark.slow
+def test_ctrl_c_can_be_gone_on_from(clips, tmp_path):
+    call = [
+        "prepare",
+        "--manifest",
+        str(clips),
+        "--output",
+        str(tmp_path / "out"),
+        "--shard-size",
+        "1",
+        "--workers",
+        "1",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "evacap", *call],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    limit = time.monotonic() + 120
+    while not list(tmp_path.glob("out/data/*.parquet")) and time.monotonic() < limit:
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGINT)  # To the workers, too, as a terminal sends it.
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert printed == "evacap prepare: stopped; the same command goes on from here\n"
+    assert main(call) == 0
