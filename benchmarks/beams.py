@@ -55,11 +55,15 @@ def main(argv: list[str] | None = None) -> None:
             settings.update(frames=arguments.frames, new_tokens=arguments.new_tokens)
             beams = [number for number in arguments.beams if results.find(**settings, beams=number) is None]
             values = (arguments.size, dtype, variant, arguments.batch, arguments.frames, beams, arguments.new_tokens)
-            peaks = peak_memory(decoding_calls, *values, arguments.device, device=arguments.device, warm_ups=1) if beams else {}
+            peaks = (
+                peak_memory(decoding_calls, *values, arguments.device, device=arguments.device, warm_ups=1)
+                if beams
+                else {}
+            )
             config = make_config(variant, arguments.frames, arguments.size)
             for number in beams:
                 row = {**settings, "beams": number, "prefix_bytes": prefix_bytes(config, arguments, dtype)}
-                results.add({**row, "peak_bytes": None if peaks is None else peaks[number]})
+                results.add({**row, "peak_bytes": peaks[number]})
     report = table(results)
     write_text(arguments.output.with_suffix(".md"), report)
     print(report)

@@ -76,7 +76,7 @@ def measure(arguments: argparse.Namespace, results: Results, settings: dict[str,
     )
     seconds = timed(calls, arguments.device, repeats=arguments.repeats, budget=arguments.budget)
     calls.clear()
-    peaks = peak_memory(fusion_calls, *values, device=arguments.device, warm_ups=1) or {}
+    peaks = peak_memory(fusion_calls, *values, device=arguments.device, warm_ups=1)
     for way, taken in seconds.items():
         row = {**settings, "way": way, "seconds": taken, "peak_bytes": peaks.get(way), "difference": difference}
         results.add(row)

@@ -158,7 +158,7 @@ def measure_group(arguments: argparse.Namespace, results: Results, batch: int, f
     subjects.clear()
     peaks = {}
     if arguments.memory:
-        peaks = peak_memory(captioning_calls, arguments, batch, frames, beams, device=arguments.device) or {}
+        peaks = peak_memory(captioning_calls, arguments, batch, frames, beams, device=arguments.device)
     for (variant, dtype), times in measured.items():
         for number in times[0]:
             peak = peaks.get((variant, dtype, number))

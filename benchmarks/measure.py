@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import torch
@@ -102,17 +103,12 @@ def _resident_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no line {field}, which this benchmark reads on Linux.")
 
 
-def _report_peaks(queue: multiprocessing.Queue, setup: Callable, args: tuple, device: str, warm_ups: int) -> None:
-    runs = setup(*args)
-    if not isinstance(runs, dict):
-        queue.put(_peak_bytes(runs, device, warm_ups))
-        return
-    queue.put({name: _peak_bytes(run, device, warm_ups) for name, run in runs.items()})
+def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int | None:
+    """
+    The bytes that a call needs beside what this process holds already; see [`peak_memory`].
 
-
-def _peak_bytes(run: Callable[[], Any], device: str, warm_ups: int) -> int:
-    for _ in range(warm_ups):
-        run()
+    On the CPU what earlier calls have left in the allocator is given back first; `None` there where it is not Linux.
+    """
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
@@ -122,6 +118,9 @@ def _peak_bytes(run: Callable[[], Any], device: str, warm_ups: int) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    if platform.system() != "Linux":
+        run()
+        return None
     ctypes.CDLL(None).malloc_trim(0)
     # Sets the peak back to what is resident now: loading weights can take more than using them.
     Path("/proc/self/clear_refs").write_text("5")
@@ -130,7 +129,35 @@ def _peak_bytes(run: Callable[[], Any], device: str, warm_ups: int) -> int:
     return _resident_bytes("VmHWM") - before
 
 
-def peak_memory(setup: Callable, *args, device: str = "cpu", warm_ups: int = 0) -> int | dict[str, int] | None:
+def _answer(queue: multiprocessing.Queue, function: Callable, args: tuple) -> None:
+    queue.put(function(*args))
+
+
+def in_own_process(function: Callable, *args) -> Any:
+    """
+    What `function`, of a module, returns for `args` in a fresh process.
+
+    Raises:
+        RuntimeError: the process died.
+    """
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_answer, args=(queue, function, args))
+    process.start()
+    while True:
+        try:
+            answer = queue.get(timeout=1)
+            break
+        except Empty:
+            if not process.is_alive():
+                raise RuntimeError(
+                    f"The process of {function.__name__}{args} ended with status {process.exitcode}."
+                ) from None
+    process.join()
+    return answer
+
+
+def peak_memory(setup: Callable, *args, device: str = "cpu", warm_ups: int = 0) -> Any:
     """
     The bytes that a call needs beside its weights and inputs, measured in a process of its own.
 
@@ -144,18 +171,19 @@ def peak_memory(setup: Callable, *args, device: str = "cpu", warm_ups: int = 0) 
         warm_ups (`int`, defaults to 0): Calls before the measured one.
 
     Returns:
-        `int`, or a `dict` of them for several calls, or `None` on a CPU whose system is not Linux.
+        `int`, or a `dict` of them for several calls; `None` in their place on a CPU whose system is not Linux.
     """
-    if torch.device(device).type == "cpu" and platform.system() != "Linux":
-        return None
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_report_peaks, args=(queue, setup, args, device, warm_ups))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"The memory measurement of {setup.__name__}{args} ended with status {process.exitcode}.")
-    return queue.get(timeout=60)
+    return in_own_process(_peaks, setup, args, device, warm_ups)
+
+
+def _peaks(setup: Callable, args: tuple, device: str, warm_ups: int) -> int | None | dict[Any, int | None]:
+    def measure(run: Callable[[], Any]) -> int | None:
+        for _ in range(warm_ups):
+            run()
+        return peak_bytes(run, device)
+
+    runs = setup(*args)
+    return {name: measure(run) for name, run in runs.items()} if isinstance(runs, dict) else measure(runs)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ _SMALL_TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads"
 _SMALL = {
     "audio_config": {**_SMALL_TOWER, "num_mel_bins": 32, "max_frames": 64},
     "video_config": {**_SMALL_TOWER, "image_size": 32},
-    "text_config": {**_SMALL_TOWER, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2},
+    "text_config": {**_SMALL_TOWER, "vocab_size": 999, "bos_token_id": 1, "eos_token_id": 2},
 }
 SIZES = {"full": {"audio_config": {}, "video_config": {}, "text_config": {}}, "small": _SMALL}
 """`full` is the paper's size. `small` tells nothing about speed: it checks that a benchmark runs."""
