@@ -282,7 +282,7 @@ class FeatureMaker:
         if entry.media is not None:
             return self.processor(media=entry.media, **self._window(entry.media, entry), return_tensors="pt")
         if entry.path is None:
-            raise FileNotFoundError("no file was found for it")
+            raise FileNotFoundError("no file in the media folder has its name")
         inputs = {}
         if listens:
             if entry.audio is None:
@@ -363,7 +363,7 @@ def _write_shard(path: Path, split: str, results: Iterable[tuple[Entry, Features
     rows: list[tuple[Entry, Features]] = []
     try:
         with pq.ParquetWriter(
-            partial, SCHEMA, compression="none", use_dictionary=False, write_statistics=False
+            partial, SCHEMA, compression="zstd", use_dictionary=False, write_statistics=False
         ) as writer:
             for entry, features in results:
                 if features.usable:

@@ -201,7 +201,7 @@ def test_clips_that_cannot_be_used_are_reported(processor, tmp_path):
 
 
 def test_a_folder_without_a_usable_clip_is_an_error(processor, tmp_path):
-    with pytest.raises(RuntimeError, match="no clip of the split 'train' can be used.*no file was found"):
+    with pytest.raises(RuntimeError, match="no clip of the split 'train' can be used.*no file in the media folder"):
         prepare([Entry("dead", ("x",))], tmp_path, processor, num_workers=1)
 
 
