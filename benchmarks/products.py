@@ -8,8 +8,6 @@ once a layer. The patch embeddings are products, as their kernels do not overlap
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
 from benchmarks.measure import DTYPES, bandwidth, product_seconds
 from evacap.modeling_evacap.configuration_evacap import EVACapConfig, EVACapTextConfig, EVACapVideoConfig
 
@@ -191,12 +189,3 @@ def training_step(config: EVACapConfig, batch: int, frames: int, length: int) ->
     own = flops(attention(batch, text.num_attention_heads, length, length, width))
     own -= flops(attention(batch, text.num_attention_heads, 1, 1, width))
     return 3 * (forward + own * text.num_hidden_layers)
-
-
-def count(function, *args, **kwargs) -> int:
-    """The operations that PyTorch's own counter sees in a call, to check the formulas against."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        function(*args, **kwargs)
-    return counter.get_total_flops()

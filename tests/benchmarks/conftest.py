@@ -1,0 +1,7 @@
+"""The benchmarks are no installed package: they are imported from the repository's root."""
+
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
