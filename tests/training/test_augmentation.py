@@ -79,13 +79,14 @@ def test_the_roll_is_uniform_and_loses_nothing():
 def test_the_noise_comes_after_the_masks_and_the_roll_last():
     clip = np.full((32, 8), 5, np.float32)
     rng = np.random.default_rng(3)
+    wrapped = 0
     for _ in range(50):
         changed = Augmentation(freq_mask=6, time_mask=20)(clip, rng, mask_value=-1.0)
-        masked = changed < 0
-        assert not (masked & (changed == -1)).all() or not masked.any()
-        rows = masked.all(axis=1)
-        # The mask in time may lie around the end of the clip, which only a roll can bring about.
-        assert np.count_nonzero(np.diff(np.concatenate([rows, rows[:1]]).astype(int))) <= 2
+        assert (changed == -1).mean() < 0.01, "masked values are noisy, too"
+        rows = (changed < 0).all(axis=1)
+        # Only a roll brings a mask around the end of the clip.
+        wrapped += rows[0] and rows[-1] and not rows.all()
+    assert wrapped > 5
 
 
 def test_every_run_of_frames_is_as_likely():
