@@ -177,6 +177,9 @@ def write_captions(arguments: argparse.Namespace, media: list[str]) -> int:
 def _append_captions(arguments: argparse.Namespace, media: list[str], total: int) -> int:
     from tqdm.auto import tqdm
 
+    # Read when torch is loaded: its threads would wait actively, on cores that the reading processes need. With as many
+    # of either as cores that took five times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     captioner = load_captioner(arguments)
     gated = arguments.json and captioner.model.config.fusion_type == "gated_cross_attention"
     failures = 0
