@@ -2,7 +2,7 @@
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..modeling_evacap.modeling_evacap import label_smoothed_kl
@@ -74,9 +74,11 @@ class Validation:
             labels = batch.pop("labels")
             with accelerator.autocast():
                 logits = captioner(**batch, labels=labels).logits
-                generated = (
-                    captioner.generate(**batch, num_beams=self.section.num_beams) if self.section.metrics else None
-                )
+                generated = None
+                if self.section.metrics:
+                    # With FSDP every process takes part in every step, until the last one has its captions.
+                    synced = accelerator.distributed_type == DistributedType.FSDP
+                    generated = captioner.generate(**batch, num_beams=self.section.num_beams, synced_gpus=synced)
             counted = (labels != -100).sum(1)
             losses = [
                 label_smoothed_kl(row[None], label[None], captioner.config.label_smoothing, 1)
