@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks.measure import DTYPES, Results, argument_parser, markdown, peak_memory, seconds
 from benchmarks.throughput import GENERATION, MODELS, make_captioner
+from evacap.training.files import write_text
 
 
 RATE = 16_000
@@ -61,29 +62,32 @@ def captioning(
 
 def table(rows: list[dict]) -> str:
     header = ["model", "video attention", "dtype", "batch", "file", "work", "real-time factor", "peak memory"]
-    return markdown(
-        header,
-        (
-            [
-                *(row[name] for name in ("model", "attention", "dtype", "batch_size")),
-                f"{row['length']} s",
-                f"{row['seconds']:.1f} s",
-                f"{row['seconds'] / row['length']:.3f}",
-                "" if row["memory"] is None else f"{row['memory'] / 1e6:,.0f} MB",
-            ]
-            for row in rows
-        ),
+    return (
+        markdown(
+            header,
+            (
+                [
+                    *(row[name] for name in ("model", "attention", "dtype", "batch_size")),
+                    f"{row['length']} s",
+                    f"{row['seconds']:.1f} s",
+                    f"{row['seconds'] / row['length']:.3f}",
+                    "" if row["memory"] is None else f"{row['memory'] / 1e6:,.0f} MB",
+                ]
+                for row in rows
+            ),
+        )
+        + "\n"
     )
 
 
-def main() -> None:
-    parser = argument_parser("long_files", __doc__.strip().splitlines()[0])
+def main(argv: list[str] | None = None) -> None:
+    parser = argument_parser("long_files", __doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--attentions", nargs="+", choices=("full", "frame"), default=["full", "frame"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[60, 600], help="seconds (default: 60 600)")
     parser.add_argument("--batch-size", type=int, default=4, help="windows at a time (default: %(default)s)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     results = Results(arguments.output, SETTINGS, arguments.device)
     with tempfile.TemporaryDirectory() as folder:
         for length in (WARM_UP, *arguments.lengths):
@@ -99,8 +103,9 @@ def main() -> None:
             memory = peak_memory(captioning, *options, device=arguments.device)
             took = float(Path(folder, "seconds").read_text())
             results.add({**settings, "seconds": took, "memory": memory})
-            print(table([results.rows[-1]]), flush=True)
-    print(f"\n{table(results.rows)}")
+    report = table(results.rows)
+    write_text(arguments.output.with_suffix(".md"), report)
+    print(report)
 
 
 if __name__ == "__main__":

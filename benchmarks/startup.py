@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import DTYPES, Results, argument_parser, interleave, markdown, seconds, summary
 from benchmarks.subjects import SIZES, make_config, make_model
+from evacap.training.files import write_text
 
 
 PROCESSES = {
@@ -110,15 +111,15 @@ def table(results: Results) -> str:
             ]
         )
     header = ["what", "median", "spread", "less Python", "weights", "anonymous", "peak", "mapped", "initialised"]
-    return markdown(header, lines)
+    return markdown(header, lines) + "\n"
 
 
-def main() -> None:
-    parser = argument_parser("startup", __doc__.strip().splitlines()[0])
+def main(argv: list[str] | None = None) -> None:
+    parser = argument_parser("startup", __doc__)
     parser.add_argument("--size", choices=SIZES, default="full", help="of the checkpoint (default: %(default)s)")
     parser.add_argument("--load", metavar="FOLDER", help="load a checkpoint in this process and print the figures")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="for --load (default: %(default)s)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.load:
         print(json.dumps(load(arguments.load, arguments.dtype)))
         return
@@ -140,7 +141,9 @@ def main() -> None:
         }
         for name, values in interleave(runs, **options).items():
             results.add({**values[-1], "what": name, "seconds": summary(value["seconds"] for value in values)})
-    print(table(results))
+    report = table(results)
+    write_text(arguments.output.with_suffix(".md"), report)
+    print(report)
 
 
 if __name__ == "__main__":

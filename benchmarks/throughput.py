@@ -30,6 +30,7 @@ from evacap.modeling_evacap.presets import get_preset
 from evacap.processing.model_processor import make_processor
 from evacap.processing.pipeline_evacap import AudioVisualCaptioningPipeline
 from evacap.training.clips import make_scene, write_clip
+from evacap.training.files import write_text
 
 
 MODELS = ("tiny", "full")
@@ -120,25 +121,28 @@ def table(rows: list[dict[str, Any]]) -> str:
         "ratio",
         "ratio to bound",
     ]
-    return markdown(
-        header,
-        (
-            [
-                *(row[name] for name in ("model", "dtype", "threads", "workers", "batch_size", "waiting")),
-                *(
-                    f"{row['clips'] / row[name]['seconds']['median']:.2f} clips/s"
-                    for name in ("reading", "model_alone", "together")
-                ),
-                f"{row['ratio']:.2f}",
-                f"{row['ratio_to_bound']:.2f}",
-            ]
-            for row in rows
-        ),
+    return (
+        markdown(
+            header,
+            (
+                [
+                    *(row[name] for name in ("model", "dtype", "threads", "workers", "batch_size", "waiting")),
+                    *(
+                        f"{row['clips'] / row[name]['seconds']['median']:.2f} clips/s"
+                        for name in ("reading", "model_alone", "together")
+                    ),
+                    f"{row['ratio']:.2f}",
+                    f"{row['ratio_to_bound']:.2f}",
+                ]
+                for row in rows
+            ),
+        )
+        + "\n"
     )
 
 
-def main() -> None:
-    parser = argument_parser("throughput", __doc__.strip().splitlines()[0])
+def main(argv: list[str] | None = None) -> None:
+    parser = argument_parser("throughput", __doc__)
     cores = usable_cores()
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
@@ -146,7 +150,7 @@ def main() -> None:
     parser.add_argument(
         "--clips", nargs=2, type=int, default=(192, 24), metavar=("TINY", "FULL"), help="how many are read"
     )
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[8])
+    parser.add_argument("--batch", nargs="+", type=int, default=[8], dest="batches")
     parser.add_argument(
         "--shares",
         nargs="+",
@@ -154,7 +158,7 @@ def main() -> None:
         metavar="THREADS:WORKERS",
         help="threads of the model and processes that read (default: half of the cores each, and all cores for both)",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     results = Results(arguments.output, SETTINGS, arguments.device)
     with tempfile.TemporaryDirectory() as folder:
         media = find_media([arguments.media]) if arguments.media else write_clips(Path(folder))
@@ -162,7 +166,7 @@ def main() -> None:
             captioner = make_captioner(model, dtype, arguments.device)
             count = arguments.clips[MODELS.index(model)]
             files = list(itertools.islice(itertools.cycle(media), count))
-            for share, batch_size in itertools.product(arguments.shares, arguments.batch_sizes):
+            for share, batch_size in itertools.product(arguments.shares, arguments.batches):
                 threads, workers = map(int, share.split(":"))
                 settings = {
                     **{"model": model, "dtype": dtype, "threads": threads, "workers": workers},
@@ -171,6 +175,7 @@ def main() -> None:
                 }
                 if results.find(**settings):
                     continue
+                all_threads = torch.get_num_threads()
                 torch.set_num_threads(threads)
                 figures = measure(
                     captioner,
@@ -181,9 +186,11 @@ def main() -> None:
                     repeats=arguments.repeats,
                     budget=arguments.budget,
                 )
+                torch.set_num_threads(all_threads)
                 results.add({**settings, **figures})
-                print(table([results.rows[-1]]), flush=True)
-    print(f"\n{table(results.rows)}")
+    report = table(results.rows)
+    write_text(arguments.output.with_suffix(".md"), report)
+    print(report)
 
 
 if __name__ == "__main__":
