@@ -40,9 +40,9 @@ style: $(VENV)/.installed-dev
 
 # The first takes 13 minutes on two cores, the second 9; the last command prints the figures of the README.
 tiny: install
-	$(BIN)/python -m evacap.training.tiny --output runs/tiny
-	$(BIN)/python -m evacap.training.tiny --output runs/tiny_audio_only --preset audio-only
-	$(BIN)/python -m evacap.training.clip_scores runs/tiny runs/tiny_audio_only
+	$(BIN)/evacap train tiny
+	$(BIN)/evacap train tiny model.preset=audio-only output=runs/tiny_audio_only
+	$(BIN)/python -m evacap.training.clip_scores runs/tiny/model runs/tiny_audio_only/model
 
 clean:
 	rm -rf $(VENV) sample.mp4

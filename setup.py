@@ -36,7 +36,10 @@ setup(
         "evacap.processing": "processing",
         "evacap.training": "training",
     },
-    package_data={"evacap": ["model_card.md", "tiny/*", "tiny_audio_only/*"]},
+    package_data={
+        "evacap": ["model_card.md", "tiny/*", "tiny_audio_only/*"],
+        "evacap.training": ["configs/*.yaml", "configs/accelerate/*.yaml"],
+    },
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
@@ -46,6 +49,7 @@ setup(
         "evaluate>=0.4.6",
         "huggingface-hub>=1.33",
         "safetensors>=0.8",
+        "pyyaml>=6.0",
         "tensorboard>=2.21",
         "av>=18.1",
     ],

@@ -3,13 +3,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModel, AutoProcessor
+from training_runs import run
+from transformers import AutoModel
 
 import evacap
 from evacap.model_card import fill_model_card
 from evacap.training.clip_scores import as_table, save_evaluation, score, score_model, write_clips
 from evacap.training.clips import make_scene, write_clip
-from evacap.training.tiny import ProceduralClips, tiny_config, tiny_processor, train
+from evacap.training.tiny import ProceduralClips, tiny_config, tiny_processor
 
 
 @pytest.mark.parametrize("fusion_type", ["gated_cross_attention", "concat", "audio_only", "video_only"])
@@ -39,31 +40,6 @@ def test_a_training_clip_is_what_its_file_would_be(tmp_path):
             assert np.abs(rendered - decoded[name][0]).mean() < 0.1 * rendered.std()
 
 
-def test_training_lowers_the_loss_and_saves_a_captioner(tmp_path):
-    clips = ProceduralClips(tiny_processor(), 16, "validation")
-    batch = evacap.EVACapDataCollator(p_mix=0.0)([clips[index] for index in range(16)])
-
-    def loss(model):
-        with torch.no_grad():
-            return model.eval()(**batch).loss.item()
-
-    short = train(tmp_path / "short", num_clips=8, batch_size=8)
-    model = train(tmp_path / "model", num_clips=240, batch_size=8, p_mix=0.3, semantic_consistency_weight=0.1)
-    assert loss(model) < 0.9 * loss(short)
-    assert {path.name for path in tmp_path.iterdir()} == {"short", "model"}
-
-    write_clip(make_scene(0, "test", 0), tmp_path / "clip.mp4")
-    model, processor = AutoModel.from_pretrained(tmp_path / "model"), AutoProcessor.from_pretrained(tmp_path / "model")
-    tokens = model.generate(**processor(media=tmp_path / "clip.mp4", return_tensors="pt"))
-    assert processor.batch_decode(tokens, skip_special_tokens=True)[0]
-    assert tokens.shape[1] <= 40
-
-
-def test_an_existing_folder_is_kept(tmp_path):
-    with pytest.raises(FileExistsError, match="exists already.*new folder"):
-        train(tmp_path)
-
-
 def test_scores_count_names():
     scenes = [make_scene(0, "test", index) for index in range(200)]
     assert set(score(scenes, [scene.captions[0] for scene in scenes]).values()) == {1.0}
@@ -89,11 +65,19 @@ def test_table():
 
 
 def test_figures_reach_the_model_card(tmp_path):
-    model = train(tmp_path / "model", num_clips=2, batch_size=2)
-    save_evaluation(tmp_path / "model", {"matched": {"set": 0.5}, "swapped": {"set": 0.25}}, "7 clips")
-    card = str(fill_model_card(tmp_path / "model", "somebody/tiny"))
+    short = [
+        "data.procedural=2",
+        "optimization.batch_size=2",
+        "validation.every_steps=null",
+        "resources.num_threads=null",
+    ]
+    assert run("tiny", f"output={tmp_path / 'run'}", *short) == 0
+    model = tmp_path / "run" / "model"
+    save_evaluation(model, {"matched": {"set": 0.5}, "swapped": {"set": 0.25}}, "7 clips")
+    card = str(fill_model_card(model, "somebody/tiny"))
     assert "2 procedural clips" in card and "15% of the videos" in card
-    assert "| another clip's video | 0.250 |" in card and f"{model.num_parameters() / 1e6:.1f} M" in card
+    num_parameters = AutoModel.from_pretrained(model).num_parameters()
+    assert "| another clip's video | 0.250 |" in card and f"{num_parameters / 1e6:.1f} M" in card
 
 
 @pytest.mark.slow

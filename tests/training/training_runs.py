@@ -49,11 +49,11 @@ def merge(values: dict, changes: dict) -> dict:
     return merged
 
 
-def run(path: Path, *overrides: str) -> int:
+def run(config: str | Path, *overrides: str) -> int:
     """Trains in this process. Accelerate keeps its settings as long as a process lives; a run has its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return train(load_run_config(path, overrides))
+    return train(load_run_config(config, overrides))
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
