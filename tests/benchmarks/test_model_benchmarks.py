@@ -99,8 +99,8 @@ def test_compiling(tmp_path):
 
 @pytest.mark.slow
 def test_training(tmp_path):
-    options = ("--frames", "4", "--batch", "2", "--variants", "evacap", "avcap", "--attentions", "sdpa", "eager")
+    options = ("--frames", "4", "--batch", "2", "--variants", "evacap", "--attentions", "sdpa")
     rows = run(training, tmp_path, *options)
-    assert len(rows) == 6
+    assert [row["checkpointing"] for row in rows] == [False, True]
     assert all(row["part"] == 2 and row["step_seconds"]["median"] > 0 and row["flops"] > 0 for row in rows)
     assert all(0 <= row["wait_share"] < 1 for row in rows)
