@@ -14,6 +14,7 @@
 """PyTorch EVACap model: audio-visual captioning with entropy-gated cross-attention."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -543,33 +544,53 @@ def attention_and_entropy(
     return torch.matmul(weights.to(value.dtype), value), entropy, weights
 
 
+def _score_blocks(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> Iterator[tuple[int, slice, torch.Tensor]]:
+    """The scores (batch_size, queries, T_v) of one head and one block of queries after the other."""
+    for head in range(query.shape[1]):
+        for start in range(0, query.shape[2], QUERIES_AT_ONCE):
+            block = slice(start, start + QUERIES_AT_ONCE)
+            scores = torch.matmul(query[:, head, block] * scaling, key[:, head].transpose(1, 2))
+            if mask is not None:
+                scores = scores.masked_fill(~mask[:, None, :], torch.finfo(scores.dtype).min)
+            yield head, block, _at_least_float32(scores)
+
+
 def fused_attention_and_entropy(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor, None]:
     """
-    The same as [`attention_and_entropy`] without ever holding the probabilities (ours).
+    The same as [`attention_and_entropy`] without ever holding the probabilities of more than a block (ours).
 
     With s the scores and P the probabilities, H = logsumexp(s) - q · sum_j P_j k_j · scaling: the keys are one more
     value for the attention kernel. Its derivative is dH/ds_j = -P_j (s_j - sum(P s)), which is that of the second term
-    alone when q and k_j count as constants in it and only P moves. So the log-sum-exp needs no gradient, and blocks of
-    queries give it.
+    alone when q and k_j count as constants in it and only P moves. So the log-sum-exp needs no gradient.
+
+    Inference on a CPU computes each block once instead, which is faster there than the kernel.
     """
     if mask is not None:
         # A row without any key sees all of its padding: its result is never used, but must not be not a number.
-        mask = (mask | ~mask.any(1, keepdim=True))[:, None, None, :]
+        mask = mask | ~mask.any(1, keepdim=True)
+    entropy = torch.empty_like(query[..., 0], dtype=torch.promote_types(query.dtype, torch.float32))
+    if query.device.type == "cpu" and not torch.is_grad_enabled():
+        context = torch.empty_like(query)
+        for head, block, scores in _score_blocks(query, key, mask, scaling):
+            weights = scores.softmax(-1)
+            context[:, head, block] = torch.matmul(weights.to(value.dtype), value[:, head])
+            entropy[:, head, block] = scores.logsumexp(-1) - torch.linalg.vecdot(weights, scores)
+        return context, entropy, None
     context, attended_key = (
-        F.scaled_dot_product_attention(query, key, values, attn_mask=mask, scale=scaling)
+        F.scaled_dot_product_attention(
+            query, key, values, attn_mask=None if mask is None else mask[:, None, None, :], scale=scaling
+        )
         for values in (value, key.detach())
     )
     with torch.no_grad():
-        blocks = []
-        for block in (query * scaling).split(QUERIES_AT_ONCE, dim=2):
-            scores = torch.matmul(block, key.transpose(2, 3))
-            if mask is not None:
-                scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-            blocks.append(_at_least_float32(scores).logsumexp(-1))
+        for head, block, scores in _score_blocks(query, key, mask, scaling):
+            entropy[:, head, block] = scores.logsumexp(-1)
     mean_score = (_at_least_float32(query.detach()) * _at_least_float32(attended_key)).sum(-1) * scaling
-    return context, torch.cat(blocks, dim=-1) - mean_score, None
+    return context, entropy - mean_score, None
 
 
 class EVACapGatedCrossAttention(nn.Module):

@@ -145,7 +145,10 @@ def test_the_entropy_needs_no_probabilities(masked):
         results.append((context, entropy))
         loss = (context * torch.linspace(-1, 1, 8, dtype=torch.float64)).sum() + entropy.square().sum()
         gradients.append(torch.autograd.grad(loss, inputs))
+    with torch.no_grad():
+        results.append(fused_attention_and_entropy(*inputs, mask, 8**-0.5)[:2])
     assert weights is None
+    torch.testing.assert_close(results[2], results[0], atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(results[1], results[0], atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(gradients[1], gradients[0], atol=1e-12, rtol=1e-12)
 
