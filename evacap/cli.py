@@ -14,6 +14,7 @@ COMMANDS = {
     "import-weights": "turn AVCap, CAV-MAE and GIT weights into a model folder",
     "prepare": "make the features of media files and captions, ready for training",
     "train": "train a captioner as a YAML file says",
+    "evaluate": "score captioners on prepared clips, with own and with swapped pictures",
     "publish": "check a model folder, complete its card and upload it",
     "install-spice": "fetch the parser that the metric SPICE needs",
 }

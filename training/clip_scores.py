@@ -7,15 +7,17 @@ import argparse
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from ..modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from ..processing.processing_evacap import EVACapProcessor
 from .clip_captions import names_in_caption
-from .clip_kinds import SOUND_ALIKES
+from .clip_kinds import SOUND_ALIKES, name_of
 from .clips import Event, Scene, make_scene, write_clip
 from .files import write_text
 
@@ -81,17 +83,32 @@ def needs_picture(event: Event) -> bool:
     return event.kind in SOUND_ALIKES and event.place is not None
 
 
+def count_names(sources: Sequence[Sequence[tuple[str, bool]]], captions: Sequence[str]) -> dict[str, np.ndarray]:
+    """
+    Counts, for the columns of `COLUMNS` but those of the gate, what each caption got right.
+
+    Args:
+        sources (`Sequence`): The sounding sources of each clip: kind, and whether it is on screen.
+        captions (`Sequence[str]`): One caption a clip.
+
+    Returns:
+        `dict[str, np.ndarray]`: Hits and possible hits of each clip, (clips, 2), by column.
+    """
+    counts = {column: np.zeros((len(captions), 2)) for column in ("set", "sound-alikes", "off screen", "distinct")}
+    for place, (clip, caption) in enumerate(zip(sources, captions, strict=True)):
+        said, heard = names_in_caption(caption), [name_of(kind, seen) for kind, seen in clip]
+        counts["set"][place] = said == frozenset(heard), 1
+        for (kind, seen), name in zip(clip, heard):
+            column = "distinct" if kind not in SOUND_ALIKES else "sound-alikes" if seen else "off screen"
+            counts[column][place] += name in said, 1
+    return counts
+
+
 def score(scenes: list[Scene], captions: list[str]) -> dict[str, float]:
     """The shares, 0 to 1, that `COLUMNS` describes, without those of the gate."""
-    right = [names_in_caption(caption) == scene.names for scene, caption in zip(scenes, captions, strict=True)]
-    named: dict[str, list[bool]] = {"sound-alikes": [], "off screen": [], "distinct": []}
-    for scene, caption in zip(scenes, captions, strict=True):
-        for event in scene.events:
-            column = "distinct" if event.kind not in SOUND_ALIKES else "off screen"
-            if needs_picture(event):
-                column = "sound-alikes"
-            named[column].append(event.name in names_in_caption(caption))
-    return {"set": sum(right) / len(right)} | {column: sum(hits) / len(hits) for column, hits in named.items() if hits}
+    sources = [[(event.kind, event.place is not None) for event in scene.events] for scene in scenes]
+    sums = {column: counts.sum(0) for column, counts in count_names(sources, captions).items()}
+    return {column: float(hits / possible) for column, (hits, possible) in sums.items() if possible}
 
 
 def score_model(

@@ -12,7 +12,7 @@ from .java import Java, java_command, last_words, toolkit_path
 
 def meteor(
     predictions: Sequence[str], references: Sequence[Sequence[str]], java: Java, timeout: float | None = None
-) -> tuple[float, list[float]]:
+) -> tuple[float, list[float], list[list[float]]]:
     """
     The METEOR of a corpus and of each of its clips, as the MS-COCO toolkit computes it.
 
@@ -24,7 +24,8 @@ def meteor(
             its tables takes on no machine, and a second for each clip.
 
     Returns:
-        `tuple[float, list[float]]`: The corpus score, which is not the mean of the clips' scores, and those.
+        `tuple`: The corpus score, which is not the mean of the clips' scores, those, and the 23 counts of each clip
+        from whose sums the corpus score is computed.
 
     Raises:
         RuntimeError: If METEOR is not there, fails or hangs.
@@ -61,7 +62,7 @@ def meteor(
             process.stdout.close()
             with suppress(OSError):
                 process.stdin.close()
-    return scores[-1], scores[:-1]
+    return scores[-1], scores[:-1], [[float(count) for count in clip.split()] for clip in statistics]
 
 
 def _ask(process: subprocess.Popen, *fields: str) -> str:

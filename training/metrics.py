@@ -40,6 +40,7 @@ def compute_metrics(
         - `"corpus"`: `{name: float}` with the names above and `bleu_1` to `bleu_4`; from 0 to 1, but CIDEr-D from 0 to
           10 and SPIDEr from 0 to 5.5.
         - `"per_clip"`: `{name: list[float]}`, in the order of `predictions`.
+        - `"counts"`: of `"meteor"` the 23 counts of each clip whose sums make the corpus score, for resampling.
         - `"skipped"`: `{name: reason}` of the `metrics` that are missing above: the extra `metrics` is not installed,
           there is no Java, a Java program failed. The reason says what to do.
         - `"tokenizer"`: `"ptb"`, or without Java `"built-in"`, which made the same tokens of every AudioCaps caption
@@ -56,7 +57,8 @@ def compute_metrics(
         from pycocoevalcap.rouge.rouge import Rouge
     except ImportError as error:
         reason = f"pycocoevalcap cannot be imported ({error}): pip install 'evacap[metrics]'"
-        return {"corpus": {}, "per_clip": {}, "skipped": dict.fromkeys(metrics, reason), "tokenizer": None}
+        skipped = dict.fromkeys(metrics, reason)
+        return {"corpus": {}, "per_clip": {}, "counts": {}, "skipped": skipped, "tokenizer": None}
 
     captions = [*predictions, *(reference for clip in references for reference in clip)]
     try:
@@ -70,7 +72,7 @@ def compute_metrics(
     # The toolkit's form: lists of captions by clip.
     results, truths = {index: [text] for index, text in enumerate(predictions)}, dict(enumerate(references))
 
-    scores, skipped = {}, {}
+    scores, counts, skipped = {}, {}, {}
     if "bleu" in metrics:
         for order, corpus_and_clips in enumerate(zip(*Bleu(4).compute_score(truths, results, verbose=0)), start=1):
             scores[f"bleu_{order}"] = corpus_and_clips
@@ -78,7 +80,7 @@ def compute_metrics(
         try:
             if no_java:
                 raise RuntimeError(no_java)
-            scores["meteor"] = meteor(predictions, references, java)
+            *scores["meteor"], counts["meteor"] = meteor(predictions, references, java)
         except (RuntimeError, OSError) as error:
             skipped["meteor"] = str(error)
     if "rouge_l" in metrics:
@@ -105,6 +107,7 @@ def compute_metrics(
     return {
         "corpus": {name: float(corpus) for name, (corpus, _) in scores.items()},
         "per_clip": {name: [float(score) for score in clips] for name, (_, clips) in scores.items()},
+        "counts": counts,
         "skipped": {name: reason for name, reason in skipped.items() if name in wanted},
         "tokenizer": "built-in" if no_java else "ptb",
     }

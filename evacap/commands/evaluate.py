@@ -1,0 +1,130 @@
+"""`evacap evaluate`: caption metrics of checkpoints, with own, with swapped and with fewer pictures."""
+
+import argparse
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+from ..cli import positive_int, whole_number
+
+
+MAX_WORKERS = 8
+METRICS = ("bleu", "meteor", "rouge_l", "cider_d", "spice", "spider")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="model folders or Hub names; NAME=CHECKPOINT gives it a name for the tables",
+    )
+    parser.add_argument("--data", required=True, metavar="FOLDER", help="test clips, as `evacap prepare` makes them")
+    parser.add_argument("--split", default="test", help="of the clips (default: %(default)s)")
+    parser.add_argument(
+        "--shuffle",
+        nargs="+",
+        type=float,
+        default=[0.0, 0.05, 0.5, 1.0],
+        metavar="SHARE",
+        help="shares of the videos to shuffle (default: 0 0.05 0.5 1; 0 is always among them)",
+    )
+    parser.add_argument(
+        "--frames",
+        nargs="+",
+        type=whole_number,
+        default=[],
+        metavar="N",
+        help="numbers of frames to try besides, with own videos; 0 is no video",
+    )
+    parser.add_argument("--beams", type=positive_int, default=4, help="of the search (default: %(default)s)")
+    parser.add_argument("--max-clips", type=positive_int, metavar="N", help="only the first clips")
+    parser.add_argument(
+        "--output",
+        default="evaluation",
+        metavar="FOLDER",
+        help="for tables, plots and captions; the same call goes on where it was stopped (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size", type=positive_int, default=16, help="clips at a time, of each process (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=whole_number, help=f"processes that read (default: a core each, {MAX_WORKERS} at most)"
+    )
+    parser.add_argument(
+        "--metrics", nargs="+", choices=METRICS, default=METRICS, metavar="METRIC", help=f"of {', '.join(METRICS)}"
+    )
+    parser.add_argument(
+        "--samples", type=whole_number, default=3, help="clips whose gate is plotted over time (default: %(default)s)"
+    )
+    parser.add_argument("--resamples", type=positive_int, default=2000, help="of the bootstrap (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=whole_number, default=0, help="of shuffling and bootstrap (default: %(default)s)"
+    )
+    parser.add_argument("--dataset", metavar="NAME", help="what the tables call the clips (default: folder and split)")
+    parser.add_argument("--dataset-id", metavar="ORG/NAME", help="the clips' name on the Hub, for model cards")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..training.evaluation import evaluate
+    from ..training.evaluation_report import as_text, has_matplotlib, write_report
+    from ..training.prepared_clips import PreparedClips
+    from .caption import usable_cores
+
+    workers = arguments.workers
+    if workers is None:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = min(usable_cores() // processes, MAX_WORKERS)
+    make_clips = partial(PreparedClips, arguments.data, arguments.split)
+    folder = os.path.basename(os.path.normpath(arguments.data))
+    try:
+        evaluation = evaluate(
+            name_checkpoints(arguments.checkpoints),
+            make_clips,
+            arguments.output,
+            arguments.dataset or f"{folder} ({arguments.split})",
+            shares=arguments.shuffle,
+            frames=arguments.frames,
+            num_beams=arguments.beams,
+            max_clips=arguments.max_clips,
+            batch_size=arguments.batch_size,
+            num_workers=workers,
+            metrics=arguments.metrics,
+            seed=arguments.seed,
+            resamples=arguments.resamples,
+            dataset_id=arguments.dataset_id or folder,
+        )
+    except KeyboardInterrupt:
+        print("evacap evaluate: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    if evaluation is None:
+        return 0
+    print(as_text(evaluation))
+    write_report(evaluation, arguments.output, make_clips, arguments.samples)
+    if not has_matplotlib():
+        print("without plots: Matplotlib is not installed: pip install 'evacap[metrics]'")
+    print(f"tables, plots and captions: {arguments.output}")
+    return 0
+
+
+def name_checkpoints(values: list[str]) -> dict[str, str]:
+    """
+    Checkpoints by name: what stands before a `=`, or the end of the path as far as it takes to tell them apart.
+
+    Raises:
+        ValueError: two have one name.
+    """
+    split = [("", value) if "=" not in value or Path(value).exists() else value.split("=", 1) for value in values]
+    paths = [Path(folder).resolve() if Path(folder).exists() else Path(folder) for _, folder in split]
+    unnamed = {path.parts for (name, _), path in zip(split, paths) if not name}
+    depth = 1
+    while len({parts[-depth:] for parts in unnamed}) < len(unnamed):
+        depth += 1
+    named = {}
+    for (name, folder), path in zip(split, paths):
+        name = name or "/".join(path.parts[-depth:])
+        if name in named:
+            raise ValueError(f"two checkpoints are called {name!r}: give each once, or name them by NAME=CHECKPOINT")
+        named[name] = folder
+    return named
