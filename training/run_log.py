@@ -8,7 +8,6 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
@@ -21,20 +20,30 @@ SETTLED = ("seed", "model.", "data.", "optimization.")
 """What a run keeps from its beginning to its end: the beginnings of these keys of the configuration."""
 
 
+def check_settings(folder: Path, config: RunConfig) -> None:
+    """Raises a `ValueError` if the run in this folder was begun with other settings than `config` has."""
+    path = folder / "run.json"
+    before = flatten(json.loads(path.read_text(encoding="utf-8"))["config"]) if path.exists() else flatten(config)
+    now = flatten(config)
+    changed = [
+        f"`{key}` was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if key.startswith(SETTLED) and before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run with other settings: {'; '.join(changed)}. Give a new `output`, or the settings of "
+            "before to go on."
+        )
+
+
 def record_start(folder: Path, config: RunConfig, command: list[str], num_processes: int, step: int) -> None:
     """
     Writes `run.json`: the configuration and, for each time that the run was started, when, by which command, from which
     step, with which versions and which git commit of the working directory.
-
-    Raises:
-        ValueError: the run in this folder was begun with other settings.
     """
     path = folder / "run.json"
-    starts = []
-    if path.exists():
-        record = json.loads(path.read_text(encoding="utf-8"))
-        _check_settings(folder, flatten(record["config"]), flatten(config))
-        starts = record["starts"]
+    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
@@ -46,19 +55,6 @@ def record_start(folder: Path, config: RunConfig, command: list[str], num_proces
     }
     content = {"seed": config.seed, "config": dataclasses.asdict(config), "starts": [*starts, start]}
     write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def _check_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [
-        f"`{key}` was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if key.startswith(SETTLED) and before.get(key) != now.get(key)
-    ]
-    if changed:
-        raise ValueError(
-            f"{folder} holds a run with other settings: {'; '.join(changed)}. Give a new `output`, or the settings of "
-            "before to go on."
-        )
 
 
 def _git_commit() -> str | None:

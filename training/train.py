@@ -34,7 +34,7 @@ from .checkpoints import Checkpoints, Models, TrainingState, remove_partial_fold
 from .collator import EVACapDataCollator
 from .optimization import freeze, make_optimizer, make_scheduler
 from .run_config import RunConfig, flatten, load_run_config, shipped_configs
-from .run_log import RunLog, command_line, record_start
+from .run_log import RunLog, check_settings, command_line, record_start
 from .validation import LOWER_IS_BETTER, Validation
 
 
@@ -113,6 +113,8 @@ class TrainingRun:
         if accelerator.is_fsdp2:
             adapt_fsdp(accelerator, model)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if accelerator.is_fsdp2:
+            torch.distributed.fsdp.register_fsdp_forward_method(self.model, "generate")
         self.validation = None
         if config.validation.every_steps is not None:
             clips = make_validation_clips(config, processor)
@@ -149,6 +151,8 @@ class TrainingRun:
         accelerator.wait_for_everyone()
         # Dropout differs between processes. A checkpoint brings its own state of the generators.
         set_seed(config.seed, device_specific=True)
+        if self.checkpoints.list():
+            check_settings(self.folder, config)
         if self.checkpoints.resume():
             self.say(f"going on after step {self.state.step} of {self.total_steps}")
         if accelerator.is_main_process:
@@ -342,7 +346,6 @@ def adapt_fsdp(accelerator: Accelerator, model: torch.nn.Module) -> None:
     # Only those of the modules that are not to be split that this variant has.
     present = {type(module).__name__ for module in model.modules()}
     plugin.transformer_cls_names_to_wrap = [name for name in model._no_split_modules if name in present]
-    torch.distributed.fsdp.register_fsdp_forward_method(model, "generate")
 
 
 class StopSignals:
