@@ -1,4 +1,4 @@
-"""What the README shows is what runs."""
+"""What the README and the guides show is what runs."""
 
 import re
 from pathlib import Path
@@ -6,11 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
+import evacap
+from evacap import cli
 from evacap.training.clips import make_scene, write_clip
 
 
 README = Path(__file__).parents[2] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+GUIDES = [README, *sorted(README.parent.glob("docs/*.md"))]
+BLOCKS = [
+    pytest.param(block, id=f"{guide.stem}-{number}")
+    for guide in GUIDES
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL))
+]
 
 
 @pytest.fixture
@@ -23,15 +30,31 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_python_examples_run(folder, block, capsys):
+@pytest.fixture
+def prepared(folder):
+    """What the guide to training has prepared before."""
+    (folder / "mine.jsonl").write_text('{"id": "a", "media": "sample.mp4", "caption": "A dog barks"}\n')
+    assert cli.main(["prepare", "--manifest", "mine.jsonl", "--model", evacap.TINY, "--output", "prepared"]) == 0
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_python_examples_run(folder, block, request, capsys):
+    if '"prepared"' in block:
+        request.getfixturevalue("prepared")
     torch.manual_seed(0)
-    exec(compile(block, str(README), "exec"), {})
+    exec(compile(block, "example", "exec"), {})
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
+def test_links_lead_somewhere(guide):
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", guide.read_text(encoding="utf-8"))
+    for link in links:
+        assert (guide.parent / link).exists(), link
 
 
 def test_there_is_an_example_for_each_way_in():
     for way in ("pipeline(", "AutoProcessor", "Trainer("):
-        assert any(way in block for block in BLOCKS)
+        assert any(way in block.values[0] for block in BLOCKS)
 
 
 def test_make_targets_of_the_readme_exist():
