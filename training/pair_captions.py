@@ -231,8 +231,10 @@ class Captioner:
         accelerator.wait_for_everyone()
         left = [batch for batch in batches if not all(pair in done for pair in batch)]
         own = left[accelerator.process_index :: accelerator.num_processes]
+        # A bar that is not shown has no such attribute.
+        progress = None if progress is None or progress.disable else progress
         if progress is not None:
-            finished = sum(map(len, batches)) // accelerator.num_processes - sum(map(len, own))
+            finished = max(0, sum(map(len, batches)) // accelerator.num_processes - sum(map(len, own)))
             progress.initial += finished
             progress.update(finished)
         if own:

@@ -173,7 +173,7 @@ def test_a_killed_run_goes_on(prepared, one, tmp_path):
 @pytest.mark.slow
 def test_two_processes_find_the_same(prepared, one, tmp_path):
     config = str(CONFIGS / "accelerate" / "ddp.yaml")
-    options = ["--config_file", config, "--num_processes", "2", "--main_process_port", "0"]
+    options = ["--config_file", config, "--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no"]
     process = start(prepared, tmp_path, "accelerate.commands.launch", *options)
     said = process.communicate(timeout=300)
     assert process.returncode == 0, said
