@@ -1,9 +1,10 @@
-"""The processor that belongs to a model."""
+"""The processor that belongs to a model, and its tokenizer."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import BertTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .feature_extraction_evacap import EVACapFeatureExtractor
 from .processing_evacap import EVACapProcessor
@@ -43,4 +44,24 @@ def make_processor(
         ),
         tokenizer,
         modalities=FUSION_MODALITIES.get(config.fusion_type, "audio_video"),
+    )
+
+
+def load_tokenizer(name: str | os.PathLike) -> BertTokenizer:
+    """
+    A BERT tokenizer of the Hub, or of a folder that holds at least `vocab.txt`.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    try:
+        tokenizer = BertTokenizer.from_pretrained(name)
+        # Where there is no vocabulary, Transformers makes one of the special tokens alone.
+        if len(tokenizer) > len(tokenizer.all_special_ids):
+            return tokenizer
+    except (OSError, ValueError):
+        pass
+    raise FileNotFoundError(
+        f"{name}: no BERT tokenizer can be had there now. Go online, or give a folder that holds the vocab.txt of "
+        "bert-base-uncased."
     )

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import BertTokenizer
 
 from ..modeling_evacap.configuration_evacap import EVACapConfig
 from ..modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from ..modeling_evacap.presets import get_preset
-from ..processing.model_processor import make_processor
+from ..processing.model_processor import load_tokenizer, make_processor
 from ..processing.processing_evacap import EVACapProcessor
 from .augmentation import Augmentation
 from .clip_captions import build_tokenizer
@@ -136,26 +135,6 @@ def describe_training(config: RunConfig, num_clips: int) -> dict[str, Any]:
     if config.optimization.max_steps is not None:
         length += f", at most {config.optimization.max_steps:,} steps"
     return {"data": f"{source}. {length}; {swaps}.", "datasets": data.hub_datasets}
-
-
-def load_tokenizer(name: str | os.PathLike) -> BertTokenizer:
-    """
-    A BERT tokenizer of the Hub, or of a folder that holds at least `vocab.txt`.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    try:
-        tokenizer = BertTokenizer.from_pretrained(name)
-        # Where there is no vocabulary, Transformers makes one of the special tokens alone.
-        if len(tokenizer) > len(tokenizer.all_special_ids):
-            return tokenizer
-    except (OSError, ValueError):
-        pass
-    raise FileNotFoundError(
-        f"{name}: no BERT tokenizer can be had there now. Go online, or give a folder that holds the vocab.txt of "
-        "bert-base-uncased."
-    )
 
 
 def _variant(config: EVACapConfig) -> str:

@@ -176,11 +176,11 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         clips = options.clips or temporary
         scenes = write_clips(clips, options.num_clips, options.seed)
-        figures = {Path(model).name: score_model(model, scenes, clips) for model in options.models}
+        figures = {model: score_model(model, scenes, clips) for model in options.models}
     print(as_table(figures))
     if options.save:
         for model in options.models:
-            save_evaluation(model, figures[Path(model).name], f"{options.num_clips} procedural test clips")
+            save_evaluation(model, figures[model], f"{options.num_clips} procedural test clips")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from ..model_card import TRAINING_FILE
 from ..modeling_evacap.configuration_evacap import EVACapConfig
 from ..modeling_evacap.import_weights import VIDEO_EMBEDDINGS, ImportReport, model_from_weights, module_of
 from ..modeling_evacap.presets import PRESETS
-from ..processing.model_processor import make_processor
+from ..processing.model_processor import load_tokenizer, make_processor
 
 
 BERT_TOKENIZER = "google-bert/bert-base-uncased"
@@ -99,7 +99,7 @@ def import_weights(
     output = Path(output)
     if output.exists():
         raise FileExistsError(f"{output}: it exists already. Give a new folder, or remove it first.")
-    text = _load_tokenizer(tokenizer)
+    text = load_tokenizer(tokenizer)
     set_seed(seed)
     model, report = model_from_weights(**sources)
     preset = sources.get("preset") or ("evacap" if sources.get("avcap") is None else "avcap")
@@ -116,20 +116,6 @@ def import_weights(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return report
-
-
-def _load_tokenizer(name: str | os.PathLike) -> BertTokenizer:
-    try:
-        tokenizer = BertTokenizer.from_pretrained(name)
-        # Where there is no vocabulary, Transformers makes one of the special tokens alone.
-        if len(tokenizer) > len(tokenizer.all_special_ids):
-            return tokenizer
-    except (OSError, ValueError):
-        pass
-    raise FileNotFoundError(
-        f"{name}: no BERT tokenizer can be had there now. Go online, or give a folder that holds the vocab.txt of "
-        "bert-base-uncased as `tokenizer` (--tokenizer)."
-    )
 
 
 def _check_tokenizer(tokenizer: BertTokenizer, name: str | os.PathLike, config: EVACapConfig) -> None:
