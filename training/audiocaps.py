@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from .manifest import Entry, read_csv
+from .manifest import Entry, read_csv, to_seconds
 
 
 COLUMNS = ("audiocap_id", "youtube_id", "start_time", "caption")
@@ -52,7 +52,7 @@ def read_audiocaps(csv_file: str | os.PathLike, media: str | os.PathLike) -> lis
         `list[Entry]`: In the order of the CSV file, `ID_START` being their ids; without files where there are none.
 
     Raises:
-        ValueError: If the CSV file lacks a column or holds what is no start time.
+        ValueError: If the CSV file lacks a column, a caption or an id, or holds what is no start time.
         FileNotFoundError: If there is no such file or folder.
     """
     csv_file = Path(csv_file)
@@ -73,9 +73,12 @@ def _clip(path: Path, line: int, row: dict[str, str]) -> tuple[str, float]:
     if missing:
         raise ValueError(f"{path}: has no column {', '.join(missing)}; AudioCaps' files have {', '.join(COLUMNS)}")
     try:
-        return row["youtube_id"], float(row["start_time"])
+        for column in ("youtube_id", "caption"):
+            if not row[column].strip():
+                raise ValueError(f"`{column}` is empty")
+        return row["youtube_id"], to_seconds("start_time", row["start_time"])
     except ValueError as error:
-        raise ValueError(f"{path}, line {line}: `start_time` is {row['start_time']!r}, expected seconds") from error
+        raise ValueError(f"{path}, line {line}: {error}") from error
 
 
 def _entry(name: str, start: float, rows: list[dict[str, str]], files: dict[str, dict[Key, str]]) -> Entry:

@@ -78,8 +78,9 @@ def read_manifest(path: str | os.PathLike) -> list[Entry]:
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """The numbered rows of a CSV file with a header."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+    # Strict, or a quote that is not closed would swallow all rows that follow.
+    reader = csv.DictReader(_lines(path), strict=True)
+    try:
         for row in reader:
             if None in row or None in row.values():
                 raise ValueError(
@@ -87,6 +88,34 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                     "captions that hold a comma"
                 )
             yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, line {reader.line_num + 1}: is no CSV ({error}); a field that begins with a quote must end with "
+            "one, and quotes within it are doubled"
+        ) from error
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            yield from file
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: is not in UTF-8 ({error}); save it in that encoding") from error
+
+
+def to_seconds(name: str, value: Any) -> float:
+    """The number that a field holds, if it is a time in a file.
+
+    Raises:
+        ValueError: With the field's name, if it is none.
+    """
+    try:
+        seconds = float(value)
+    except (ValueError, TypeError):
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(f"`{name}` is {value!r}, expected seconds, 0 or more")
+    return seconds
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -98,14 +127,13 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            row = _parse(path, number, line)
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: is a {type(row).__name__}, expected an object with fields")
-            yield number, row
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        row = _parse(path, number, line)
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: is a {type(row).__name__}, expected an object with fields")
+        yield number, row
 
 
 def _parse(path: Path, line: int, text: str) -> Any:
@@ -117,7 +145,8 @@ def _parse(path: Path, line: int, text: str) -> Any:
 
 def _entry(path: Path, line: int, row: dict[str, Any]) -> Entry:
     extra = dict(row)
-    name = str(extra.pop("id", ""))
+    name = extra.pop("id", None)
+    name = "" if name is None else str(name)
     caption, captions = extra.pop("caption", None), extra.pop("captions", None)
     captions = caption if captions is None else captions
     captions = [captions] if isinstance(captions, str) else captions
@@ -127,17 +156,23 @@ def _entry(path: Path, line: int, row: dict[str, Any]) -> Entry:
     try:
         if not name:
             raise ValueError("`id` is missing")
-        if not captions or not isinstance(captions, list) or not all(isinstance(c, str) and c for c in captions):
+        if (
+            not captions
+            or not isinstance(captions, list)
+            or not all(isinstance(c, str) and c.strip() for c in captions)
+        ):
             raise ValueError(f"`captions` must be a list of one or more sentences, or `caption` one, got {captions!r}")
         if not given or ("media" in given and len(given) > 1) or {"video", "frames"} <= set(given):
             raise ValueError(
                 f"give `media`, or `audio` with one of `video` and `frames`, got {', '.join(given) or 'none'}"
             )
         for source in given:
-            if not isinstance(sources[source], str):
+            if not isinstance(sources[source], str) or not sources[source]:
                 raise ValueError(f"`{source}` must be a path, got {sources[source]!r}")
             sources[source] = os.path.join(path.parent, sources[source])
-        window = {key: float(value) for key, value in window.items()}
-    except (ValueError, TypeError) as error:
+        window = {key: to_seconds(key, value) for key, value in window.items()}
+        if window.get("duration") == 0:
+            raise ValueError("`duration` is 0, expected seconds above 0")
+    except ValueError as error:
         raise ValueError(f"{path}, line {line}: {error}") from error
     return Entry(name, tuple(captions), **sources, **window, extra=extra)

@@ -196,7 +196,7 @@ def read_preparation(folder: str | os.PathLike) -> dict[str, Any]:
 def _begin(output: Path, settings: dict[str, Any], split: str, entries: list[Entry], shard_size: int) -> None:
     """Writes down what is about to be made, or compares it with what was begun."""
     # Where the files lie may change: nothing that is stored depends on it.
-    stored = json.dumps([[entry.id, entry.captions, entry.extra] for entry in entries])
+    stored = json.dumps([[entry.id, entry.captions, entry.start, entry.duration, entry.extra] for entry in entries])
     manifest = hashlib.sha256(stored.encode()).hexdigest()
     begun = {"rows": len(entries), "shard_size": shard_size, "manifest": manifest}
     preparation = {**settings, "splits": {}}
@@ -326,11 +326,15 @@ def _warnings() -> Iterator[list[str]]:
     collector = logging.Handler(logging.WARNING)
     collector.emit = lambda record: messages.append(record.getMessage())
     logger = logging.getLogger("transformers")
-    handlers, logger.handlers = logger.handlers, [collector]
+    handlers, level = logger.handlers, logger.level
+    # The verbosity that the user has chosen is for what is printed.
+    logger.handlers = [collector]
+    logger.setLevel(logging.WARNING)
     try:
         yield messages
     finally:
         logger.handlers = handlers
+        logger.setLevel(level)
 
 
 def _pictures(source: str) -> list[str]:
@@ -423,6 +427,8 @@ def _count(output: Path, split: str, shards: list[Path]) -> dict[str, int]:
     accounts = [_account(shard) for shard in shards]
     counts = {name: sum(account[name] for account in accounts) for name in ("clips", "without_picture", "damaged")}
     if not counts["clips"]:
+        for shard in shards:  # Else the same call with the right media folder would not look again.
+            shard.unlink()
         raise RuntimeError(
             f"{output}: no clip of the split {split!r} can be used, as {REPORT_FILE} there tells; the first: "
             f"{accounts[0]['report'][0]['reason']}"

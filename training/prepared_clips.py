@@ -1,5 +1,6 @@
 """Prepared clips as data sets of PyTorch: all at hand in any order, or streamed."""
 
+import glob
 import json
 import os
 from collections.abc import Iterator
@@ -39,6 +40,8 @@ class _Clips:
     ):
         self.files, self.folder = fsspec.core.url_to_fs(os.fspath(folder))
         self.frames = _check(self.files, self.folder, split, processor)
+        # Escaped, as a folder whose name looks like a pattern may match others.
+        self.shards = sorted(self.files.glob(f"{glob.escape(self.folder)}/data/{split}-*-of-*.parquet"))
         self.split = split
         self.processor = processor
         self.augmentation = augmentation
@@ -126,7 +129,8 @@ class PreparedClips(_Clips, Dataset):
         seed: int = 0,
     ):
         super().__init__(folder, split, processor, augmentation, seed)
-        self.rows = load_dataset(os.fspath(folder), split=split).with_format("arrow")
+        shards = [glob.escape(self.files.unstrip_protocol(shard)) for shard in self.shards]
+        self.rows = load_dataset("parquet", data_files=shards, split="train").with_format("arrow")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -184,7 +188,6 @@ class StreamedClips(_Clips, IterableDataset):
         self.shuffle = shuffle
         self.even = even
         self.rank, self.world_size = _place(rank, world_size)
-        self.shards = sorted(self.files.glob(f"{self.folder}/data/{split}-*-of-*.parquet"))
         self.groups = [
             (shard, group, metadata.row_group(group).num_rows)
             for shard, metadata in enumerate(map(self._metadata, self.shards))

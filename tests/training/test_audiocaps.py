@@ -112,6 +112,9 @@ def test_errors_name_what_is_wrong(tmp_path):
     for content, expected in (
         ("youtube_id,start_time,caption\na,1,x\n", "train.csv: has no column audiocap_id"),
         (f"{HEADER}1,{ID},soon,x\n", "train.csv, line 2: `start_time` is 'soon', expected seconds"),
+        (f"{HEADER}1,{ID},nan,x\n", "train.csv, line 2: `start_time` is 'nan', expected seconds"),
+        (f"{HEADER}1,{ID},1,\n", "train.csv, line 2: `caption` is empty"),
+        (f"{HEADER}1,,1,x\n", "train.csv, line 2: `youtube_id` is empty"),
         (HEADER, "train.csv: has no rows"),
     ):
         (tmp_path / "train.csv").write_text(content)

@@ -66,7 +66,16 @@ def test_the_procedural_clips_have_such_a_manifest(tmp_path):
         ({"id": "a", "media": "a.mp4"}, "line 2.*`captions` must be a list.*got None"),
         ({"id": "a", "media": "a.mp4", "captions": []}, r"line 2.*`captions` must be a list.*got \[\]"),
         ({"id": "a", "media": 3, "caption": "x"}, "line 2.*`media` must be a path, got 3"),
-        ({"id": "a", "media": "a.mp4", "caption": "x", "start": "soon"}, "line 2.*soon"),
+        ({"id": None, "media": "a.mp4", "caption": "x"}, "line 2.*`id` is missing"),
+        ({"id": "a", "media": "", "caption": "x"}, "line 2.*`media` must be a path, got ''"),
+        ({"id": "a", "media": "a.mp4", "caption": " "}, "line 2.*`captions` must be a list"),
+        (
+            {"id": "a", "media": "a.mp4", "caption": "x", "start": "soon"},
+            "line 2: `start` is 'soon', expected seconds",
+        ),
+        ({"id": "a", "media": "a.mp4", "caption": "x", "start": -1}, "line 2: `start` is -1, expected seconds"),
+        ({"id": "a", "media": "a.mp4", "caption": "x", "start": float("nan")}, "line 2: `start` is nan"),
+        ({"id": "a", "media": "a.mp4", "caption": "x", "duration": 0}, "line 2: `duration` is 0"),
         ({"id": "first", "media": "b.mp4", "caption": "x"}, "line 2: `id` 'first' was given to another clip"),
         ([], "line 2: is a list, expected an object"),
     ],
@@ -83,10 +92,14 @@ def test_wrong_files_are_named(tmp_path):
         "broken.jsonl": ("{", "broken.jsonl, line 1: is no JSON"),
         "empty.jsonl": ("\n", "empty.jsonl: has no rows"),
         "commas.csv": ("id,media,caption\na,a.mp4,rain, wind\n", "commas.csv, line 2: .*quotes"),
+        "quote.csv": ('id,media,caption\na,a.mp4,"rain\nb,b.mp4,wind\n', "quote.csv, line 2: is no CSV .*quote"),
+        "long.csv": ("id,media,caption\na,a.mp4," + "x" * 200_000, "long.csv, line 2: is no CSV .*larger"),
+        "latin.csv": (b"id,media,caption\na,a.mp4,caf\xe9\n", "latin.csv: is not in UTF-8"),
+        "latin.jsonl": (b'{"caption": "caf\xe9"}', "latin.jsonl: is not in UTF-8"),
         "clips.txt": ("", r"clips.txt: a manifest's name ends in .jsonl or .csv"),
     }
     for name, (content, expected) in cases.items():
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(ValueError, match=expected):
             read_manifest(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="nowhere.csv"):

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from small_clips import number_of, write_picture, write_small_clips, write_sound
 from transformers import AutoProcessor
+from transformers.utils import logging
 
 import evacap
 from evacap.processing.media_evacap import load_media
@@ -200,9 +201,28 @@ def test_clips_that_cannot_be_used_are_reported(processor, tmp_path):
     ]
 
 
-def test_a_folder_without_a_usable_clip_is_an_error(processor, tmp_path):
-    with pytest.raises(RuntimeError, match="no clip of the split 'train' can be used.*no file in the media folder"):
-        prepare([Entry("dead", ("x",))], tmp_path, processor, num_workers=1)
+def test_without_a_usable_clip_it_is_an_error_until_there_is_one(processor, tmp_path):
+    for _ in range(2):
+        with pytest.raises(
+            RuntimeError, match="no clip of the split 'train' can be used.*no file in the media folder"
+        ):
+            prepare([Entry("clip", ("x",))], tmp_path / "out", processor, num_workers=1)
+    sound = str(write_sound(tmp_path / "clip.wav", 1))
+    counts = prepare([Entry("clip", ("x",), audio=sound)], tmp_path / "out", processor, num_workers=1)
+    assert counts["clips"] == 1 and report(tmp_path / "out") == []
+
+
+def test_damage_is_reported_whatever_the_verbosity(processor, tmp_path):
+    sound = write_sound(tmp_path / "cut.wav", 1)
+    sound.write_bytes(sound.read_bytes()[:-7001])
+    before = logging.get_verbosity()
+    try:
+        logging.set_verbosity_error()
+        made = features(processor, audio=str(sound), num_frames=8)
+        assert logging.get_verbosity() == logging.ERROR
+    finally:
+        logging.set_verbosity(before)
+    assert made.usable and "breaks off" in made.problem
 
 
 def test_other_settings_are_refused(processor, small, tmp_path):
@@ -223,6 +243,9 @@ def test_other_settings_are_refused(processor, small, tmp_path):
             prepare(entries, tmp_path, chosen, num_workers=1, **options)
     with pytest.raises(ValueError, match="`splits.train.manifest` is"):
         prepare([replace(entries[0], captions=("other",)), entries[1]], tmp_path, processor)
+    for field in ("start", "duration"):
+        with pytest.raises(ValueError, match="`splits.train.manifest` is"):
+            prepare([replace(entries[0], **{field: 0.1}), entries[1]], tmp_path, processor)
     with pytest.raises(ValueError, match="`splits.train.rows` is 2 there and 1 here"):
         prepare(entries[:1], tmp_path, processor)
     assert content(tmp_path) == before

@@ -298,6 +298,14 @@ def test_a_folder_that_was_made_anew_is_read_anew(processor, tmp_path):
         assert PreparedClips(tmp_path / "out", "train", processor).captions(1) == list(captions)
 
 
+def test_a_folder_whose_name_looks_like_a_pattern(processor, tmp_path):
+    entries = read_manifest(write_small_clips(tmp_path / "clips", 2))
+    prepare(entries, tmp_path / "out1", processor, num_workers=1)
+    prepare(entries[1:], tmp_path / "out[1]", processor, num_workers=1)
+    for kind in (PreparedClips, StreamedClips):
+        assert len(kind(tmp_path / "out[1]", "train", processor)) == 1
+
+
 @pytest.mark.parametrize("world_size, num_workers", [(1, 0), (2, 2), (3, 1), (8, 2)])
 def test_every_clip_is_seen_once(processor, small, world_size, num_workers):
     shares = [
