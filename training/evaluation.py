@@ -193,7 +193,7 @@ def _judge(
             counts = count_names(sources, texts).items()
             statistics |= {column: ratio(*pair.T) for column, pair in counts if pair[:, 1].any()}
         judged.setdefault(name, {})[condition] = Judged(*said[name][condition], scores, statistics)
-        skipped |= missing
+        skipped |= {metric: reason for metric, reason in missing.items() if metric in metrics}
     return judged, skipped, tokenizer
 
 

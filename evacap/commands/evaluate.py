@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 
 from ..cli import positive_int, whole_number
+from ..training.metrics import METRICS
 
 
 MAX_WORKERS = 8
-METRICS = ("bleu", "meteor", "rouge_l", "cider_d", "spice", "spider")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

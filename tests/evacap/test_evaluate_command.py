@@ -162,8 +162,8 @@ def test_a_killed_run_goes_on(prepared, one, tmp_path):
         while process.poll() is None and not (captions.exists() and captions.stat().st_size >= at_least):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=300)
-        assert process.returncode == -signal.SIGKILL
+        said = process.communicate(timeout=300)[1]
+        assert process.returncode == -signal.SIGKILL, said
     process = start(prepared, tmp_path)
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 0, said
