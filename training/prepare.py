@@ -417,7 +417,10 @@ def _report(output: Path) -> None:
     """Writes what is wrong with the clips of all shards that are there."""
     shards = sorted((output / "data").glob("*.parquet"))
     lines = [
-        json.dumps(problem, ensure_ascii=False) + "\n" for shard in shards for problem in _account(shard)["report"]
+        # With escapes, as a path on disk need not be valid UTF-8.
+        json.dumps(problem) + "\n"
+        for shard in shards
+        for problem in _account(shard)["report"]
     ]
     write_text(output / REPORT_FILE, "".join(lines))
 

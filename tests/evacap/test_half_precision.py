@@ -1,0 +1,34 @@
+"""The bundled checkpoint in bfloat16."""
+
+import pytest
+import torch
+from transformers import AutoModel, AutoProcessor, pipeline
+
+import evacap
+from evacap.training.collator import EVACapDataCollator
+from evacap.training.procedural_clips import ProceduralClips
+
+
+def test_the_pipeline_takes_the_precision_that_is_asked_for():
+    for dtype, expected in (("auto", torch.float32), ("bfloat16", torch.bfloat16), (torch.bfloat16, torch.bfloat16)):
+        assert pipeline(evacap.TASK, model=evacap.TINY, dtype=dtype).model.dtype == expected
+
+
+@pytest.mark.slow
+def test_greedy_captions_are_those_of_float32():
+    processor = AutoProcessor.from_pretrained(evacap.TINY)
+    models = [AutoModel.from_pretrained(evacap.TINY, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    clips, collator, equal = ProceduralClips(processor, 300, "test", seed=2), EVACapDataCollator(p_mix=0.0), []
+    for first in range(0, len(clips), 50):
+        batch = collator([clips[index] for index in range(first, first + 50)])
+        streams = {name: batch[name] for name in ("input_features", "pixel_values_videos")}
+        captions = [
+            processor.batch_decode(
+                model.generate(**{name: stream.to(model.dtype) for name, stream in streams.items()}),
+                skip_special_tokens=True,
+            )
+            for model in models
+        ]
+        equal += [one == other for one, other in zip(*captions, strict=True)]
+    assert len(equal) == 300
+    assert sum(equal) >= 0.95 * len(equal)
