@@ -38,7 +38,7 @@ setup(
     },
     package_data={
         "evacap": ["model_card.md", "tiny/*", "tiny_audio_only/*"],
-        "evacap.training": ["configs/*.yaml", "configs/accelerate/*.yaml"],
+        "evacap.training": ["configs/*.yaml", "configs/accelerate/*.yaml", "configs/study/*.yaml"],
     },
     install_requires=[
         "torch>=2.11",
