@@ -131,7 +131,8 @@ def describe_training(config: RunConfig, num_clips: int) -> dict[str, Any]:
     else:
         source = f"{num_clips:,} clips of `{os.path.basename(os.path.normpath(data.prepared))}` (split `{data.split}`)"
     swaps = f"{data.p_mix:.0%} of the videos were those of other clips" if data.p_mix else "no video was swapped"
-    length = f"{config.optimization.epochs} epochs"
+    epochs = config.optimization.epochs
+    length = f"{epochs} epochs" if epochs > 1 else "One epoch"
     if config.optimization.max_steps is not None:
         length += f", at most {config.optimization.max_steps:,} steps"
     return {"data": f"{source}. {length}; {swaps}.", "datasets": data.hub_datasets}
