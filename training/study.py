@@ -30,6 +30,7 @@ from ..processing.processing_evacap import EVACapProcessor
 from .building import make_model, make_processor_and_config
 from .evaluation import SHARES, evaluate
 from .files import write_text
+from .metrics import METRICS
 from .mismatch_detectors import detect_mismatch
 from .pretraining import pretrain, retrieval
 from .procedural_clips import ProceduralClips
@@ -90,7 +91,7 @@ class Study:
         overrides (`tuple[str, ...]`): Changes of it for all variants.
         output (`Path`): For checkpoints, models and captions.
         results (`Path`): For the result files, in `runs/`, the tables and the plots.
-        test_clips (`int`), num_beams (`int`): Of the evaluation.
+        test_clips (`int`), num_beams (`int`), metrics (`tuple[str, ...]`): Of the evaluation.
         command (`str`): What is run, for the result files.
     """
 
@@ -100,6 +101,7 @@ class Study:
     results: Path = Path("docs/study")
     test_clips: int = 500
     num_beams: int = 4
+    metrics: tuple[str, ...] = METRICS
     command: str = ""
 
     def run_config(self, name: str, seed: int) -> RunConfig:
@@ -212,6 +214,7 @@ def run_variant(study: Study, name: str, seed: int) -> int:
             shares=SHARES,
             num_beams=study.num_beams,
             num_workers=workers,
+            metrics=study.metrics,
             seed=TEST_SEED,
         )
         mismatch = detect_mismatch(model, make_clips, TEST_SEED, num_workers=workers)
@@ -256,7 +259,7 @@ def run_pretraining(study: Study) -> int:
         model = EVACapForConditionalGeneration.from_pretrained(folder / "model")
         processor = EVACapProcessor.from_pretrained(folder / "model")
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        clips = ProceduralClips(processor, 100, "validation", TEST_SEED)
+        clips = ProceduralClips(processor, study.test_clips, "validation", TEST_SEED)
         result = {
             "variant": "pretraining",
             "seed": PRETRAINING_SEED,
