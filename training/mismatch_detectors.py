@@ -134,7 +134,7 @@ def _look(
     entropies, gates = [], []
     for audio, video in zip(sounds.split(batch_size), pictures.split(batch_size)):
         _, gate, _, weights = fusion(audio.to(device), video.to(device), output_attentions=True)
-        entropies.append((torch.special.entr(weights).sum(-1) / np.log(weights.shape[-1])).cpu())
+        entropies.append((torch.special.entr(weights).sum(-1) / np.log(weights.shape[-1])).clamp(0, 1).cpu())
         gates.append(gate.cpu())
     return torch.cat(entropies).double().numpy(), torch.cat(gates).double().numpy()
 

@@ -24,7 +24,9 @@ class ContrastiveRun(TrainingRun):
         accelerator, total = self.accelerator, 0.0
         for batch in batches:
             with accelerator.autocast():
-                loss = contrast(*embed(self.model, batch))
+                means = embed(self.model, batch)
+            # In half precision a similarity of nearly 1, over the temperature, would be off by a tenth.
+            loss = contrast(*means)
             accelerator.backward(loss / len(batches))
             total += loss.detach() / len(batches)
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimization.max_grad_norm or np.inf)

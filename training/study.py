@@ -306,7 +306,7 @@ def fingerprint(weights: dict[str, torch.Tensor]) -> str:
 
 def provenance(study: Study, config: RunConfig) -> dict[str, Any]:
     """Where a result comes from: the command, the starts of the training with versions and git commit, the machine, the
-    settings, and the seconds that it took in all sittings."""
+    settings, and the seconds of all sittings but those that were killed."""
     folder = Path(config.output)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() and not config.resources.cpu else "CPU"
     return {
