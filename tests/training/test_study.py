@@ -208,23 +208,21 @@ def test_variants_share_the_towers_and_nothing_that_a_seed_draws(small):
 
 
 def test_pretraining_trains_the_towers_alone_and_goes_on_where_it_was(small):
-    config = load_run_config(
-        small.config,
-        ["optimization.batch_size=16", "saving.every_steps=1", "saving.keep=2", f"output={small.output / 'a'}"],
-    )
+    changes = ["optimization.batch_size=16", "optimization.max_steps=4", "saving.every_steps=2"]
+    config = load_run_config(small.config, [*changes, "saving.keep=2", f"output={small.output / 'a'}"])
     assert pretrain(config) == 0
     folder = small.output / "a"
     shutil.copytree(folder, small.output / "whole")
-    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000001", "step-00000002"]
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000002", "step-00000004"]
     shutil.rmtree(folder / "model")
-    shutil.rmtree(folder / "checkpoints" / "step-00000002")
+    shutil.rmtree(folder / "checkpoints" / "step-00000004")
     forget_accelerator()
     assert pretrain(config) == 0
     weights, whole = (load_file(path / "model" / "model.safetensors") for path in (folder, small.output / "whole"))
     assert all(torch.equal(value, whole[name]) for name, value in weights.items())
     assert len(json.loads((folder / "run.json").read_text())["starts"]) == 2
 
-    before = load_file(folder / "checkpoints" / "step-00000001" / "model.safetensors")
+    before = load_file(folder / "checkpoints" / "step-00000002" / "model.safetensors")
     both = weights.keys() & before.keys()
     moved = {name for name in both if not torch.equal(weights[name], before[name])}
     assert moved and all("_tower." in name for name in moved)
