@@ -48,6 +48,9 @@ MAX_CAPTION_LENGTH = 40
 # Queries whose scores are held at a time where they are not held all: those of 12 heads with 1764 keys then take 5 MB.
 QUERIES_AT_ONCE = 128
 
+# Tokens that pass an MLP at a time on a CPU: its inner results then take 11 MB in float32 at the paper's width.
+ROWS_AT_ONCE = 896
+
 
 @dataclass
 class EVACapEncoderOutput(BaseModelOutput):
@@ -239,6 +242,13 @@ class EVACapMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.device.type == "cpu" and not torch.is_grad_enabled():
+            # The system hands out memory for results of many megabytes page by page, anew each time.
+            pieces = hidden_states.flatten(0, -2).split(ROWS_AT_ONCE)
+            return torch.cat([self._feed_forward(piece) for piece in pieces]).view_as(hidden_states)
+        return self._feed_forward(hidden_states)
+
+    def _feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 

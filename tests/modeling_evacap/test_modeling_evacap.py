@@ -555,6 +555,17 @@ def test_blockwise_attention_is_the_attention(masked):
     torch.testing.assert_close(output, expected.transpose(1, 2), **TOLERANCE)
 
 
+def test_an_mlp_in_pieces_is_the_mlp(monkeypatch):
+    monkeypatch.setattr(modeling_evacap, "ROWS_AT_ONCE", 3)
+    mlp = build().model.encoder.video_tower.layers[0].mlp
+    hidden_states, pieces = torch.randn(2, 5, 32), []
+    mlp.fc1.register_forward_hook(lambda module, inputs, output: pieces.append(len(inputs[0])))
+    whole = mlp(hidden_states)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(hidden_states), whole, **TOLERANCE)
+    assert pieces == [2, 3, 3, 3, 1]
+
+
 @torch.no_grad()
 def test_half_precision_on_a_cpu_takes_the_blockwise_attention(monkeypatch):
     calls = []
