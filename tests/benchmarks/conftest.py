@@ -10,7 +10,7 @@ from transformers import logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def verbosity():
     """Benchmarks silence Transformers, which other tests listen to."""
     before = logging.get_verbosity()
