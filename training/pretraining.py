@@ -4,12 +4,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
 from ..modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from .collator import EVACapDataCollator
 from .run_config import RunConfig
-from .train import StopSignals, TrainingRun
+from .train import StopSignals, TrainingRun, train
 
 
 TEMPERATURE = 0.05
@@ -31,14 +30,7 @@ class ContrastiveRun(TrainingRun):
             total += loss.detach() / len(batches)
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimization.max_grad_norm or np.inf)
         figures = {"loss": float(total), "grad_norm": float(norm)}
-        self._check_finite(figures)
-        figures["learning_rate"] = self.scheduler.get_last_lr()[0]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if not accelerator.optimizer_step_was_skipped:
-            self.scheduler.step()
-        self.state.step += 1
-        self.state.step_in_epoch += 1
+        self.advance(figures)
         return figures, bool(stop.number)
 
 
@@ -53,24 +45,7 @@ def pretrain(config: RunConfig) -> int:
     Returns:
         What [`~train.train`] returns.
     """
-    run = ContrastiveRun(config)
-    log, state = run.begin(), run.state
-    progress = tqdm(desc=run.folder.name, total=run.total_steps, initial=state.step, unit="step")
-    with progress, StopSignals() as stop:
-        for batches in run.batches():
-            figures, stopping = run.step(batches, stop)
-            state.add(figures)
-            progress.update()
-            if run.is_due(config.logging.every_steps):
-                means = state.take_means()
-                log.write(state.step, means)
-                progress.set_postfix(loss=means["loss"], refresh=False)
-            if stopping or run.is_due(run.save_every):
-                run.checkpoints.save(state.step)
-            if stopping:
-                return 128 + stop.number
-    run.end()
-    return 0
+    return train(config, ContrastiveRun)
 
 
 def embed(model: EVACapForConditionalGeneration, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

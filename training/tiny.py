@@ -8,11 +8,7 @@ from transformers import BertTokenizer
 from ..modeling_evacap.configuration_evacap import EVACapConfig
 from ..processing.processing_evacap import EVACapProcessor
 from .building import make_processor_and_config
-from .procedural_clips import ProceduralClips
 from .run_config import load_run_config
-
-
-__all__ = ["ProceduralClips", "tiny_config", "tiny_processor"]
 
 
 def tiny_processor(fusion_type: str = "gated_cross_attention") -> EVACapProcessor:

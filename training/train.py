@@ -41,12 +41,13 @@ from .validation import LOWER_IS_BETTER, Validation
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, run_class: type["TrainingRun"] | None = None) -> int:
     """
     Trains a captioner, from the newest checkpoint in `config.output` where there is one.
 
     Args:
         config ([`RunConfig`]): All of it.
+        run_class (`type`, *optional*, defaults to [`TrainingRun`]): Another one has steps of its own.
 
     Returns:
         0 at the end of the run; 128 + its number if a signal stopped it, after a checkpoint was saved.
@@ -56,7 +57,7 @@ def train(config: RunConfig) -> int:
         OSError: something cannot be read or written.
         RuntimeError: the loss or the gradient is no finite number. The last checkpoint is the one before.
     """
-    run = TrainingRun(config)
+    run = (run_class or TrainingRun)(config)
     log = run.begin()
     state, every = run.state, config.logging.every_steps
     progress = tqdm(
@@ -232,15 +233,19 @@ class TrainingRun:
         # One exchange a step tells every process the same: what to log, whether to stop, whether all is well.
         loss, *values, stopping = accelerator.reduce(totals).tolist()
         figures = {"loss": loss, **dict(zip(terms, values, strict=True)), "grad_norm": norm.item()}
+        self.advance(figures)
+        return figures, stopping > 0
+
+    def advance(self, figures: dict[str, float]) -> None:
+        """Lets the optimizer take its step, if the figures are finite numbers, and adds `learning_rate` to them."""
         self._check_finite(figures)
         figures["learning_rate"] = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if not accelerator.optimizer_step_was_skipped:
+        if not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
         self.state.step += 1
         self.state.step_in_epoch += 1
-        return figures, stopping > 0
 
     def _loss_terms(self) -> list[str]:
         """The names of the terms that the loss is a sum of, where it is not the caption loss alone."""

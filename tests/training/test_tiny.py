@@ -10,7 +10,8 @@ import evacap
 from evacap.model_card import fill_model_card
 from evacap.training.clip_scores import as_table, save_evaluation, score, score_model, write_clips
 from evacap.training.clips import make_scene, write_clip
-from evacap.training.tiny import ProceduralClips, tiny_config, tiny_processor
+from evacap.training.procedural_clips import ProceduralClips
+from evacap.training.tiny import tiny_config, tiny_processor
 
 
 @pytest.mark.parametrize("fusion_type", ["gated_cross_attention", "concat", "audio_only", "video_only"])

@@ -30,7 +30,8 @@ from transformers import (
 import evacap
 from evacap.training.clips import make_scene, write_clip
 from evacap.training.metrics import EVALUATE_MODULE
-from evacap.training.tiny import ProceduralClips, tiny_config, tiny_processor
+from evacap.training.procedural_clips import ProceduralClips
+from evacap.training.tiny import tiny_config, tiny_processor
 
 
 @pytest.fixture(scope="module")
