@@ -45,8 +45,10 @@ from .configuration_evacap import EVACapAudioConfig, EVACapConfig, EVACapTextCon
 # Tokens of the longest caption, with [CLS] and [SEP] (AVCap).
 MAX_CAPTION_LENGTH = 40
 
-# Queries whose scores are held at a time where they are not held all: those of 12 heads with 1764 keys then take 5 MB.
-QUERIES_AT_ONCE = 128
+# Where attention scores are not held all at once: how many bytes of them are, and of how many queries at most. On a CPU
+# they stay in its cache.
+SCORE_BYTES_AT_ONCE = {"cpu": 2**21, "cuda": 2**25}
+QUERIES_AT_ONCE = 256
 
 # Tokens that pass an MLP at a time on a CPU: its inner results then take 11 MB in float32 at the paper's width.
 ROWS_AT_ONCE = 896
@@ -167,6 +169,37 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+def score_blocks(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
+) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
+    """
+    The scores of attention, block by block.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch_size, num_heads, queries, head_dim)`): Already scaled.
+        key (`torch.Tensor` of shape `(batch_size, num_heads, keys, head_dim)`): As many heads.
+        mask (`torch.BoolTensor` of shape `(batch_size, keys)`, *optional*): The keys that exist.
+
+    Yields:
+        Where a block is, rows of `batch_size * num_heads` and queries, and its scores (rows, queries, keys). Those of
+        masked keys are the least number of the dtype.
+    """
+    num_heads, num_keys = key.shape[1:3]
+    query, key = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)
+    size = SCORE_BYTES_AT_ONCE.get(query.device.type, SCORE_BYTES_AT_ONCE["cuda"]) // query.element_size()
+    num_queries = min(query.shape[1], max(1, min(QUERIES_AT_ONCE, size // num_keys)))
+    num_rows = max(1, size // (num_queries * num_keys))
+    hidden = None if mask is None else ~mask.repeat_interleave(num_heads, 0)[:, None]
+    for row in range(0, query.shape[0], num_rows):
+        rows = slice(row, row + num_rows)
+        for start in range(0, query.shape[1], num_queries):
+            block = rows, slice(start, start + num_queries)
+            scores = torch.bmm(query[block], key[rows])
+            if hidden is not None:
+                scores.masked_fill_(hidden[rows], torch.finfo(scores.dtype).min)
+            yield block, scores
+
+
 def blockwise_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -177,19 +210,17 @@ def blockwise_attention_forward(
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, None]:
     """
-    Inference in bfloat16 on a CPU: eager attention over blocks of queries, whose scores stay in the cache. PyTorch's
-    fused kernel there is no faster in bfloat16 than in float32 (`benchmarks/README.md`).
+    Inference in bfloat16 on a CPU: eager attention over blocks of scores, which stay in the cache. PyTorch's fused
+    kernel there is no faster in bfloat16 than in float32 (`benchmarks/README.md`).
     """
-    query, key = query * scaling, key.transpose(2, 3).contiguous()
-    output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-    for start in range(0, query.shape[2], QUERIES_AT_ONCE):
-        block = slice(start, start + QUERIES_AT_ONCE)
-        scores = torch.matmul(query[:, :, block], key)
-        if attention_mask is not None:
-            mask = attention_mask.expand(-1, -1, query.shape[2], -1)[:, :, block]
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        output[:, block] = torch.matmul(scores.softmax(-1), value).transpose(1, 2)
-    return output, None
+    output, values = torch.empty_like(query.flatten(0, 1)), value.flatten(0, 1)
+    # Products with it are faster where the keys lie side by side.
+    key = key.transpose(2, 3).contiguous().transpose(2, 3)
+    # Bidirectional attention: all queries of a row see the same keys.
+    mask = None if attention_mask is None else attention_mask[:, 0, 0].expand(query.shape[0], -1)
+    for block, scores in score_blocks(query * scaling, key, mask):
+        output[block] = torch.bmm(scores.softmax(-1), values[block[0]])
+    return output.view_as(query).transpose(1, 2), None
 
 
 class EVACapAttention(nn.Module):
@@ -554,19 +585,6 @@ def attention_and_entropy(
     return torch.matmul(weights.to(value.dtype), value), entropy, weights
 
 
-def _score_blocks(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float
-) -> Iterator[tuple[int, slice, torch.Tensor]]:
-    """The scores (batch_size, queries, T_v) of one head and one block of queries after the other."""
-    for head in range(query.shape[1]):
-        for start in range(0, query.shape[2], QUERIES_AT_ONCE):
-            block = slice(start, start + QUERIES_AT_ONCE)
-            scores = torch.matmul(query[:, head, block] * scaling, key[:, head].transpose(1, 2))
-            if mask is not None:
-                scores = scores.masked_fill(~mask[:, None, :], torch.finfo(scores.dtype).min)
-            yield head, block, _at_least_float32(scores)
-
-
 def fused_attention_and_entropy(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -582,14 +600,17 @@ def fused_attention_and_entropy(
     if mask is not None:
         # A row without any key sees all of its padding: its result is never used, but must not be not a number.
         mask = mask | ~mask.any(1, keepdim=True)
-    entropy = torch.empty_like(query[..., 0], dtype=torch.promote_types(query.dtype, torch.float32))
+    entropy = torch.empty(
+        query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32), device=query.device
+    ).flatten(0, 1)
     if query.device.type == "cpu" and not torch.is_grad_enabled():
-        context = torch.empty_like(query)
-        for head, block, scores in _score_blocks(query, key, mask, scaling):
+        context, values = torch.empty_like(query.flatten(0, 1)), value.flatten(0, 1)
+        for block, scores in score_blocks(query * scaling, key, mask):
+            scores = _at_least_float32(scores)
             weights = scores.softmax(-1)
-            context[:, head, block] = torch.matmul(weights.to(value.dtype), value[:, head])
-            entropy[:, head, block] = scores.logsumexp(-1) - torch.linalg.vecdot(weights, scores)
-        return context, entropy, None
+            context[block] = torch.bmm(weights.to(value.dtype), values[block[0]])
+            entropy[block] = scores.logsumexp(-1) - torch.linalg.vecdot(weights, scores)
+        return context.view_as(query), entropy.view(query.shape[:3]), None
     context, attended_key = (
         F.scaled_dot_product_attention(
             query, key, values, attn_mask=None if mask is None else mask[:, None, None, :], scale=scaling
@@ -597,10 +618,10 @@ def fused_attention_and_entropy(
         for values in (value, key.detach())
     )
     with torch.no_grad():
-        for head, block, scores in _score_blocks(query, key, mask, scaling):
-            entropy[:, head, block] = scores.logsumexp(-1)
+        for block, scores in score_blocks(query * scaling, key, mask):
+            entropy[block] = _at_least_float32(scores).logsumexp(-1)
     mean_score = (_at_least_float32(query.detach()) * _at_least_float32(attended_key)).sum(-1) * scaling
-    return context, entropy - mean_score, None
+    return context, entropy.view(query.shape[:3]) - mean_score, None
 
 
 class EVACapGatedCrossAttention(nn.Module):
