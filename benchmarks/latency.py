@@ -267,21 +267,26 @@ def plot(results: Results, path: Path) -> None:
     """Total time against the number of frames, one clip, most beams: the paper's figure 2 with the floor beside it."""
     from matplotlib import pyplot
 
-    rows = [row for row in results.rows if row["variant"] != RECOMPUTED]
+    rows = results.rows
     batch, beams = min(row["batch"] for row in rows), max(row["beams"] for row in rows)
     dtypes = [dtype for dtype in DTYPES if any(row["dtype"] == dtype for row in rows)]
-    figure, axes = pyplot.subplots(1, len(dtypes), figsize=(5 * len(dtypes), 4), squeeze=False, layout="constrained")
+    size = (5 * len(dtypes), 4)
+    figure, axes = pyplot.subplots(1, len(dtypes), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for axis, dtype in zip(axes[0], dtypes):
-        for color, variant in enumerate(VARIANTS[:-1]):
+        for color, variant in enumerate(VARIANTS):
             points = [row for row in rows if (row["dtype"], row["variant"]) == (dtype, variant)]
             points = [row for row in points if (row["batch"], row["beams"]) == (batch, beams)]
+            if not points:
+                continue
             points.sort(key=lambda row: row["frames"])
             frames, totals = [row["frames"] for row in points], [row["seconds"]["total"] for row in points]
             medians = [total["median"] for total in totals]
             spread = [[t["median"] - t["min"] for t in totals], [t["max"] - t["median"] for t in totals]]
             axis.errorbar(frames, medians, spread, marker="o", capsize=3, color=f"C{color}", label=variant)
-            axis.plot(frames, [row["floor"]["total"] for row in points], ":", color=f"C{color}")
-        axis.set(title=dtype, xlabel="video frames", ylabel="seconds (dotted: floor)", ylim=(0, None))
+            if variant != RECOMPUTED:
+                axis.plot(frames, [row["floor"]["total"] for row in points], ":", color=f"C{color}")
+        axis.set(title=dtype, xlabel="video frames", ylabel="seconds (dotted: floor)", yscale="log")
+        axis.grid(axis="y", alpha=0.3)
         axis.legend()
     figure.suptitle(f"Captioning, batch {batch}, {beams} beams")
     partial = path.with_suffix(".partial.png")

@@ -187,7 +187,7 @@ def score_blocks(
     num_heads, num_keys = key.shape[1:3]
     query, key = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)
     size = SCORE_BYTES_AT_ONCE.get(query.device.type, SCORE_BYTES_AT_ONCE["cuda"]) // query.element_size()
-    num_queries = min(query.shape[1], max(1, min(QUERIES_AT_ONCE, size // num_keys)))
+    num_queries = min(query.shape[1], QUERIES_AT_ONCE, max(1, size // num_keys))
     num_rows = max(1, size // (num_queries * num_keys))
     hidden = None if mask is None else ~mask.repeat_interleave(num_heads, 0)[:, None]
     for row in range(0, query.shape[0], num_rows):
@@ -250,6 +250,8 @@ class EVACapAttention(nn.Module):
             and query.device.type == "cpu"
             and query.dtype == torch.bfloat16
             and not torch.is_grad_enabled()
+            # A graph would hold every block.
+            and not torch.compiler.is_compiling()
         ):
             attention_interface = blockwise_attention_forward
         output, weights = attention_interface(

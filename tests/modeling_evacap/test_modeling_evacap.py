@@ -134,9 +134,12 @@ def test_one_visible_video_token_has_no_entropy():
     assert gate.min() > 0
 
 
+# The blocks' sizes: all of it, four of the six rows at once, seven queries of one row at once.
+@pytest.mark.parametrize("size", [2**21, 4 * 29 * 9 * 8, 7 * 9 * 8])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_entropy_needs_no_probabilities(masked):
-    shapes = [(2, 3, 2 * QUERIES_AT_ONCE + 5, 8), (2, 3, 9, 8), (2, 3, 9, 8)]
+def test_the_entropy_needs_no_probabilities(masked, size, monkeypatch):
+    monkeypatch.setitem(modeling_evacap.SCORE_BYTES_AT_ONCE, "cpu", size)
+    shapes = [(2, 3, 29, 8), (2, 3, 9, 8), (2, 3, 9, 8)]
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     mask = torch.arange(9) < torch.tensor([[9], [4]]) if masked else None
     results, gradients = [], []
@@ -545,8 +548,10 @@ def test_sdpa_and_eager_agree(fusion_type, attention):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("size", [2**26, 2**21, 2**12])
 @pytest.mark.parametrize("masked", [False, True])
-def test_blockwise_attention_is_the_attention(masked):
+def test_blockwise_attention_is_the_attention(masked, size, monkeypatch):
+    monkeypatch.setitem(modeling_evacap.SCORE_BYTES_AT_ONCE, "cpu", size)
     module, num_queries = torch.nn.Module(), 2 * QUERIES_AT_ONCE + 5
     query, key, value = (torch.randn(2, 3, num_queries, 8) for _ in range(3))
     mask = torch.arange(num_queries) < torch.tensor([num_queries, 4])[:, None, None, None] if masked else None
