@@ -8,6 +8,7 @@ prefix through the whole decoder for every beam at every step. A few of its step
 import argparse
 import functools
 import itertools
+import operator
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -239,7 +240,8 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
 def comparisons(results: Results) -> str:
     """How often faster EVACap is than AVCap, with AVCap's decoding and with ours."""
     rows = []
-    for row in (row for row in results.rows if row["variant"] == "evacap"):
+    key = operator.itemgetter("batch", "beams", "dtype", "frames")
+    for row in sorted((row for row in results.rows if row["variant"] == "evacap"), key=key):
         same = {name: row[name] for name in ("size", "batch", "beams", "frames", "new_tokens")}
         recomputed = results.find(**same, dtype="float32", variant=RECOMPUTED)
         avcap = results.find(**same, dtype=row["dtype"], variant="avcap")
