@@ -65,17 +65,21 @@ def write_report(
             figures |= make_sample_plots(evaluation, make_clips, samples)
     for name, figure in figures.items():
         for suffix in PLOT_SUFFIXES:
-            path = output / f"{name}{suffix}"
-            partial = path.with_name(f".{path.name}.partial")
-            figure.savefig(partial, dpi=200, format=suffix[1:])
-            partial.replace(path)
-            files.append(path)
+            files.append(save_figure(figure, output / f"{name}{suffix}", dpi=200))
     write_text(files[1], as_markdown(evaluation, list(figures)))
     return files
 
 
 def has_matplotlib() -> bool:
     return find_spec("matplotlib") is not None
+
+
+def save_figure(figure: "Figure", path: Path, dpi: int) -> Path:
+    """Writes `figure` to `path`, in the format of its suffix, and never half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, dpi=dpi, format=path.suffix[1:])
+    partial.replace(path)
+    return path
 
 
 def as_text(evaluation: Evaluation) -> str:
@@ -135,30 +139,30 @@ def as_markdown(evaluation: Evaluation, plots: Sequence[str] = ()) -> str:
     ]
     if metrics:
         parts += ["", "## Own videos (layout of the paper's Table 1)", ""]
-        parts += _table(
+        parts += markdown_table(
             ["model", "params", *map(_title, metrics)],
             [[name, _parameters(evaluation, name), *_cells(condition, metrics)] for name, condition in own],
         )
     if metrics and shuffled:
         parts += ["", "## Shuffled test videos (layout of the paper's Table 3)", ""]
-        parts += _table(
+        parts += markdown_table(
             ["videos shuffled", "model", *map(_title, metrics)],
-            [[_percent(condition["shuffle"]), name, *_cells(condition, metrics)] for name, condition in shuffles],
+            [[as_percent(condition["shuffle"]), name, *_cells(condition, metrics)] for name, condition in shuffles],
         )
         parts += ["", "What is left of the value at 0 %:", ""]
-        parts += _table(
+        parts += markdown_table(
             ["videos shuffled", "model", *map(_title, metrics)],
-            [[_percent(condition["shuffle"]), name, *_retained(condition, metrics)] for name, condition in shuffled],
+            [[as_percent(condition["shuffle"]), name, *_retained(condition, metrics)] for name, condition in shuffled],
         )
     if metrics and frames:
         parts += ["", "## Fewer frames, own videos", ""]
-        parts += _table(
+        parts += markdown_table(
             ["frames", "model", *map(_title, metrics)],
             [[str(condition["frames"]), name, *_cells(condition, metrics)] for name, condition in frames],
         )
     if naming:
         parts += ["", "## Sources named", ""]
-        parts += _table(
+        parts += markdown_table(
             ["videos", "model", *naming],
             [[_setting(c), name, *_cells(c, naming, percent=True)] for name, c in distinct],
         )
@@ -166,7 +170,7 @@ def as_markdown(evaluation: Evaluation, plots: Sequence[str] = ()) -> str:
     gated = [row for row in shuffled if row[1]["gate"]]
     if gated:
         parts += ["", "## Gate and entropy", ""]
-        parts += _table(
+        parts += markdown_table(
             ["videos shuffled", "model", "clips", "gate: own", "swapped", "AUC", "entropy: own", "swapped", "AUC"],
             [_gate_cells(name, condition) for name, condition in gated],
         )
@@ -195,7 +199,7 @@ def _test_tables(evaluation: Evaluation, metrics: Sequence[str], naming: Sequenc
     return [
         f"## Differences from {first}",
         "",
-        *_table(
+        *markdown_table(
             ["videos", "model", *map(_title, names)],
             [
                 [setting, name, *(cells.get(metric, "–") for metric in names)]
@@ -235,14 +239,15 @@ def _title(name: str) -> str:
     return TITLES.get(name, name)
 
 
-def _percent(share: float) -> str:
+def as_percent(share: float) -> str:
+    """`5 %` for 0.05."""
     return f"{100 * share:g} %"
 
 
 def _setting(condition: Mapping[str, Any]) -> str:
     if condition["frames"] is not None:
         return f"{condition['frames']} frame{'s' * (condition['frames'] != 1)}"
-    return f"{_percent(condition['shuffle'])} swapped"
+    return f"{as_percent(condition['shuffle'])} swapped"
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -286,7 +291,7 @@ def _retained(condition: Mapping[str, Any], names: Iterable[str]) -> list[str]:
 
 
 def _gate_cells(name: str, condition: Mapping[str, Any]) -> list[str]:
-    cells = [_percent(condition["shuffle"]), name, str(condition["swapped"])]
+    cells = [as_percent(condition["shuffle"]), name, str(condition["swapped"])]
     for curve in ("gate", "entropy"):
         figures = condition[curve]
         area = figures["auc"]
@@ -312,7 +317,8 @@ def _skipped(evaluation: Evaluation) -> list[str]:
     return [f"without {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
@@ -329,7 +335,7 @@ def make_plots(evaluation: Evaluation) -> dict[str, "Figure"]:
         places = sorted({condition[field] for _, condition in chosen})
         if len(places) < 2:
             continue
-        ticks = [_percent(place) if field == "shuffle" else str(place) for place in places]
+        ticks = [as_percent(place) if field == "shuffle" else str(place) for place in places]
         for suffix, names in (("", list(TITLES)), ("_naming", list(COLUMNS))):
             present = [metric for metric in _metrics(evaluation) if metric in names]
             if present:
@@ -338,13 +344,15 @@ def make_plots(evaluation: Evaluation) -> dict[str, "Figure"]:
     return plots | ({"gate_histograms": histograms} if histograms else {})
 
 
-def _new_figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of so many inches, which needs no display."""
     from matplotlib.figure import Figure
 
     return Figure((width, height), layout="constrained")
 
 
-def _clean(axes: "Axes") -> None:
+def clean_axes(axes: "Axes") -> None:
+    """Takes the frame away above and to the right, and makes the ticks' labels small."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
 
@@ -355,7 +363,7 @@ def _curves(
     names = list(dict.fromkeys(name for name, _ in rows))
     columns = 4 if len(metrics) in (4, 7, 8) else min(3, len(metrics))
     lines = -(-len(metrics) // columns)
-    figure = _new_figure(2.6 * columns + 0.2, 2.0 * lines + 0.25 * -(-len(names) // 4) + 0.2)
+    figure = new_figure(2.6 * columns + 0.2, 2.0 * lines + 0.25 * -(-len(names) // 4) + 0.2)
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True).ravel()
     for axes, metric in zip(panels, metrics):
         for number, name in enumerate(names):
@@ -385,7 +393,7 @@ def _curves(
         axes.tick_params(labelbottom=True)
         axes.grid(axis="y", color="0.9", linewidth=0.6)
         axes.set_axisbelow(True)
-        _clean(axes)
+        clean_axes(axes)
     for axes in panels[len(metrics) :]:
         axes.set_axis_off()
     figure.supxlabel(label, fontsize=9)
@@ -405,7 +413,7 @@ def _histograms(evaluation: Evaluation) -> "Figure | None":
             chosen.append((name, conditions[0], last))
     if not chosen:
         return None
-    figure = _new_figure(2.9 * len(chosen) + 0.3, 4.2)
+    figure = new_figure(2.9 * len(chosen) + 0.3, 4.2)
     panels = figure.subplots(2, len(chosen), squeeze=False, sharey="row")
     for line, curve in enumerate(("gate", "entropy")):
         for axes, (name, own, last) in zip(panels[line], chosen):
@@ -432,7 +440,7 @@ def _histograms(evaluation: Evaluation) -> "Figure | None":
             heading = f"{name}\n" if line == 0 else ""
             axes.set_title(f"{heading}AUC {area['value']:.2f}{bounds}", fontsize=9)
             axes.set_xlabel(f"mean {'gate' if curve == 'gate' else 'attention entropy'} of a clip", fontsize=9)
-            _clean(axes)
+            clean_axes(axes)
         panels[line][0].set_ylabel("clips", fontsize=9)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
@@ -494,7 +502,7 @@ def _sample(
     width = 7.0
     strip_height = 0.95 * width * strips[0].shape[0] / strips[0].shape[1]
     heights = [strip_height, strip_height, 1.3, 1.2, 1.2, 0.17 * len(captions)]
-    figure = _new_figure(width, sum(heights) + 1.5)
+    figure = new_figure(width, sum(heights) + 1.5)
     panels = figure.subplots(len(heights), 1, height_ratios=heights)
     titles = ("own video", f"another's video ({other['video']})")
     for axes, strip, title in zip(panels, strips, titles):
@@ -525,7 +533,7 @@ def _sample(
         axes.set_xlim(0, seconds)
         axes.set_ylabel(curve, fontsize=8)
         axes.grid(color="0.92", linewidth=0.6)
-        _clean(axes)
+        clean_axes(axes)
         axes.tick_params(labelsize=7)
     panels[3].tick_params(labelbottom=False)
     panels[4].set_xlabel("time (s)", fontsize=8)

@@ -11,7 +11,16 @@ import numpy as np
 
 from .clip_scores import COLUMNS
 from .evaluation import TITLES as METRICS
-from .evaluation_report import COLORS, MARKERS, has_matplotlib
+from .evaluation_report import (
+    COLORS,
+    MARKERS,
+    as_percent,
+    clean_axes,
+    has_matplotlib,
+    markdown_table,
+    new_figure,
+    save_figure,
+)
 from .files import write_text
 from .mismatch_detectors import BINS, FITTED, SUBSETS
 
@@ -100,13 +109,7 @@ def write_report(folder: str | os.PathLike) -> list[Path]:
     if not any(map(is_run, results)):
         return []
     plots = make_plots(results) if has_matplotlib() else {}
-    files = []
-    for name, figure in plots.items():
-        path = folder / f"{name}.png"
-        partial = path.with_name(f".{path.name}.partial")
-        figure.savefig(partial, dpi=150, format="png")
-        partial.replace(path)
-        files.append(path)
+    files = [save_figure(figure, folder / f"{name}.png", dpi=150) for name, figure in plots.items()]
     write_text(folder / REPORT, as_markdown(results, list(plots)))
     return [folder / REPORT, *files]
 
@@ -143,7 +146,7 @@ def as_markdown(results: Sequence[Result], plots: Sequence[str] = ()) -> str:
                 ]
                 for name in present
             ]
-            parts += ["", f"## {heading}", "", *_table(head, rows)]
+            parts += ["", f"## {heading}", "", *markdown_table(head, rows)]
     parts += ["", *(f"* {column}: {COLUMNS[column]}" for column in NAMING)]
     parts += _shuffled(runs, metrics)
     parts += _differences(runs)
@@ -162,19 +165,19 @@ def _shuffled(runs: Mapping[str, list[Result]], metrics: Sequence[str]) -> list[
     rows = [(share, name) for share in shares for name in names if share == 0 or runs[name][0]["mismatch"] is not None]
     parts = ["", "## Shuffled test videos (layout of the paper's Table 3)", ""]
     head = ["videos shuffled", "model", *(METRICS[name] for name in metrics)]
-    parts += _table(
+    parts += markdown_table(
         head,
         [
-            [_percent(share), TITLES[name], *(_cell(_values(runs[name], share, metric)) for metric in metrics)]
+            [as_percent(share), TITLES[name], *(_cell(_values(runs[name], share, metric)) for metric in metrics)]
             for share, name in rows
         ],
     )
     parts += ["", "What is left of the value at 0 %:", ""]
-    parts += _table(
+    parts += markdown_table(
         head,
         [
             [
-                _percent(share),
+                as_percent(share),
                 TITLES[name],
                 *(_cell(_values(runs[name], share, metric, "retention"), percent=True) for metric in metrics),
             ]
@@ -183,11 +186,11 @@ def _shuffled(runs: Mapping[str, list[Result]], metrics: Sequence[str]) -> list[
         ],
     )
     parts += ["", "## Sources named", ""]
-    parts += _table(
+    parts += markdown_table(
         ["videos shuffled", "model", *NAMING],
         [
             [
-                _percent(share),
+                as_percent(share),
                 TITLES[name],
                 *(_cell(_values(group, share, column), percent=True) for column in NAMING),
             ]
@@ -233,7 +236,7 @@ def _differences(runs: Mapping[str, list[Result]]) -> list[str]:
         "",
         "## EVACap less the others, seed by seed",
         "",
-        *_table(["EVACap less", *CLAIMS], rows),
+        *markdown_table(["EVACap less", *CLAIMS], rows),
         "",
         "The shares lost are of all sources of the column: where the number is below 0, EVACap lost less than the other.",
     ]
@@ -261,7 +264,7 @@ def _detectors(runs: Mapping[str, list[Result]]) -> list[str]:
         "",
         "## Can they tell that a picture is another's?",
         "",
-        *_table(["clips", "model", *named, "entropy, best head"], rows),
+        *markdown_table(["clips", "model", *named, "entropy, best head"], rows),
         "",
         "Areas under the ROC curve, each clip with its own video and with another's: 0.5 tells nothing, and below it the "
         "figure stands on the other side than it should. By clip: the mean over heads and tokens. By token: each token of "
@@ -286,7 +289,7 @@ def _gates(runs: Mapping[str, list[Result]]) -> list[str]:
     for variant, group in gated.items():
         gates = [result["mismatch"]["gate"] for result in group]
         rows.append([TITLES[variant], *(_cell([gate[name] for gate in gates if name in gate]) for name in names)])
-    return ["", "## The gate, own videos", "", *_table(["model", *names], rows)]
+    return ["", "## The gate, own videos", "", *markdown_table(["model", *names], rows)]
 
 
 def _provenance(results: Sequence[Result]) -> list[str]:
@@ -310,7 +313,7 @@ def _provenance(results: Sequence[Result]) -> list[str]:
     machines = {f"{result['machine']['device']}, {result['machine']['cores']} cores" for result in results}
     hours = sum(sum(result["seconds"].values()) for result in results) / 3600
     head = ["run", "seed", "training, min", "evaluation, min", "shared start", "commit (+: with changes)", "command"]
-    parts = ["", "## The runs", "", *_table(head, rows), ""]
+    parts = ["", "## The runs", "", *markdown_table(head, rows), ""]
     parts.append(f"{hours:.1f} hours in all, on {'; '.join(sorted(machines))}. {'; '.join(sorted(versions))}.")
     starts = {result["start"] for result in results} - {None}
     if len(starts) > 1:
@@ -337,15 +340,13 @@ def make_plots(results: Sequence[Result]) -> dict[str, "Figure"]:
 
 
 def _curves(runs: Mapping[str, list[Result]]) -> "Figure":
-    from matplotlib.figure import Figure
-
     wanted = ("bleu_4", "meteor", "rouge_l", "cider_d", "spider", *NAMING)
     some = next(iter(runs.values()))[0]
     names = [name for name in wanted if name in _condition(some, 0.0)["metrics"]]
     shares = sorted(condition["shuffle"] for condition in some["conditions"])
     columns = 4
     lines = -(-len(names) // columns)
-    figure = Figure((11, 2.3 * lines + 0.8), layout="constrained")
+    figure = new_figure(11, 2.3 * lines + 0.8)
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, metric in zip(panels, names):
         for number, (name, group) in enumerate(runs.items()):
@@ -367,10 +368,9 @@ def _curves(runs: Mapping[str, list[Result]]) -> "Figure":
                 label=TITLES[name],
             )
         axes.set_title(METRICS.get(metric, metric), fontsize=9)
-        axes.set_xticks(range(len(shares)), [_percent(share) for share in shares])
-        axes.tick_params(labelsize=8)
+        axes.set_xticks(range(len(shares)), [as_percent(share) for share in shares])
         axes.grid(axis="y", color="0.9", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        clean_axes(axes)
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     figure.supxlabel("test videos shuffled; mean and range over the training seeds", fontsize=9)
@@ -380,9 +380,7 @@ def _curves(runs: Mapping[str, list[Result]]) -> "Figure":
 
 
 def _histograms(runs: Mapping[str, list[Result]]) -> "Figure":
-    from matplotlib.figure import Figure
-
-    figure = Figure((2.2 * len(runs) + 0.4, 4), layout="constrained")
+    figure = new_figure(2.2 * len(runs) + 0.4, 4)
     panels = figure.subplots(2, len(runs), squeeze=False)
     edges = np.linspace(0, 1, BINS + 1)
     filled = [
@@ -400,8 +398,8 @@ def _histograms(runs: Mapping[str, list[Result]]) -> "Figure":
             area = _cell([result["mismatch"]["auc"]["all"][f"entropy, by {unit}"] for result in group], plain=True)
             axes.set_xlim(edges[min(filled)], 1)
             axes.set_title(f"{TITLES[name]}\nby {unit}: AUC {area}", fontsize=7)
+            clean_axes(axes)
             axes.tick_params(labelsize=7)
-            axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("attention entropy", fontsize=9)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=8, frameon=False)
@@ -439,11 +437,3 @@ def _cell(values: Sequence[float], percent: bool = False, plain: bool = False) -
     spread = form(statistics.stdev(values))
     mean = form(statistics.mean(values))
     return f"{mean} ± {spread}{unit}" if plain else f"{mean}{unit}<br><sub>± {spread}</sub>"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:g} %"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)]
