@@ -18,7 +18,7 @@ from .clip_captions import build_tokenizer
 from .clip_kinds import KINDS
 from .collator import EVACapDataCollator
 from .prepared_clips import PreparedClips, StreamedClips
-from .procedural_clips import ProceduralClips
+from .procedural_clips import KeptProceduralClips, ProceduralClips
 from .run_config import DataSection, ModelSection, RunConfig
 
 
@@ -73,11 +73,18 @@ def make_model(section: ModelSection, config: EVACapConfig) -> EVACapForConditio
 
 
 def make_clips(
-    data: DataSection, processor: EVACapProcessor, seed: int, split: str | None = None, augment: bool = True
+    data: DataSection,
+    processor: EVACapProcessor,
+    seed: int,
+    split: str | None = None,
+    augment: bool = True,
+    kept_clips: str | None = None,
 ) -> Dataset:
-    """The clips to learn from; with `augment=False` as they are."""
+    """The clips to learn from; with `augment=False` as they are; procedural ones in the folder `kept_clips`."""
     split = data.split if split is None else split
     if data.procedural is not None:
+        if kept_clips is not None:
+            return KeptProceduralClips(processor, data.procedural, split, seed, kept_clips, os.cpu_count())
         return ProceduralClips(processor, data.procedural, split, seed)
     augmentation = None
     if augment and data.augmentation is not None:

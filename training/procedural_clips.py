@@ -1,6 +1,14 @@
 """Procedural clips as a dataset to train on."""
 
-from torch.utils.data import Dataset
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 from transformers.video_utils import VideoMetadata
 
 from ..processing.processing_evacap import EVACapProcessor
@@ -9,6 +17,7 @@ from .clips import make_scene, render_frames, render_waveform
 
 
 CLIP_FPS = 10
+RENDERED_AT_ONCE = 64
 
 
 class ProceduralClips(Dataset):
@@ -30,19 +39,113 @@ class ProceduralClips(Dataset):
         return self.num_clips
 
     def __getitem__(self, index: int) -> dict:
-        scene = make_scene(self.seed, self.split, index)
         streams = {}
-        if self.processor.modalities != "video":
-            streams |= {"audio": render_waveform(scene), "sampling_rate": SAMPLING_RATE}
         if self.processor.modalities != "audio":
-            # Only the frames that would be taken from the clip's file.
-            metadata = VideoMetadata(total_num_frames=round(scene.duration * CLIP_FPS), fps=CLIP_FPS)
-            timestamps = self.processor.video_processor.sample_frames(metadata) / CLIP_FPS
-            size = self.processor.video_processor.crop_size["height"]
-            streams |= {"videos": render_frames(scene, timestamps, size), "do_sample_frames": False}
-        inputs = self.processor(**streams, text=scene.captions[0])
-        return {name: values[0] for name, values in inputs.items()}
+            streams |= {"videos": self.frames(index), "do_sample_frames": False}
+        inputs = self.processor(**streams, text=self.captions(index)[0])
+        inputs = {name: values[0] for name, values in inputs.items()}
+        if self.processor.modalities != "video":
+            inputs["input_features"] = self.features(index)
+        return inputs
 
     def captions(self, index: int) -> list[str]:
         """All captions of a clip."""
         return make_scene(self.seed, self.split, index).captions
+
+    def features(self, index: int) -> np.ndarray:
+        """The sound of a clip: `input_features` (T, M) float32."""
+        waveform = render_waveform(make_scene(self.seed, self.split, index))
+        return self.processor(audio=waveform, sampling_rate=SAMPLING_RATE)["input_features"][0]
+
+    def frames(self, index: int) -> np.ndarray:
+        """The picture of a clip: (frames, height, width, 3) uint8 RGB, only those that would be taken from its file."""
+        scene, video_processor = make_scene(self.seed, self.split, index), self.processor.video_processor
+        metadata = VideoMetadata(total_num_frames=round(scene.duration * CLIP_FPS), fps=CLIP_FPS)
+        timestamps = video_processor.sample_frames(metadata) / CLIP_FPS
+        return render_frames(scene, timestamps, video_processor.crop_size["height"])
+
+
+class KeptProceduralClips(ProceduralClips):
+    """
+    The same clips, rendered once into a folder, for all runs that learn from them.
+
+    A stream is a NumPy file there, which is whole or not there; processes that begin at once write it each for itself.
+    One whose first clip is not what would be rendered now is replaced.
+
+    Args:
+        processor, num_clips, split, seed: See [`ProceduralClips`].
+        folder (`str` or `os.PathLike`): Made if it is missing.
+        num_workers (`int`, *optional*, defaults to 0): Processes that render.
+
+    Raises:
+        OSError: something cannot be read or written.
+    """
+
+    def __init__(
+        self,
+        processor: EVACapProcessor,
+        num_clips: int,
+        split: str = "train",
+        seed: int = 0,
+        folder: str | os.PathLike = "clips",
+        num_workers: int = 0,
+    ):
+        super().__init__(processor, num_clips, split, seed)
+        self.paths = {}
+        if processor.modalities != "video":
+            self.paths["audio"] = self._keep("audio", processor.feature_extractor, Path(folder), num_workers)
+        if processor.modalities != "audio":
+            self.paths["video"] = self._keep("video", processor.video_processor, Path(folder), num_workers)
+
+    def features(self, index: int) -> np.ndarray:
+        """See [`ProceduralClips.features`]."""
+        return np.array(np.load(self.paths["audio"], mmap_mode="r")[index])
+
+    def frames(self, index: int) -> np.ndarray:
+        """See [`ProceduralClips.frames`]."""
+        return np.array(np.load(self.paths["video"], mmap_mode="r")[index])
+
+    def _keep(self, stream: str, maker, folder: Path, num_workers: int) -> Path:
+        rendered = _Stream(ProceduralClips(self.processor, self.num_clips, self.split, self.seed), stream)
+        settings = hashlib.sha256(json.dumps(maker.to_dict(), sort_keys=True, default=str).encode()).hexdigest()[:12]
+        path = folder / f"{self.split}-{self.seed}-{self.num_clips}-{stream}-{settings}.npy"
+        first = rendered[0]
+        if path.exists() and np.array_equal(np.load(path, mmap_mode="r")[0], first):
+            return path
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        loader = DataLoader(
+            rendered,
+            RENDERED_AT_ONCE,
+            collate_fn=np.stack,
+            num_workers=num_workers,
+            # Of its own: rendering must not move the generator from which weights are drawn.
+            generator=torch.Generator(),
+        )
+        try:
+            with (
+                open(partial, "wb") as file,
+                tqdm(total=len(self), desc=f"rendering {stream}", unit="clip") as progress,
+            ):
+                header = {"descr": first.dtype.str, "fortran_order": False, "shape": (len(self), *first.shape)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for clips in loader:
+                    file.write(clips.tobytes())
+                    progress.update(len(clips))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+
+class _Stream(Dataset):
+    """One stream of procedural clips."""
+
+    def __init__(self, clips: ProceduralClips, stream: str):
+        self.clips, self.stream = clips, stream
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.clips.features(index) if self.stream == "audio" else self.clips.frames(index)

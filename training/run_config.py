@@ -185,6 +185,8 @@ class ResourcesSection:
         num_workers (`int`, defaults to 4): Processes that make batches, for each training process.
         prefetch (`int`, defaults to 2): Batches that each of them makes in advance.
         num_threads (`int`, *optional*): Threads of PyTorch in each training process; its own choice by default.
+        kept_clips (`str`, *optional*): A folder in which procedural clips are kept, for other runs that learn from the
+            same ones: they are rendered once, before the training. By default each run renders them as it goes.
     """
 
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
@@ -192,6 +194,7 @@ class ResourcesSection:
     num_workers: int = 4
     prefetch: int = 2
     num_threads: int | None = None
+    kept_clips: str | None = None
 
 
 @dataclass

@@ -104,7 +104,8 @@ class TrainingRun:
         set_seed(config.seed)
         processor, self.model_config = make_processor_and_config(config.model)
         collator, validation_collator = make_collators(config, processor, self.model_config)
-        self.clips = make_clips(config.data, processor, config.seed)
+        with accelerator.local_main_process_first():
+            self.clips = make_clips(config.data, processor, config.seed, kept_clips=config.resources.kept_clips)
         self.loader = make_loader(config, self.clips, collator, accelerator)
         model = make_model(config.model, self.model_config)
         freeze(model, config.model.freeze, config.model.freeze_except)

@@ -1,6 +1,7 @@
 """The study: what its variants are, what a run leaves, what is not done again, and the tables of result files."""
 
 import copy
+import dataclasses
 import json
 import math
 import shutil
@@ -186,6 +187,16 @@ def test_a_run_leaves_its_result_and_is_not_run_again(small, capsys):
     path.unlink()
     with pytest.raises(ValueError, match="holds a run with other settings.*learning_rate"):
         run_study(changed, ["evacap"], [0])
+
+
+def test_kept_clips_change_nothing(small):
+    keeping = dataclasses.replace(small, output=small.output / "kept", results=small.results / "kept", keep_clips=True)
+    for study in (small, keeping):
+        assert run_study(study, ["without-start"], [5]) == 0
+    rendered, kept = (json.loads(study.result_path("without-start", 5).read_text()) for study in (small, keeping))
+    assert len(list((keeping.output / "clips").iterdir())) == 2
+    differing = {key for key in rendered if rendered[key] != kept[key]}
+    assert differing <= {"starts", "seconds"}
 
 
 def test_variants_share_the_towers_and_nothing_that_a_seed_draws(small):
