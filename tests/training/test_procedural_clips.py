@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 
+from evacap.processing.processing_evacap import EVACapProcessor
 from evacap.training.procedural_clips import KeptProceduralClips, ProceduralClips
 from evacap.training.tiny import tiny_processor
 
@@ -25,13 +26,16 @@ def test_kept_clips_are_the_rendered_ones(tmp_path, fusion_type, num_workers):
 
 
 def test_clips_are_rendered_once_for_all_that_hear_the_same(tmp_path):
-    kept = KeptProceduralClips(tiny_processor(), 4, folder=tmp_path)
+    folder = tmp_path / "clips"
+    kept = KeptProceduralClips(tiny_processor(), 4, folder=folder)
     for path in kept.paths.values():
         os.utime(path, (0, 0))
-    again = KeptProceduralClips(tiny_processor(), 4, folder=tmp_path)
-    listener = KeptProceduralClips(tiny_processor("audio_only"), 4, folder=tmp_path)
-    assert again.paths == kept.paths and listener.paths == {"audio": kept.paths["audio"]}
-    assert {path.stat().st_mtime for path in tmp_path.iterdir()} == {0.0}
+    again = KeptProceduralClips(tiny_processor(), 4, folder=folder)
+    tiny_processor().save_pretrained(tmp_path / "processor")
+    loaded = KeptProceduralClips(EVACapProcessor.from_pretrained(tmp_path / "processor"), 4, folder=folder)
+    listener = KeptProceduralClips(tiny_processor("audio_only"), 4, folder=folder)
+    assert again.paths == loaded.paths == kept.paths and listener.paths == {"audio": kept.paths["audio"]}
+    assert {path.stat().st_mtime for path in folder.iterdir()} == {0.0}
 
 
 def test_other_clips_are_kept_beside_them(tmp_path):
