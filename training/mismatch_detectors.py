@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from ..modeling_evacap.modeling_evacap import EVACapForConditionalGeneration, EVACapGatedCrossAttention
 from ..processing.processing_evacap import EVACapProcessor
@@ -29,6 +30,8 @@ FITTED = "entropy, fitted"
 """A linear readout of each head's mean, deviation and lowest entropy, fitted to one half of the clips and tried on the
 other: what the entropies of a clip hold, whether or not a mean shows it. (ours)"""
 RIDGE = 0.01
+CROSSED = 100
+"""Clips each of whose sounds is shown with each of whose pictures."""
 
 
 @torch.no_grad()
@@ -55,6 +58,8 @@ def detect_mismatch(
         * `paired`: the share of the clips in which the entropy by clip is higher with another's video than with the own;
         * `gate`: w_g and b_g of an entropy gate; mean and deviation over the tokens; the shares of tokens below 0.05 and
           above 0.95; the deviation of a clip's mean;
+        * `crossed`: of each figure by clip, what [`cross`] tells of the first `CROSSED` sounds, each with each of their
+          pictures;
         * `histograms`: counts in `BINS` bins from 0 to 1, of clips and of tokens, with own and with others' videos.
     """
     processor = EVACapProcessor.from_pretrained(checkpoint)
@@ -81,6 +86,8 @@ def detect_mismatch(
     }
     figures = {"similarity": (cosines["own"], cosines["swapped"])}
     result: dict[str, Any] = {"paired": None, "gate": None, "histograms": None}
+    means = [F.normalize(stream[:CROSSED].mean(1), dim=-1) for stream in (sounds, pictures)]
+    crossed = {"similarity": (means[0] @ means[1].T).numpy()}
     if model.config.fusion_type == "gated_cross_attention":
         states = {
             name: _look(encoder.fusion, sounds, pictures[index], batch_size, device) for name, index in places.items()
@@ -113,6 +120,16 @@ def detect_mismatch(
             for name, pair in histograms.items()
             for unit in ("clip", "token")
         }
+        rows = [
+            _look(encoder.fusion, sound.expand(len(means[1]), -1, -1), pictures[:CROSSED], batch_size, device)
+            for sound in tqdm(sounds[:CROSSED], desc="sounds with all pictures", unit="sound")
+        ]
+        entropies, gates = (np.stack([row[place].mean(-1) for row in rows]) for place in (0, 1))
+        # What should be high with the own picture.
+        crossed |= {"entropy": -entropies.mean(2)}
+        crossed |= {f"entropy, head {head + 1}": -entropies[:, :, head] for head in range(entropies.shape[2])}
+        if model.config.gate_type != "none":
+            crossed["gate"] = gates
     areas = {}
     for subset, belongs in SUBSETS.items():
         chosen = np.array([belongs(clip) for clip in clips])
@@ -120,7 +137,35 @@ def detect_mismatch(
             areas[subset] = {
                 name: roc_auc(high[chosen].ravel(), low[chosen].ravel()) for name, (high, low) in figures.items()
             }
-    return {"auc": areas, **result}
+    return {"auc": areas, **result, "crossed": {name: cross(table) for name, table in crossed.items()}}
+
+
+def cross(table: np.ndarray) -> dict[str, float]:
+    """
+    What a figure of a sound and a picture depends on, of some sounds with each of their pictures: a two-way analysis of
+    variance. Only the interaction, what neither says without the other, can tell whether the two belong together.
+
+    Args:
+        table (`np.ndarray` of shape `(clips, clips)`): The figure, which should be high with the own picture. Rows are
+            the sounds, columns the pictures.
+
+    Returns:
+        * `sound`, `picture`, `interaction`: their shares of the variance;
+        * `own`: the chance that a sound's figure stands higher with its own picture than with another's;
+        * `own, by interaction`: the same where the mean of each picture over all sounds is taken off. (ours)
+    """
+    sound = table.mean(1, keepdims=True) - table.mean()
+    picture = table.mean(0, keepdims=True) - table.mean()
+    interaction = table - table.mean() - sound - picture
+    parts = {"sound": sound, "picture": picture, "interaction": interaction}
+    variance = table.var()
+    shares = {name: float(part.var() / variance) if variance else float("nan") for name, part in parts.items()}
+    return shares | {"own": _own_above(table), "own, by interaction": _own_above(interaction)}
+
+
+def _own_above(table: np.ndarray) -> float:
+    others = table[~np.eye(len(table), dtype=bool)].reshape(len(table), -1)
+    return _above(table.diagonal()[:, None], others)
 
 
 def _look(

@@ -22,7 +22,7 @@ from .evaluation_report import (
     save_figure,
 )
 from .files import write_text
-from .mismatch_detectors import BINS, FITTED, SUBSETS
+from .mismatch_detectors import BINS, CROSSED, FITTED, SUBSETS
 
 
 if TYPE_CHECKING:
@@ -151,6 +151,7 @@ def as_markdown(results: Sequence[Result], plots: Sequence[str] = ()) -> str:
     parts += _shuffled(runs, metrics)
     parts += _differences(runs)
     parts += _detectors(runs)
+    parts += _crossed(runs)
     parts += _gates(runs)
     parts += _provenance(results)
     if plots:
@@ -277,6 +278,44 @@ def _detectors(runs: Mapping[str, list[Result]]) -> list[str]:
             if paired
             else []
         ),
+    ]
+
+
+def _crossed(runs: Mapping[str, list[Result]]) -> list[str]:
+    """What the figures by clip depend on."""
+    columns = ("sound", "picture", "interaction", "own", "own, by interaction")
+    rows = []
+    for figure in ("entropy", "gate", "similarity"):
+        for name, group in runs.items():
+            tables = [(result["mismatch"] or {}).get("crossed", {}) for result in group]
+            found = [table[figure] for table in tables if figure in table]
+            if not found:
+                continue
+            heads = [
+                max(
+                    value["own, by interaction"] for head, value in table.items() if head.startswith(f"{figure}, head")
+                )
+                for table in tables
+                if f"{figure}, head 1" in table
+            ]
+            shares = [_cell([entry[column] for entry in found], percent=True) for column in columns[:3]]
+            rows.append(
+                [figure, TITLES[name], *shares, *(_cell([entry[column] for entry in found]) for column in columns[3:])]
+                + [_cell(heads)]
+            )
+    if not rows:
+        return []
+    return [
+        "",
+        "## What they depend on",
+        "",
+        *markdown_table(["figure", "model", *columns, "best head"], rows),
+        "",
+        f"The sounds of {CROSSED} clips, each with the pictures of all of them. The shares of the variance that the sound "
+        "explains, the picture, and only both together: this last part alone can tell whether they belong together. Own: "
+        "the chance that a sound's figure stands on the right side with its own picture rather than with another's; by "
+        "interaction: the same where each picture's mean is taken off; best head: that of the head in which it is the "
+        "highest, chosen on these very clips.",
     ]
 
 

@@ -18,7 +18,7 @@ from training_runs import SMALL
 from evacap.modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from evacap.training.bootstrap import roc_auc
 from evacap.training.building import make_processor_and_config
-from evacap.training.mismatch_detectors import BINS, SUBSETS, _fitted
+from evacap.training.mismatch_detectors import BINS, SUBSETS, _fitted, cross
 from evacap.training.pretraining import TEMPERATURE, contrast, pretrain
 from evacap.training.procedural_clips import ProceduralClips
 from evacap.training.run_config import load_run_config
@@ -167,6 +167,9 @@ def test_a_run_leaves_its_result_and_is_not_run_again(small, capsys):
     for pair in mismatch["histograms"].values():
         assert [len(counts) for counts in pair.values()] == [BINS, BINS]
     assert sum(mismatch["histograms"]["entropy, by clip"]["own"]) == 12
+    assert {"similarity", "entropy", "entropy, head 1", "gate"} <= mismatch["crossed"].keys()
+    for found in mismatch["crossed"].values():
+        assert found["sound"] + found["picture"] + found["interaction"] == pytest.approx(1, abs=1e-3)
 
     said = capsys.readouterr().err
     assert "run 1 of 1: evacap, seed 0" in said
@@ -262,6 +265,24 @@ def test_the_fitted_readout_finds_what_is_there_and_nothing_else():
     assert abs(roc_auc(swapped.mean(1), own.mean(1)) - 0.5) < 0.1
 
 
+def test_only_the_interaction_tells_whether_sound_and_picture_belong_together():
+    rng = np.random.default_rng(0)
+    sound, picture, noise = rng.normal(size=(60, 1)), rng.normal(size=(1, 60)), rng.normal(size=(60, 60))
+    found = cross(2 * sound + picture)
+    sounds, pictures = 4 * sound.var(), picture.var()
+    assert found["sound"] == pytest.approx(sounds / (sounds + pictures))
+    assert found["picture"] == pytest.approx(pictures / (sounds + pictures))
+    assert found["interaction"] == pytest.approx(0, abs=1e-12)
+    assert 0.45 < found["own"] < 0.55
+    found = cross(2 * sound + picture + 0.1 * noise)
+    assert found["sound"] + found["picture"] + found["interaction"] == pytest.approx(1)
+    assert 0.42 < found["own, by interaction"] < 0.58
+    # What the pictures themselves say hides that the own one stands higher.
+    found = cross(2 * sound + 10 * picture + np.eye(60))
+    assert found["own"] < 0.6 and found["own, by interaction"] == 1
+    assert cross(np.zeros((4, 4)))["own"] == 0.5
+
+
 def made_by_hand(variant: str, seed: int, cider: float, left: float, distinct: float, lost: float) -> dict:
     """A result file: CIDEr and what is left of it at 100 %, distinct sources named and how many fewer at 100 %."""
 
@@ -289,6 +310,10 @@ def made_by_hand(variant: str, seed: int, cider: float, left: float, distinct: f
         },
         "paired": 0.25,
         "gate": {"mean": 0.5, "weight": -4.0},
+        "crossed": {
+            figure: {"sound": 0.25, "picture": 0.5, "interaction": 0.25, "own": 0.5, "own, by interaction": own}
+            for figure, own in (("entropy", 0.6), ("entropy, head 1", 0.5), ("entropy, head 2", 0.7 + seed / 10))
+        },
         "histograms": {f"entropy, by {unit}": {"own": entropies, "swapped": entropies} for unit in ("clip", "token")},
     }
     return {
@@ -358,6 +383,13 @@ def test_tables_of_known_results(tmp_path):
     assert areas[3][:4] == ["all", "EVACap (SMS 5 %)", "0.550<br><sub>± 0.071</sub>", "0.500<br><sub>± 0.000</sub>"]
     # The head that is furthest from 0.5 stands below it.
     assert areas[3][-1].startswith("0.700")
+    crossed = found["What they depend on"]
+    assert crossed[3][:5] == [
+        "entropy",
+        "EVACap (SMS 5 %)",
+        *(f"{x} %<br><sub>± 0.0</sub>" for x in ("25.0", "50.0", "25.0")),
+    ]
+    assert [cell[:5] for cell in crossed[3][5:]] == ["0.500", "0.600", "0.750"]
     runs = found["The runs"]
     assert runs[2][:6] == ["audio only", "0", "8.0", "1.0", "abc", "0123456789+"]
 
