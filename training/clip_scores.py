@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from ..processing.processing_evacap import EVACapProcessor
 from .clip_captions import names_in_caption
-from .clip_kinds import SOUND_ALIKES, name_of
+from .clip_kinds import KINDS, SOUND_ALIKES, name_of
 from .clips import Event, Scene, make_scene, write_clip
 from .files import write_text
 
@@ -25,8 +25,11 @@ from .files import write_text
 COLUMNS = {
     "set": "clips whose caption names the right set of sources, and no other",
     "sound-alikes": "sound-alike sources on screen that are named: only the picture tells which of two it is",
+    "twin": "sound-alike sources on screen that are called by the name of the other of the two",
+    "bare": "sound-alike sources on screen that get only the word of their pair, as those off screen do",
     "off screen": "sound-alike sources off screen that get the word of their pair, as nobody can know more",
     "distinct": "all other sources that are named: the sound tells",
+    "invented": "clips whose caption names a source that sounds like none of theirs",
     "gate": "mean of the fusion gate",
     "gate AUC": "chance that the gate stands higher with a clip's own video than with another's, where a sound-alike is "
     "on screen",
@@ -85,7 +88,7 @@ def needs_picture(event: Event) -> bool:
 
 def count_names(sources: Sequence[Sequence[tuple[str, bool]]], captions: Sequence[str]) -> dict[str, np.ndarray]:
     """
-    Counts, for the columns of `COLUMNS` but those of the gate, what each caption got right.
+    Counts, for the columns of `COLUMNS` but those of the gate, what each caption names.
 
     Args:
         sources (`Sequence`): The sounding sources of each clip: kind, and whether it is on screen.
@@ -94,14 +97,25 @@ def count_names(sources: Sequence[Sequence[tuple[str, bool]]], captions: Sequenc
     Returns:
         `dict[str, np.ndarray]`: Hits and possible hits of each clip, (clips, 2), by column.
     """
-    counts = {column: np.zeros((len(captions), 2)) for column in ("set", "sound-alikes", "off screen", "distinct")}
+    counts = {column: np.zeros((len(captions), 2)) for column in COLUMNS if "gate" not in column}
     for place, (clip, caption) in enumerate(zip(sources, captions, strict=True)):
         said, heard = names_in_caption(caption), [name_of(kind, seen) for kind, seen in clip]
         counts["set"][place] = said == frozenset(heard), 1
+        sounds = {KINDS[kind].sound for kind, _ in clip}
+        counts["invented"][place] = any(_sound_of(name) not in sounds for name in said), 1
         for (kind, seen), name in zip(clip, heard):
             column = "distinct" if kind not in SOUND_ALIKES else "sound-alikes" if seen else "off screen"
             counts[column][place] += name in said, 1
+            if column == "sound-alikes":
+                alike = {other for other in said - {kind} if _sound_of(other) == KINDS[kind].sound}
+                counts["twin"][place] += bool(alike & KINDS.keys()), 1
+                counts["bare"][place] += bool(alike - KINDS.keys()) and not said & {kind}, 1
     return counts
+
+
+def _sound_of(name: str) -> str:
+    """The sound of what a caption names: that of the kind, or the bare sound itself."""
+    return KINDS[name].sound if name in KINDS else name
 
 
 def score(scenes: list[Scene], captions: list[str]) -> dict[str, float]:

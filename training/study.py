@@ -30,13 +30,14 @@ from ..processing.processing_evacap import EVACapProcessor
 from .building import make_model, make_processor_and_config
 from .evaluation import SHARES, evaluate
 from .files import write_text
+from .listeners import judge_listeners
 from .metrics import METRICS
 from .mismatch_detectors import detect_mismatch
 from .pretraining import pretrain, retrieval
 from .procedural_clips import ProceduralClips
 from .run_config import RunConfig, flatten, load_run_config
 from .run_log import SETTLED, check_settings
-from .study_report import is_run, read_results, write_report
+from .study_report import LISTENING, PRETRAINED, is_run, read_results, write_report
 from .train import train
 
 
@@ -178,6 +179,7 @@ def run_study(study: Study, names: Sequence[str], seeds: Sequence[int]) -> int:
         if status:
             say("stopped; the same command goes on from here")
             return status
+    run_listeners(study)
     for path in write_report(study.results):
         say(f"{path}")
     return 0
@@ -261,14 +263,14 @@ def run_pretraining(study: Study) -> int:
             status = pretrain(config)
         if status:
             return status
-    path = study.results / "runs" / "pretraining.json"
+    path = study.results / "runs" / f"{PRETRAINED}.json"
     if not path.exists():
         model = EVACapForConditionalGeneration.from_pretrained(folder / "model")
         processor = EVACapProcessor.from_pretrained(folder / "model")
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         clips = ProceduralClips(processor, study.test_clips, "validation", TEST_SEED)
         result = {
-            "variant": "pretraining",
+            "variant": PRETRAINED,
             "seed": PRETRAINING_SEED,
             **provenance(study, config),
             "start": fingerprint(towers(model)),
@@ -277,6 +279,17 @@ def run_pretraining(study: Study) -> int:
         }
         write_result(path, result)
     return 0
+
+
+def run_listeners(study: Study) -> None:
+    """Judges listeners that err in one way alone, by the metrics and on the clips of the runs."""
+    path = study.results / "runs" / f"{LISTENING}.json"
+    settings = {"test.clips": study.test_clips, "test.seed": TEST_SEED, "metrics": list(study.metrics)}
+    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["settings"] == settings:
+        return
+    say("listeners that err in one way alone, for comparison")
+    result = {"variant": LISTENING, "seed": TEST_SEED, "settings": settings}
+    write_result(path, result | judge_listeners(study.test_clips, TEST_SEED, study.metrics))
 
 
 def make_start(config: RunConfig, pretrained: Path) -> str:

@@ -22,6 +22,7 @@ from .evaluation_report import (
     save_figure,
 )
 from .files import write_text
+from .listeners import LISTENERS
 from .mismatch_detectors import BINS, CROSSED, FITTED, SUBSETS
 
 
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 Result = Mapping[str, Any]
 """The content of a result file."""
 
-PRETRAINING = "pretraining"
-"""The name of the result that is no run: that of the shared start."""
+PRETRAINED, LISTENING = "pretraining", "listeners"
+"""The names of the results that are no runs: of the shared start, and of listeners that err in one way alone."""
 REPORT = "tables.md"
 
 TITLES = {
@@ -61,6 +62,8 @@ TABLES = {
 }
 SHUFFLED = ("audio-only", "avcap", "evacap", "without-s", "without-e", "without-se", "without-g")
 NAMING = tuple(column for column in COLUMNS if "gate" not in column)
+RIGHT = ("set", "sound-alikes", "off screen", "distinct")
+"""Of `NAMING`, what should be high: the others say how it goes wrong."""
 
 
 def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
@@ -74,7 +77,7 @@ def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
     for path in Path(folder, "runs").glob("*.json"):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            if result["variant"] not in (*TITLES, PRETRAINING):
+            if result["variant"] not in (*TITLES, PRETRAINED, LISTENING):
                 raise ValueError(f"it is of {result['variant']!r}")
             result["seed"]
         except (ValueError, KeyError, TypeError) as error:
@@ -87,8 +90,8 @@ def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def is_run(result: Result) -> bool:
-    """Whether it is that of a variant, and not that of the shared start."""
-    return result["variant"] != PRETRAINING
+    """Whether it is that of a variant."""
+    return result["variant"] in TITLES
 
 
 def write_report(folder: str | os.PathLike) -> list[Path]:
@@ -135,14 +138,14 @@ def as_markdown(results: Sequence[Result], plots: Sequence[str] = ()) -> str:
     for heading, names in TABLES.items():
         present = [name for name in names if name in runs]
         if len(present) > 1:
-            head = ["model", "seeds", "params", *(METRICS[name] for name in metrics), *NAMING]
+            head = ["model", "seeds", "params", *(METRICS[name] for name in metrics), *RIGHT]
             rows = [
                 [
                     TITLES[name],
                     str(len(runs[name])),
                     f"{runs[name][0]['parameters'] / 1e6:.1f} M",
                     *(_cell(_values(runs[name], 0.0, metric)) for metric in metrics),
-                    *(_cell(_values(runs[name], 0.0, column), percent=True) for column in NAMING),
+                    *(_cell(_values(runs[name], 0.0, column), percent=True) for column in RIGHT),
                 ]
                 for name in present
             ]
@@ -150,6 +153,7 @@ def as_markdown(results: Sequence[Result], plots: Sequence[str] = ()) -> str:
     parts += ["", *(f"* {column}: {COLUMNS[column]}" for column in NAMING)]
     parts += _shuffled(runs, metrics)
     parts += _differences(runs)
+    parts += _listeners(results, metrics)
     parts += _detectors(runs)
     parts += _crossed(runs)
     parts += _gates(runs)
@@ -209,6 +213,8 @@ CLAIMS = {
     "distinct lost at 100 %": lambda result: _lost(result, "distinct"),
     "sound-alikes lost at 100 %": lambda result: _lost(result, "sound-alikes"),
     "off screen lost at 100 %": lambda result: _lost(result, "off screen"),
+    "twin at 100 %": lambda result: _value(result, 1.0, "twin"),
+    "invented at 100 %": lambda result: _value(result, 1.0, "invented"),
 }
 """What the paper claims of EVACap, as figures of a run, and their like among the sources named."""
 
@@ -239,7 +245,37 @@ def _differences(runs: Mapping[str, list[Result]]) -> list[str]:
         "",
         *markdown_table(["EVACap less", *CLAIMS], rows),
         "",
-        "The shares lost are of all sources of the column: where the number is below 0, EVACap lost less than the other.",
+        "The shares lost are of all sources of the column. Where the number is below 0, EVACap lost less than the other, "
+        "called fewer sound-alikes by their twin's name, or invented fewer sources.",
+    ]
+
+
+def _listeners(results: Sequence[Result], metrics: Sequence[str]) -> list[str]:
+    found = next((result["listeners"] for result in results if result["variant"] == LISTENING), None)
+    if found is None:
+        return []
+    metrics = [metric for metric in metrics if found["right"].get(metric)]
+    rows = [
+        [
+            listener,
+            *(
+                f"{values[metric]:.3f}<br><sub>{100 * values[metric] / found['right'][metric]:.1f} %</sub>"
+                for metric in metrics
+            ),
+        ]
+        for listener, values in found.items()
+    ]
+    return [
+        "",
+        "## What listeners get that err in one way alone",
+        "",
+        *markdown_table(["listener", *(METRICS[metric] for metric in metrics)], rows),
+        "",
+        *(f"* {listener}: {what}" for listener, what in LISTENERS.items()),
+        "",
+        "No model: captions that the clips' own generator writes from what each listener knows; below each figure its "
+        "share of what `right` gets. A wording drawn at random scores lower than the likeliest one, which a model "
+        "says: compare the shares with what is left of a model's.",
     ]
 
 
@@ -333,6 +369,7 @@ def _gates(runs: Mapping[str, list[Result]]) -> list[str]:
 
 def _provenance(results: Sequence[Result]) -> list[str]:
     rows = []
+    results = [result for result in results if result["variant"] != LISTENING]
     for result in results:
         commit, seconds = result["starts"][-1]["git_commit"] or "–", result["seconds"]
         rows.append(
@@ -358,7 +395,7 @@ def _provenance(results: Sequence[Result]) -> list[str]:
     if len(starts) > 1:
         parts += ["", f"The shared start was trained {len(starts)} times, with different weights."]
     for result in results:
-        if not is_run(result):
+        if result["variant"] == PRETRAINED:
             found = result["retrieval"]
             parts += [
                 "",

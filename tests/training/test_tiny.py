@@ -8,6 +8,7 @@ from transformers import AutoModel
 
 import evacap
 from evacap.model_card import fill_model_card
+from evacap.training.clip_kinds import KINDS, SOUND_ALIKES, UNSEEN
 from evacap.training.clip_scores import as_table, save_evaluation, score, score_model, write_clips
 from evacap.training.clips import make_scene, write_clip
 from evacap.training.procedural_clips import ProceduralClips
@@ -43,26 +44,42 @@ def test_a_training_clip_is_what_its_file_would_be(tmp_path):
 
 def test_scores_count_names():
     scenes = [make_scene(0, "test", index) for index in range(200)]
-    assert set(score(scenes, [scene.captions[0] for scene in scenes]).values()) == {1.0}
+    right, wrong = ("set", "sound-alikes", "off screen", "distinct"), ("twin", "bare", "invented")
+    figures = score(scenes, [scene.captions[0] for scene in scenes])
+    assert figures == {**dict.fromkeys(right, 1.0), **dict.fromkeys(wrong, 0.0)}
     assert set(score(scenes, ["Silence"] * 200).values()) == {0.0}
 
     figures = score(scenes, [f"{scene.captions[0]}, then a bell rings" for scene in scenes])
     assert figures["set"] == np.mean(["bell" in scene.names for scene in scenes])
+    assert figures["invented"] == pytest.approx(1 - figures["set"])
     assert figures["sound-alikes"] == figures["off screen"] == figures["distinct"] == 1.0
 
 
 def test_sound_alikes_are_scored_by_the_picture():
     scenes = [make_scene(0, "test", index) for index in range(300)]
+    nouns = {name: kind.noun for name, kind in (KINDS | UNSEEN).items()}
+
+    def figures_when(instead):
+        called = nouns | {name: nouns[other] for name, other in instead.items()}
+        return score(scenes, [" ".join(called[name] for name in scene.names) for scene in scenes])
+
     twins = {"car": "boat", "rain": "pan", "hammer": "door", "sheep": "goat"}
-    twins |= {second: first for first, second in twins.items()}
-    captions = [" ".join(twins.get(name, name) for name in scene.names) for scene in scenes]
-    figures = score(scenes, captions)
-    assert figures["sound-alikes"] == 0.0
+    figures = figures_when(twins | {second: first for first, second in twins.items()})
+    assert figures["sound-alikes"] == figures["bare"] == figures["invented"] == 0.0
+    assert figures["twin"] == figures["off screen"] == figures["distinct"] == 1.0
+
+    figures = figures_when({kind: KINDS[kind].sound for kind in SOUND_ALIKES})
+    assert figures["sound-alikes"] == figures["twin"] == figures["invented"] == 0.0
+    assert figures["bare"] == figures["off screen"] == figures["distinct"] == 1.0
+
+    figures = figures_when({"engine": "boat", "man": "woman"})
+    assert figures["off screen"] < 1.0 and figures["distinct"] < 1.0
+    assert figures["twin"] == figures["bare"] == 0.0 < figures["invented"] < 1.0
 
 
 def test_table():
     figures = {"tiny": {"matched": {"set": 0.5, "distinct": 0.25, "gate": 0.125}}}
-    assert "| tiny | matched | 50.0% | – | – | 25.0% | 0.12 | – |" in as_table(figures)
+    assert "| tiny | matched | 50.0% | – | – | – | – | 25.0% | – | 0.12 | – |" in as_table(figures)
 
 
 def test_figures_reach_the_model_card(tmp_path):
