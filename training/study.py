@@ -221,6 +221,7 @@ def run_variant(study: Study, name: str, seed: int) -> int:
             folder / "evaluation",
             f"{study.test_clips} procedural test clips",
             shares=SHARES,
+            frames=(0,),
             num_beams=study.num_beams,
             num_workers=workers,
             metrics=study.metrics,

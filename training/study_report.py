@@ -120,9 +120,7 @@ def write_report(folder: str | os.PathLike) -> list[Path]:
 def as_markdown(results: Sequence[Result], plots: Sequence[str] = ()) -> str:
     """All tables, and links to the plots of these names."""
     runs = _by_variant(results)
-    metrics = [
-        name for name in METRICS if any(name in _condition(group[0], 0.0)["metrics"] for group in runs.values())
-    ]
+    metrics = [name for name in METRICS if any(name in _metrics(group[0], 0.0) for group in runs.values())]
     some = next(iter(runs.values()))[0]
     parts = [
         "# The study of mismatch: tables",
@@ -165,15 +163,15 @@ def as_markdown(results: Sequence[Result], plots: Sequence[str] = ()) -> str:
 
 def _shuffled(runs: Mapping[str, list[Result]], metrics: Sequence[str]) -> list[str]:
     names = [name for name in SHUFFLED if name in runs]
-    shares = sorted({condition["shuffle"] for group in runs.values() for condition in group[0]["conditions"]})
-    # A model that does not look says the same at every share.
+    shares = _shares(runs)
+    # A model that does not look says the same always.
     rows = [(share, name) for share in shares for name in names if share == 0 or runs[name][0]["mismatch"] is not None]
     parts = ["", "## Shuffled test videos (layout of the paper's Table 3)", ""]
     head = ["videos shuffled", "model", *(METRICS[name] for name in metrics)]
     parts += markdown_table(
         head,
         [
-            [as_percent(share), TITLES[name], *(_cell(_values(runs[name], share, metric)) for metric in metrics)]
+            [_setting(share), TITLES[name], *(_cell(_values(runs[name], share, metric)) for metric in metrics)]
             for share, name in rows
         ],
     )
@@ -182,12 +180,12 @@ def _shuffled(runs: Mapping[str, list[Result]], metrics: Sequence[str]) -> list[
         head,
         [
             [
-                as_percent(share),
+                _setting(share),
                 TITLES[name],
                 *(_cell(_values(runs[name], share, metric, "retention"), percent=True) for metric in metrics),
             ]
             for share, name in rows
-            if share > 0
+            if share != 0
         ],
     )
     parts += ["", "## Sources named", ""]
@@ -195,7 +193,7 @@ def _shuffled(runs: Mapping[str, list[Result]], metrics: Sequence[str]) -> list[
         ["videos shuffled", "model", *NAMING],
         [
             [
-                as_percent(share),
+                _setting(share),
                 TITLES[name],
                 *(_cell(_values(group, share, column), percent=True) for column in NAMING),
             ]
@@ -418,8 +416,8 @@ def make_plots(results: Sequence[Result]) -> dict[str, "Figure"]:
 def _curves(runs: Mapping[str, list[Result]]) -> "Figure":
     wanted = ("bleu_4", "meteor", "rouge_l", "cider_d", "spider", *NAMING)
     some = next(iter(runs.values()))[0]
-    names = [name for name in wanted if name in _condition(some, 0.0)["metrics"]]
-    shares = sorted(condition["shuffle"] for condition in some["conditions"])
+    names = [name for name in wanted if name in _metrics(some, 0.0)]
+    shares = _shares(runs)
     columns = 4
     lines = -(-len(names) // columns)
     figure = new_figure(11, 2.3 * lines + 0.8)
@@ -431,6 +429,9 @@ def _curves(runs: Mapping[str, list[Result]]) -> "Figure":
             ends = np.array([(min(seeds), max(seeds)) if seeds else (np.nan, np.nan) for seeds in values])
             # Side by side, so that the ranges do not hide each other.
             places = np.arange(len(shares)) + (number - (len(runs) - 1) / 2) * 0.06
+            if None in shares:
+                # No share of shuffled videos: a point beside the curve.
+                places, means, ends = (np.insert(array, -1, np.nan, axis=0) for array in (places, means, ends))
             axes.errorbar(
                 places,
                 means,
@@ -444,12 +445,14 @@ def _curves(runs: Mapping[str, list[Result]]) -> "Figure":
                 label=TITLES[name],
             )
         axes.set_title(METRICS.get(metric, metric), fontsize=9)
-        axes.set_xticks(range(len(shares)), [as_percent(share) for share in shares])
+        axes.set_xticks(range(len(shares)), ["none" if share is None else as_percent(share) for share in shares])
         axes.grid(axis="y", color="0.9", linewidth=0.6)
         clean_axes(axes)
     for axes in panels[len(names) :]:
         axes.set_axis_off()
-    figure.supxlabel("test videos shuffled; mean and range over the training seeds", fontsize=9)
+    figure.supxlabel(
+        "test videos shuffled (none: no video at all); mean and range over the training seeds", fontsize=9
+    )
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     return figure
@@ -489,15 +492,28 @@ def _by_variant(results: Iterable[Result]) -> dict[str, list[Result]]:
     return groups
 
 
-def _condition(result: Result, share: float) -> Mapping[str, Any]:
-    return next(condition for condition in result["conditions"] if condition["shuffle"] == share)
+def _shares(runs: Mapping[str, list[Result]]) -> list[float | None]:
+    """Of shuffled test videos, in ascending order; `None`, where it was tried, for no video at all."""
+    conditions = [condition for group in runs.values() for condition in group[0]["conditions"]]
+    shares = sorted({condition["shuffle"] for condition in conditions if condition["frames"] is None})
+    return [*shares, None] if any(condition["frames"] == 0 for condition in conditions) else shares
 
 
-def _value(result: Result, share: float, metric: str, field: str = "value") -> float | None:
-    return _condition(result, share)["metrics"].get(metric, {}).get(field)
+def _setting(share: float | None) -> str:
+    return "no video" if share is None else as_percent(share)
 
 
-def _values(group: Sequence[Result], share: float, metric: str, field: str = "value") -> list[float]:
+def _metrics(result: Result, share: float | None) -> Mapping[str, Any]:
+    frames, shuffle = (0, 0.0) if share is None else (None, share)
+    conditions = result["conditions"]
+    return next((one["metrics"] for one in conditions if (one["frames"], one["shuffle"]) == (frames, shuffle)), {})
+
+
+def _value(result: Result, share: float | None, metric: str, field: str = "value") -> float | None:
+    return _metrics(result, share).get(metric, {}).get(field)
+
+
+def _values(group: Sequence[Result], share: float | None, metric: str, field: str = "value") -> list[float]:
     values = [_value(result, share, metric, field) for result in group]
     return [value for value in values if value is not None]
 

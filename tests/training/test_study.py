@@ -152,7 +152,13 @@ def test_a_run_leaves_its_result_and_is_not_run_again(small, capsys):
     assert result["settings"]["optimization.learning_rate"] == 0.01
     assert {"git_commit", "versions", "command"} <= result["starts"][0].keys()
     assert result["seconds"]["training"] > 0 and result["seconds"]["evaluation"] > 0
-    assert [condition["shuffle"] for condition in result["conditions"]] == [0.0, 0.05, 0.5, 1.0]
+    assert [condition["setting"] for condition in result["conditions"]] == [
+        "own videos",
+        "5 % of the videos swapped",
+        "50 % of the videos swapped",
+        "100 % of the videos swapped",
+        "no video",
+    ]
     assert all("clips" not in condition for condition in result["conditions"])
     assert {"bleu_4", "distinct", "sound-alikes"} <= result["conditions"][0]["metrics"].keys()
     assert result["start"] == json.loads((small.results / "runs" / "pretraining.json").read_text())["start"]
@@ -161,7 +167,7 @@ def test_a_run_leaves_its_result_and_is_not_run_again(small, capsys):
     mismatch = result["mismatch"]
     assert mismatch["auc"].keys() == SUBSETS.keys()
     for curve in ("entropy", "gate"):
-        area = result["conditions"][-1][curve]["auc"]["value"]
+        area = result["conditions"][3][curve]["auc"]["value"]
         assert mismatch["auc"]["all"][f"{curve}, by clip"] == pytest.approx(area, abs=0.03)
     assert mismatch["gate"]["mean"] == pytest.approx(result["conditions"][0]["gate"]["matched"], abs=1e-4)
     for pair in mismatch["histograms"].values():
@@ -292,9 +298,10 @@ def test_only_the_interaction_tells_whether_sound_and_picture_belong_together():
 def made_by_hand(variant: str, seed: int, cider: float, left: float, distinct: float, lost: float) -> dict:
     """A result file: CIDEr and what is left of it at 100 %, distinct sources named and how many fewer at 100 %."""
 
-    def condition(share: float) -> dict:
+    def condition(share: float, frames: int | None = None) -> dict:
         return {
             "shuffle": share,
+            "frames": frames,
             "metrics": {
                 "cider_d": {"value": cider * (1 - share * (1 - left)), "retention": 1 - share * (1 - left)},
                 **{name: {"value": distinct - share * lost} for name in NAMING},
@@ -330,7 +337,7 @@ def made_by_hand(variant: str, seed: int, cider: float, left: float, distinct: f
         "start": "abc",
         "parameters": 2_300_000,
         "skipped": ["spice"],
-        "conditions": [condition(share) for share in (0.0, 0.5, 1.0)],
+        "conditions": [*map(condition, (0.0, 0.5, 1.0)), condition(0.0, frames=0)],
         "mismatch": None if variant == "audio-only" else mismatch,
     }
 
@@ -376,7 +383,8 @@ def test_tables_of_known_results(tmp_path):
     assert not any("Table 2" in heading or "Table 4" in heading for heading in found)
     third = found["Shuffled test videos (layout of the paper's Table 3)"]
     assert [row[:2] for row in third if row[0] == "100 %"] == [["100 %", "AVCap"], ["100 %", "EVACap (SMS 5 %)"]] * 2
-    assert third[-1] == ["100 %", "EVACap (SMS 5 %)", "60.0 %<br><sub>± 28.3</sub>"]
+    assert third[-1] == ["no video", "EVACap (SMS 5 %)", "100.0 %<br><sub>± 0.0</sub>"]
+    assert third[-3] == ["100 %", "EVACap (SMS 5 %)", "60.0 %<br><sub>± 28.3</sub>"]
     named = found["Sources named"]
     assert ["100 %", "AVCap", *["75.0 %<br><sub>± 7.1</sub>"] * 7] in named
     differences = found["EVACap less the others, seed by seed"]
