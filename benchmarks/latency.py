@@ -29,6 +29,7 @@ from benchmarks.measure import (
     synchronize,
 )
 from benchmarks.subjects import SIZES, make_config, make_inputs, make_model
+from evacap.training.evaluation_report import new_figure, save_figure
 from evacap.training.files import write_text
 
 
@@ -267,13 +268,11 @@ def comparisons(results: Results) -> str:
 
 def plot(results: Results, path: Path) -> None:
     """Total time against the number of frames, one clip, most beams: the paper's figure 2 with the floor beside it."""
-    from matplotlib import pyplot
-
     rows = results.rows
     batch, beams = min(row["batch"] for row in rows), max(row["beams"] for row in rows)
     dtypes = [dtype for dtype in DTYPES if any(row["dtype"] == dtype for row in rows)]
-    size = (5 * len(dtypes), 4)
-    figure, axes = pyplot.subplots(1, len(dtypes), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    figure = new_figure(5 * len(dtypes), 4)
+    axes = figure.subplots(1, len(dtypes), squeeze=False, sharey=True)
     for axis, dtype in zip(axes[0], dtypes):
         for color, variant in enumerate(VARIANTS):
             points = [row for row in rows if (row["dtype"], row["variant"]) == (dtype, variant)]
@@ -291,10 +290,7 @@ def plot(results: Results, path: Path) -> None:
         axis.grid(axis="y", alpha=0.3)
         axis.legend()
     figure.suptitle(f"Captioning, batch {batch}, {beams} beams")
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=150)
-    partial.replace(path)
-    pyplot.close(figure)
+    save_figure(figure, path, dpi=150)
 
 
 def main(argv: list[str] | None = None) -> None:
