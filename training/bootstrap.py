@@ -155,7 +155,8 @@ def roc_auc(higher: np.ndarray, lower: np.ndarray, draws: np.ndarray | None = No
 
     Args:
         higher (`np.ndarray` of shape `(clips,)`): The number, of the group where it should be high.
-        lower (`np.ndarray` of shape `(clips,)`): The same clips in the other group.
+        lower (`np.ndarray` of shape `(clips,)`): The same clips in the other group; without `draws` it may have another
+            size.
         draws (`np.ndarray` of shape `(resamples, clips)`, *optional*): How often each clip counts.
 
     Returns:
@@ -164,7 +165,7 @@ def roc_auc(higher: np.ndarray, lower: np.ndarray, draws: np.ndarray | None = No
     values, places = np.unique(np.concatenate([higher, lower]), return_inverse=True)
     places = np.split(places.ravel(), [len(higher)])
     areas = []
-    for weights in np.ones((1, len(higher))) if draws is None else draws:
+    for weights in [None] if draws is None else draws:
         high, low = (np.bincount(place, weights, len(values)) for place in places)
         areas.append(_divide(np.array([high @ (low.cumsum() - low / 2), high.sum() * low.sum()])))
     return float(areas[0]) if draws is None else np.array(areas)

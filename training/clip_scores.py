@@ -31,8 +31,8 @@ COLUMNS = {
     "distinct": "all other sources that are named: the sound tells",
     "invented": "clips whose caption names a source that sounds like none of theirs",
     "gate": "mean of the fusion gate",
-    "gate AUC": "chance that the gate stands higher with a clip's own video than with another's, where a sound-alike is "
-    "on screen",
+    "gate AUC": "chance that the gate stands higher with a clip's own video than with another's, where each of the two "
+    "shows a sounding sound-alike",
 }
 
 
@@ -149,8 +149,11 @@ def score_model(
             figures[condition]["gate"] = gates[condition].mean().item()
     if gates["matched"] is not None:
         needed = torch.tensor([any(needs_picture(event) for event in scene.events) for scene in scenes])
-        higher = gates["matched"][needed][:, None] > gates["swapped"][needed]
-        figures["swapped"]["gate AUC"] = higher.double().mean().item()
+        # A gate that opens for some pictures more than for others, whatever sounds, tells nothing: like with like.
+        both = needed & needed.roll(1)
+        if both.any():
+            higher = gates["matched"][needed][:, None] > gates["swapped"][both]
+            figures["swapped"]["gate AUC"] = higher.double().mean().item()
     return figures
 
 

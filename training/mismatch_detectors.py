@@ -23,7 +23,9 @@ SUBSETS: dict[str, Callable[[Clip], bool]] = {
     "all on screen": lambda clip: all(event["on_screen"] for event in clip.extra["events"]),
     "picture needed": lambda clip: any(event["on_screen"] and event["sound_alike"] for event in clip.extra["events"]),
 }
-"""Clips: all of them; those whose sources are all on screen; those with a source that only the picture names."""
+"""Clips: all of them; those whose sources are all on screen; those with a source that only the picture names. A swapped
+pair belongs where the clip of its sound does and that of its picture: otherwise a figure that knows nothing but what
+kind of picture it is would tell the two apart."""
 BINS = 50
 """Of the histograms, from 0 to 1."""
 FITTED = "entropy, fitted"
@@ -79,7 +81,8 @@ def detect_mismatch(
         for batch in loader
     ]
     sounds, pictures = (torch.cat(part) for part in zip(*parts))
-    places = {"own": torch.arange(len(clips)), "swapped": torch.tensor(choose_videos(clips, 1.0, seed))}
+    videos = np.array(choose_videos(clips, 1.0, seed))
+    places = {"own": torch.arange(len(clips)), "swapped": torch.from_numpy(videos)}
 
     cosines = {
         name: F.cosine_similarity(sounds.mean(1), pictures.mean(1)[index]).numpy() for name, index in places.items()
@@ -93,15 +96,15 @@ def detect_mismatch(
             name: _look(encoder.fusion, sounds, pictures[index], batch_size, device) for name, index in places.items()
         }
         (own, own_gate), (swapped, swapped_gate) = states["own"], states["swapped"]
-        # The first of each pair should be the higher one.
+        # What should be high with the own picture.
         figures |= {
-            "entropy, by clip": (swapped.mean((1, 2)), own.mean((1, 2))),
-            "entropy, by token": (swapped.mean(1), own.mean(1)),
+            "entropy, by clip": (-own.mean((1, 2)), -swapped.mean((1, 2))),
+            "entropy, by token": (-own.mean(1), -swapped.mean(1)),
             **{
-                f"entropy, head {head + 1}": (swapped[:, head].mean(1), own[:, head].mean(1))
+                f"entropy, head {head + 1}": (-own[:, head].mean(1), -swapped[:, head].mean(1))
                 for head in range(own.shape[1])
             },
-            FITTED: _fitted(_summary(swapped), _summary(own)),
+            FITTED: _fitted(_summary(own), _summary(swapped)),
         }
         histograms = {"entropy": (own.mean(1), swapped.mean(1))}
         result["paired"] = _above(*figures["entropy, by clip"])
@@ -125,7 +128,6 @@ def detect_mismatch(
             for sound in tqdm(sounds[:CROSSED], desc="sounds with all pictures", unit="sound")
         ]
         entropies, gates = (np.stack([row[place].mean(-1) for row in rows]) for place in (0, 1))
-        # What should be high with the own picture.
         crossed |= {"entropy": -entropies.mean(2)}
         crossed |= {f"entropy, head {head + 1}": -entropies[:, :, head] for head in range(entropies.shape[2])}
         if model.config.gate_type != "none":
@@ -133,11 +135,26 @@ def detect_mismatch(
     areas = {}
     for subset, belongs in SUBSETS.items():
         chosen = np.array([belongs(clip) for clip in clips])
-        if chosen.any():
-            areas[subset] = {
-                name: roc_auc(high[chosen].ravel(), low[chosen].ravel()) for name, (high, low) in figures.items()
-            }
+        if (chosen & chosen[videos]).any():
+            areas[subset] = {name: own_above(*pair, chosen, videos) for name, pair in figures.items()}
     return {"auc": areas, **result, "crossed": {name: cross(table) for name, table in crossed.items()}}
+
+
+def own_above(own: np.ndarray, swapped: np.ndarray, chosen: np.ndarray, videos: np.ndarray) -> float:
+    """
+    The chance that a figure stands higher with the own picture than with another's, among the chosen clips.
+
+    Args:
+        own (`np.ndarray` of shape `(clips, ...)`), swapped (`np.ndarray` of the same shape): The figure of each clip's
+            sound with its own and with another's picture.
+        chosen (`np.ndarray` of shape `(clips,)`): bool.
+        videos (`np.ndarray` of shape `(clips,)`): The clip whose picture `swapped` has; one that is not chosen does not
+            count.
+
+    Returns:
+        `float`: The area under the ROC curve, 0 to 1. (ours)
+    """
+    return roc_auc(own[chosen].ravel(), swapped[chosen & chosen[videos]].ravel())
 
 
 def cross(table: np.ndarray) -> dict[str, float]:
@@ -193,14 +210,14 @@ def _summary(entropies: np.ndarray) -> np.ndarray:
     return np.concatenate([entropies.mean(2), entropies.std(2), entropies.min(2)], 1)
 
 
-def _fitted(swapped: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What a linear discriminant with a ridge says of clips that it has not seen, for `(swapped, own)` (clips,)."""
+def _fitted(own: np.ndarray, swapped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What a linear discriminant with a ridge says of clips that it has not seen, for `(own, swapped)` (clips,)."""
     scores = np.empty((2, len(own)))
     half = np.arange(len(own)) % 2 == 0
     for seen in (half, ~half):
-        known = np.concatenate([swapped[seen], own[seen]])
+        known = np.concatenate([own[seen], swapped[seen]])
         centre, scale = known.mean(0), known.std(0) + 1e-9
-        one, other = ((values - centre) / scale for values in (swapped, own))
+        one, other = ((values - centre) / scale for values in (own, swapped))
         within = np.cov(np.concatenate([values[seen] - values[seen].mean(0) for values in (one, other)]).T)
         direction = np.linalg.solve(within + RIDGE * np.eye(len(within)), one[seen].mean(0) - other[seen].mean(0))
         # The two readouts have each their own scale.

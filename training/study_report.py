@@ -306,7 +306,8 @@ def _detectors(runs: Mapping[str, list[Result]]) -> list[str]:
         "each clip. Fitted: a linear readout of each head's mean, deviation and lowest entropy, fitted to one half of "
         "the clips and tried on the other. Best head: the one furthest from 0.5 on either side, chosen on these very "
         "clips. Similarity: the cosine between the means of the towers' tokens, which no gate sees. Clips: all; those "
-        "whose sources are all on screen; those with a source that only the picture names.",
+        "whose sources are all on screen; those with a source that only the picture names; the other's video is that of "
+        "such a clip as well.",
         *(
             ["", f"Clips whose entropy is higher with another's video than with their own: {'; '.join(paired)}."]
             if paired

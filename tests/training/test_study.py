@@ -18,7 +18,7 @@ from training_runs import SMALL
 from evacap.modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from evacap.training.bootstrap import roc_auc
 from evacap.training.building import make_processor_and_config
-from evacap.training.mismatch_detectors import BINS, SUBSETS, _fitted, cross
+from evacap.training.mismatch_detectors import BINS, SUBSETS, _fitted, cross, own_above
 from evacap.training.pretraining import TEMPERATURE, contrast, pretrain
 from evacap.training.procedural_clips import ProceduralClips
 from evacap.training.run_config import load_run_config
@@ -270,11 +270,23 @@ def test_the_contrast_is_the_formula():
 def test_the_fitted_readout_finds_what_is_there_and_nothing_else():
     rng = np.random.default_rng(0)
     own, swapped = rng.normal(size=(2, 400, 6))
-    assert 0.4 < roc_auc(*_fitted(swapped, own)) < 0.6
+    assert 0.4 < roc_auc(*_fitted(own, swapped)) < 0.6
     # Nothing that a mean over the columns would show.
     swapped += np.array([2, -2, 0, 0, 0, 0])
-    assert roc_auc(*_fitted(swapped, own)) > 0.95
+    assert roc_auc(*_fitted(own, swapped)) > 0.95
     assert abs(roc_auc(swapped.mean(1), own.mean(1)) - 0.5) < 0.1
+
+
+def test_a_figure_that_knows_the_picture_alone_tells_nothing():
+    rng = np.random.default_rng(0)
+    pictures, videos = rng.normal(size=3000), np.roll(np.arange(3000), 1)
+    swapped, bright = pictures[videos], pictures > 0
+    assert own_above(pictures, swapped, np.full(3000, True), videos) == pytest.approx(0.5)
+    assert own_above(pictures, swapped, bright, videos) == pytest.approx(0.5, abs=0.03)
+    # As it would be where the others' pictures are of all kinds.
+    assert roc_auc(pictures[bright], swapped[bright]) > 0.7
+    tokens = np.stack([pictures, pictures], 1)
+    assert own_above(tokens + 9, tokens[videos], bright, videos) == 1.0
 
 
 def test_only_the_interaction_tells_whether_sound_and_picture_belong_together():
