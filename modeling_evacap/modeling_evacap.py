@@ -575,55 +575,77 @@ def attention_and_entropy(
         probabilities (batch_size, num_heads, T_a, T_v), the last two in float32 or better.
     """
     scores = _at_least_float32(torch.matmul(query * scaling, key.transpose(2, 3)))
-    # Masked scores are 0 in the product below, as their gradient would overflow.
-    finite = scores
-    if mask is not None:
-        hidden = ~mask[:, None, None, :]
-        finite = scores.masked_fill(hidden, 0.0)
+    hidden = None if mask is None else ~mask[:, None, None, :]
+    if hidden is not None:
         scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    # What follows does not depend on the highest score, and would lose its digits where that is large.
+    scores = scores - scores.detach().amax(-1, keepdim=True)
+    # Masked scores are 0 in the product below, as their gradient would overflow.
+    finite = scores if hidden is None else scores.masked_fill(hidden, 0.0)
     weights = scores.softmax(-1)
     # H = logsumexp(s) - sum(P s) is -sum(P log P) with a gradient that stays finite where P is 0.
     entropy = scores.logsumexp(-1) - (weights * finite).sum(-1)
     return torch.matmul(weights.to(value.dtype), value), entropy, weights
 
 
+class _BlockwiseAttentionAndEntropy(torch.autograd.Function):
+    """
+    Attention and its entropy from blocks of scores, which the derivative computes again: dH/ds_j = -P_j (log P_j + H),
+    beside what attention itself has. (ours)
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask, scaling):
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.scaling = scaling
+        context, values = torch.empty_like(query.flatten(0, 1)), value.flatten(0, 1)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        entropy = torch.empty(context.shape[:2], dtype=dtype, device=query.device)
+        for block, scores in score_blocks(query * scaling, key, mask):
+            log_weights = _at_least_float32(scores).log_softmax(-1)
+            weights = log_weights.exp()
+            context[block] = torch.bmm(weights.to(value.dtype), values[block[0]])
+            entropy[block] = -torch.linalg.vecdot(weights, log_weights)
+        return context.view_as(query), entropy.view(query.shape[:3])
+
+    @staticmethod
+    def backward(ctx, of_context, of_entropy):
+        query, key, value, mask = ctx.saved_tensors
+        queries, keys, values = (tensor.flatten(0, 1) for tensor in (query, key, value))
+        of_context, of_entropy = of_context.flatten(0, 1).to(value.dtype), of_entropy.flatten(0, 1)[..., None]
+        of_query = torch.empty_like(queries)
+        # Sums over the blocks of queries.
+        of_key, of_value = (torch.zeros_like(tensor, dtype=of_entropy.dtype) for tensor in (keys, values))
+        for block, scores in score_blocks(query * ctx.scaling, key, mask):
+            rows = block[0]
+            log_weights = _at_least_float32(scores).log_softmax(-1)
+            weights = log_weights.exp()
+            of_value[rows] += torch.bmm(weights.to(value.dtype).transpose(1, 2), of_context[block])
+            # Masked log-weights are as low as can be: 0 in the product with their weights, and before any other.
+            terms = weights * log_weights
+            of_weights = _at_least_float32(torch.bmm(of_context[block], values[rows].transpose(1, 2)))
+            mean = torch.linalg.vecdot(weights, of_weights)[..., None] - of_entropy[block] * terms.sum(
+                -1, keepdim=True
+            )
+            of_scores = weights * (of_weights - mean) - of_entropy[block] * terms
+            of_scores = (of_scores * ctx.scaling).to(key.dtype)
+            of_query[block] = torch.bmm(of_scores, keys[rows])
+            of_key[rows] += torch.bmm(of_scores.transpose(1, 2), queries[block])
+        of_key, of_value = of_key.to(key.dtype).view_as(key), of_value.to(value.dtype).view_as(value)
+        return of_query.view_as(query), of_key, of_value, None, None
+
+
 def fused_attention_and_entropy(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor, None]:
     """
-    The same as [`attention_and_entropy`] without ever holding the probabilities of more than a block (ours).
-
-    With s the scores and P the probabilities, H = logsumexp(s) - q · sum_j P_j k_j · scaling: the keys are one more
-    value for the attention kernel. Its derivative is dH/ds_j = -P_j (s_j - sum(P s)), which is that of the second term
-    alone when q and k_j count as constants in it and only P moves. So the log-sum-exp needs no gradient.
-
-    Inference on a CPU computes each block once instead, which is faster there than the kernel.
+    The same as [`attention_and_entropy`] without ever holding the probabilities of more than a block (ours). No kernel
+    gives the entropy as well, and to find it beside one takes a second pass over the scores.
     """
     if mask is not None:
         # A row without any key sees all of its padding: its result is never used, but must not be not a number.
         mask = mask | ~mask.any(1, keepdim=True)
-    entropy = torch.empty(
-        query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32), device=query.device
-    ).flatten(0, 1)
-    if query.device.type == "cpu" and not torch.is_grad_enabled():
-        context, values = torch.empty_like(query.flatten(0, 1)), value.flatten(0, 1)
-        for block, scores in score_blocks(query * scaling, key, mask):
-            scores = _at_least_float32(scores)
-            weights = scores.softmax(-1)
-            context[block] = torch.bmm(weights.to(value.dtype), values[block[0]])
-            entropy[block] = scores.logsumexp(-1) - torch.linalg.vecdot(weights, scores)
-        return context.view_as(query), entropy.view(query.shape[:3]), None
-    context, attended_key = (
-        F.scaled_dot_product_attention(
-            query, key, values, attn_mask=None if mask is None else mask[:, None, None, :], scale=scaling
-        )
-        for values in (value, key.detach())
-    )
-    with torch.no_grad():
-        for block, scores in score_blocks(query * scaling, key, mask):
-            entropy[block] = _at_least_float32(scores).logsumexp(-1)
-    mean_score = (_at_least_float32(query.detach()) * _at_least_float32(attended_key)).sum(-1) * scaling
-    return context, entropy.view(query.shape[:3]) - mean_score, None
+    return *_BlockwiseAttentionAndEntropy.apply(query, key, value, mask, scaling), None
 
 
 class EVACapGatedCrossAttention(nn.Module):
