@@ -460,8 +460,12 @@ def _curves(runs: Mapping[str, list[Result]]) -> "Figure":
 
 
 def _histograms(runs: Mapping[str, list[Result]]) -> "Figure":
-    figure = new_figure(2.2 * len(runs) + 0.4, 4)
-    panels = figure.subplots(2, len(runs), squeeze=False)
+    columns = min(len(runs), 6)
+    blocks = -(-len(runs) // columns)
+    figure = new_figure(2.2 * columns + 0.4, 3.8 * blocks + 0.3)
+    # By clip above by token, and so again for the next variants.
+    panels = figure.subplots(2 * blocks, columns, squeeze=False).reshape(blocks, 2, columns)
+    panels = panels.transpose(1, 0, 2).reshape(2, -1)
     edges = np.linspace(0, 1, BINS + 1)
     filled = [
         np.nonzero(counts)[0][0]
@@ -480,6 +484,8 @@ def _histograms(runs: Mapping[str, list[Result]]) -> "Figure":
             axes.set_title(f"{TITLES[name]}\nby {unit}: AUC {area}", fontsize=7)
             clean_axes(axes)
             axes.tick_params(labelsize=7)
+    for axes in panels[:, len(runs) :].ravel():
+        axes.set_axis_off()
     figure.supxlabel("attention entropy", fontsize=9)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=8, frameon=False)
