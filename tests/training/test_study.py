@@ -34,7 +34,16 @@ from evacap.training.study import (
     towers,
     write_result,
 )
-from evacap.training.study_report import LISTENING, NAMING, TABLES, TITLES, as_markdown, read_results, write_report
+from evacap.training.study_report import (
+    LISTENING,
+    NAMING,
+    PRETRAINED,
+    TABLES,
+    TITLES,
+    as_markdown,
+    read_results,
+    write_report,
+)
 
 
 CHANGES = {
@@ -466,8 +475,9 @@ def test_all_of_the_study_in_minutes(tmp_path, capsys):
     """Longer than its name says only where the machine is busy."""
     arguments = ["--quick", "--output", str(tmp_path / "runs"), "--results", str(tmp_path / "study")]
     assert main(arguments) == 0
-    results = read_results(tmp_path / "study")
-    assert [result["variant"] for result in results] == ["listeners", "pretraining", *VARIANTS]
+    listeners, *results = read_results(tmp_path / "study")
+    assert listeners["variant"] == LISTENING and listeners["settings"]["test.clips"] == 20
+    assert [result["variant"] for result in results] == [PRETRAINED, *VARIANTS]
     assert {result["start"] for result in results} == {results[0]["start"], None}
     found = tables((tmp_path / "study" / "tables.md").read_text())
     for heading, names in TABLES.items():
