@@ -595,9 +595,7 @@ class _BlockwiseAttentionAndEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, mask, scaling):
-        ctx.save_for_backward(query, key, value, mask)
-        ctx.scaling = scaling
+    def forward(query, key, value, mask, scaling):
         context, values = torch.empty_like(query.flatten(0, 1)), value.flatten(0, 1)
         dtype = torch.promote_types(query.dtype, torch.float32)
         entropy = torch.empty(context.shape[:2], dtype=dtype, device=query.device)
@@ -605,8 +603,14 @@ class _BlockwiseAttentionAndEntropy(torch.autograd.Function):
             log_weights = _at_least_float32(scores).log_softmax(-1)
             weights = log_weights.exp()
             context[block] = torch.bmm(weights.to(value.dtype), values[block[0]])
-            entropy[block] = -torch.linalg.vecdot(weights, log_weights)
+            # Not as a dot product, which autocast would take in half precision.
+            entropy[block] = -log_weights.mul_(weights).sum(-1)
         return context.view_as(query), entropy.view(query.shape[:3])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.scaling = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, of_context, of_entropy):
@@ -624,9 +628,7 @@ class _BlockwiseAttentionAndEntropy(torch.autograd.Function):
             # Masked log-weights are as low as can be: 0 in the product with their weights, and before any other.
             terms = weights * log_weights
             of_weights = _at_least_float32(torch.bmm(of_context[block], values[rows].transpose(1, 2)))
-            mean = torch.linalg.vecdot(weights, of_weights)[..., None] - of_entropy[block] * terms.sum(
-                -1, keepdim=True
-            )
+            mean = (weights * of_weights - of_entropy[block] * terms).sum(-1, keepdim=True)
             of_scores = weights * (of_weights - mean) - of_entropy[block] * terms
             of_scores = (of_scores * ctx.scaling).to(key.dtype)
             of_query[block] = torch.bmm(of_scores, keys[rows])

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from ..processing.processing_evacap import EVACapProcessor
+from .bootstrap import roc_auc
 from .clip_captions import names_in_caption
 from .clip_kinds import KINDS, SOUND_ALIKES, name_of
 from .clips import Event, Scene, make_scene, write_clip
@@ -26,7 +27,7 @@ COLUMNS = {
     "set": "clips whose caption names the right set of sources, and no other",
     "sound-alikes": "sound-alike sources on screen that are named: only the picture tells which of two it is",
     "twin": "sound-alike sources on screen that are called by the name of the other of the two",
-    "bare": "sound-alike sources on screen that get only the word of their pair, as those off screen do",
+    "bare": "sound-alike sources on screen that get the word of their pair, as those off screen do, and not their name",
     "off screen": "sound-alike sources off screen that get the word of their pair, as nobody can know more",
     "distinct": "all other sources that are named: the sound tells",
     "invented": "clips whose caption names a source that sounds like none of theirs",
@@ -152,8 +153,8 @@ def score_model(
         # A gate that opens for some pictures more than for others, whatever sounds, tells nothing: like with like.
         both = needed & needed.roll(1)
         if both.any():
-            higher = gates["matched"][needed][:, None] > gates["swapped"][both]
-            figures["swapped"]["gate AUC"] = higher.double().mean().item()
+            pair = gates["matched"][needed], gates["swapped"][both]
+            figures["swapped"]["gate AUC"] = roc_auc(*(gate.double().numpy() for gate in pair))
     return figures
 
 

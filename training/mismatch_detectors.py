@@ -167,7 +167,7 @@ def cross(table: np.ndarray) -> dict[str, float]:
             the sounds, columns the pictures.
 
     Returns:
-        * `sound`, `picture`, `interaction`: their shares of the variance;
+        * `sound`, `picture`, `interaction`: their shares of the variance, 0 where there is none;
         * `own`: the chance that a sound's figure stands higher with its own picture than with another's;
         * `own, by interaction`: the same where the mean of each picture over all sounds is taken off. (ours)
     """
@@ -176,7 +176,7 @@ def cross(table: np.ndarray) -> dict[str, float]:
     interaction = table - table.mean() - sound - picture
     parts = {"sound": sound, "picture": picture, "interaction": interaction}
     variance = table.var()
-    shares = {name: float(part.var() / variance) if variance else float("nan") for name, part in parts.items()}
+    shares = {name: float(part.var() / variance) if variance else 0.0 for name, part in parts.items()}
     return shares | {"own": _own_above(table), "own, by interaction": _own_above(interaction)}
 
 

@@ -32,7 +32,7 @@ from ..processing.processing_evacap import EVACapProcessor
 from .audiocaps import CLIP_SECONDS, EXTENSIONS
 from .files import write_text
 from .manifest import Entry
-from .worker_pool import Lost, WorkerPool
+from .worker_pool import Lost, WorkerPool, num_cores
 
 
 VERSION = 1
@@ -148,7 +148,7 @@ def prepare(
     todo = [(path, row) for path, rows in shards.items() if not path.exists() for row in rows]
     try:
         if todo:
-            workers = min(num_workers or _num_cores(), len(todo))
+            workers = min(num_workers or num_cores(), len(todo))
             make = FeatureMaker(_storing(processor, num_frames, fps), jpeg_quality)
             bar = tqdm(total=len(entries), initial=len(entries) - len(todo), desc=split, unit="clip")
             with bar, closing(WorkerPool(make, workers, SECONDS_A_CLIP, __name__)) as pool:
@@ -210,10 +210,6 @@ def _begin(output: Path, settings: dict[str, Any], split: str, entries: list[Ent
     for partial in (output / "data").glob(f".{split}-*.partial"):
         partial.unlink()
     write_text(output / PREPARATION_FILE, json.dumps(preparation, indent=2) + "\n")
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _storing(processor: EVACapProcessor, num_frames: int | None, fps: float | None) -> EVACapProcessor:

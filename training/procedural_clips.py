@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,15 @@ from tqdm.auto import tqdm
 from transformers.video_utils import VideoMetadata
 
 from ..processing.processing_evacap import EVACapProcessor
+from . import clip_kinds, clip_pictures, clip_sounds, clips
 from .clip_sounds import SAMPLING_RATE
 from .clips import make_scene, render_frames, render_waveform
 
 
 CLIP_FPS = 10
 RENDERED_AT_ONCE = 64
+RENDERERS = (clip_kinds, clip_pictures, clip_sounds, clips)
+"""The modules whose code decides what a clip is."""
 ROUNDING = 1e-4
 """Of a feature: from process to process it was seen to move by 2e-6."""
 
@@ -72,7 +76,8 @@ class KeptProceduralClips(ProceduralClips):
     The same clips, rendered once into a folder, for all runs that learn from them.
 
     A stream is a NumPy file there, which is whole or not there; processes that begin at once write it each for itself.
-    One whose first clip is not what would be rendered now is replaced; a difference in the last digits of a sum, which
+    Other settings and another code of the clips have other files. One whose first clip is not what would be rendered now
+    is replaced; a difference in the last digits of a sum, which
     come out otherwise in another process, is none.
 
     Args:
@@ -112,13 +117,15 @@ class KeptProceduralClips(ProceduralClips):
         rendered = _Stream(ProceduralClips(self.processor, self.num_clips, self.split, self.seed), stream)
         # Where its code is does not matter to what it makes.
         settings = {name: value for name, value in maker.to_dict().items() if name != "auto_map"}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
-        path = folder / f"{self.split}-{self.seed}-{self.num_clips}-{stream}-{digest}.npy"
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        for module in RENDERERS:
+            digest.update(Path(module.__file__).read_bytes())
+        path = folder / f"{self.split}-{self.seed}-{self.num_clips}-{stream}-{digest.hexdigest()[:12]}.npy"
         first = rendered[0]
         if path.exists() and _alike(np.load(path, mmap_mode="r")[0], first):
             return path
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         loader = DataLoader(
             rendered,
             RENDERED_AT_ONCE,

@@ -116,7 +116,7 @@ class Study:
         if variant.pretrained:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, start=str(output / "start")))
         if self.keep_clips:
-            # Reading them takes no process of its own.
+            # To read them in training takes no process of its own.
             changes = {"kept_clips": str(self.output / "clips"), "num_workers": 0}
             config = dataclasses.replace(config, resources=dataclasses.replace(config.resources, **changes))
         return config
@@ -211,7 +211,8 @@ def run_variant(study: Study, name: str, seed: int) -> int:
             status = train(config)
         if status:
             return status
-    workers = config.resources.num_workers
+    # Test clips are not kept.
+    workers = dataclasses.replace(study, keep_clips=False).run_config(name, seed).resources.num_workers
     make_clips = partial(make_test_clips, study.test_clips)
     forget_accelerator()
     with stopwatch(folder, "evaluation"):

@@ -17,6 +17,11 @@ ITEMS_AHEAD = 8
 """Items for each worker that may be begun before the first of them is done."""
 
 
+def num_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Lost:
     """Stands for the result of an item whose worker ended: `reason` says how."""

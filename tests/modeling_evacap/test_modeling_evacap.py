@@ -184,6 +184,24 @@ def test_large_scores_leave_the_gradient_of_the_entropy_as_it_is(attend, offset,
         assert (value - exact).norm() < tolerance * exact.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sharpness", [0.3, 4.0])
+def test_the_entropy_keeps_its_digits_under_autocast(dtype, sharpness):
+    rng = torch.Generator().manual_seed(0)
+    inputs = [(sharpness * torch.randn(2, 4, n, 16, generator=rng)).to(dtype).requires_grad_() for n in (50, 196, 196)]
+    mask = torch.arange(196) < torch.tensor([[196], [100]])
+    results = []
+    for attend in (attention_and_entropy, fused_attention_and_entropy):
+        with torch.autocast("cpu", dtype):
+            entropy = attend(*inputs, mask, 0.25)[1]
+            results.append((entropy, torch.autograd.grad(entropy.sum(), inputs[:2])))
+    (expected, gradients), (found, fused_gradients) = results
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for one, other in zip(gradients, fused_gradients, strict=True):
+        assert (one.float() - other.float()).norm() < 0.05 * one.float().norm()
+
+
 def test_the_fusion_holds_no_probabilities_unless_asked():
     fusion = build(gate_weight_init=-1.0).model.encoder.fusion
     audio, video = torch.randn(2, 8, 32, requires_grad=True), torch.randn(2, 6, 32)

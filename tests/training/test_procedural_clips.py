@@ -1,12 +1,14 @@
 """Procedural clips that are rendered once and kept are those that are rendered each time."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from evacap.processing.processing_evacap import EVACapProcessor
+from evacap.training import clip_sounds
 from evacap.training.procedural_clips import KeptProceduralClips, ProceduralClips
 from evacap.training.tiny import tiny_processor
 
@@ -66,6 +68,14 @@ def test_kept_clips_of_another_renderer_are_replaced(tmp_path):
     kept = KeptProceduralClips(tiny_processor("audio_only"), 4, folder=tmp_path)
     rendered = ProceduralClips(tiny_processor("audio_only"), 4)
     np.testing.assert_allclose(kept.features(2), rendered.features(2), rtol=0, atol=1e-5)
+
+
+def test_clips_of_another_code_have_other_files(tmp_path, monkeypatch):
+    path = KeptProceduralClips(tiny_processor("audio_only"), 4, folder=tmp_path).paths["audio"]
+    code = tmp_path / "code.py"
+    code.write_bytes(Path(clip_sounds.__file__).read_bytes() + b"# another")
+    monkeypatch.setattr(clip_sounds, "__file__", str(code))
+    assert KeptProceduralClips(tiny_processor("audio_only"), 4, folder=tmp_path).paths["audio"] != path
 
 
 def test_a_rendering_that_fails_leaves_nothing(tmp_path, monkeypatch):
