@@ -106,4 +106,4 @@ def test_the_bundled_checkpoint_hears_sees_and_looks_away(tmp_path):
     assert tiny["matched"]["set"] >= 0.8
     assert tiny["matched"]["sound-alikes"] >= 0.8 and twin["matched"]["sound-alikes"] <= 0.6
     assert tiny["swapped"]["distinct"] >= twin["swapped"]["distinct"] - 0.03
-    assert tiny["swapped"]["gate AUC"] > 0.5
+    assert tiny["swapped"]["gate AUC"] > 0.6
