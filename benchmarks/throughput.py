@@ -25,12 +25,13 @@ from transformers import BertTokenizer, pipeline
 import evacap
 from benchmarks.measure import DTYPES, Results, argument_parser, interleave, markdown, seconds, summary
 from benchmarks.subjects import make_config, make_model
-from evacap.commands.caption import find_media, usable_cores
+from evacap.commands.caption import find_media
 from evacap.modeling_evacap.presets import get_preset
 from evacap.processing.model_processor import make_processor
 from evacap.processing.pipeline_evacap import AudioVisualCaptioningPipeline
 from evacap.training.clips import make_scene, write_clip
 from evacap.training.files import write_text
+from evacap.training.worker_pool import usable_cores
 
 
 MODELS = ("tiny", "full")

@@ -20,7 +20,7 @@ from .collator import EVACapDataCollator
 from .prepared_clips import PreparedClips, StreamedClips
 from .procedural_clips import KeptProceduralClips, ProceduralClips
 from .run_config import DataSection, ModelSection, RunConfig
-from .worker_pool import num_cores
+from .worker_pool import usable_cores
 
 
 def make_processor_and_config(section: ModelSection) -> tuple[EVACapProcessor, EVACapConfig]:
@@ -85,7 +85,7 @@ def make_clips(
     split = data.split if split is None else split
     if data.procedural is not None:
         if kept_clips is not None:
-            return KeptProceduralClips(processor, data.procedural, split, seed, kept_clips, num_cores())
+            return KeptProceduralClips(processor, data.procedural, split, seed, kept_clips, usable_cores())
         return ProceduralClips(processor, data.procedural, split, seed)
     augmentation = None
     if augment and data.augmentation is not None:

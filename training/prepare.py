@@ -32,7 +32,7 @@ from ..processing.processing_evacap import EVACapProcessor
 from .audiocaps import CLIP_SECONDS, EXTENSIONS
 from .files import write_text
 from .manifest import Entry
-from .worker_pool import Lost, WorkerPool, num_cores
+from .worker_pool import Lost, WorkerPool, usable_cores
 
 
 VERSION = 1
@@ -148,7 +148,7 @@ def prepare(
     todo = [(path, row) for path, rows in shards.items() if not path.exists() for row in rows]
     try:
         if todo:
-            workers = min(num_workers or num_cores(), len(todo))
+            workers = min(num_workers or usable_cores(), len(todo))
             make = FeatureMaker(_storing(processor, num_frames, fps), jpeg_quality)
             bar = tqdm(total=len(entries), initial=len(entries) - len(todo), desc=split, unit="clip")
             with bar, closing(WorkerPool(make, workers, SECONDS_A_CLIP, __name__)) as pool:

@@ -17,7 +17,7 @@ ITEMS_AHEAD = 8
 """Items for each worker that may be begun before the first of them is done."""
 
 
-def num_cores() -> int:
+def usable_cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -180,6 +180,8 @@ def _append_captions(arguments: argparse.Namespace, media: list[str], total: int
     # Read when torch is loaded: its threads would wait actively, on cores that the reading processes need. With as many
     # of either as cores that took five times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from ..training.worker_pool import usable_cores
+
     captioner = load_captioner(arguments)
     gated = arguments.json and captioner.model.config.fusion_type == "gated_cross_attention"
     failures = 0
@@ -283,7 +285,3 @@ def caption(
             print(f"evacap caption: {' '.join(str(error).split())}", file=sys.stderr)
             # Enough for what the workers hold: what they are reading, what they have ready, what they were asked for.
             careful = 0 if careful else 4 * num_workers * batch_size
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

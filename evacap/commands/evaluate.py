@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..training.evaluation import evaluate
     from ..training.evaluation_report import as_text, has_matplotlib, write_report
     from ..training.prepared_clips import PreparedClips
-    from .caption import usable_cores
+    from ..training.worker_pool import usable_cores
 
     workers = arguments.workers
     if workers is None:
