@@ -43,7 +43,7 @@ style: $(VENV)/.installed-dev
 tiny: install
 	$(BIN)/evacap train tiny
 	$(BIN)/evacap train tiny model.preset=audio-only output=runs/tiny_audio_only
-	$(BIN)/python -m evacap.training.clip_scores runs/tiny/model runs/tiny_audio_only/model
+	$(BIN)/python -m evacap.training.procedural.scores runs/tiny/model runs/tiny_audio_only/model
 
 # Thirty runs of at most 12 minutes on two cores. Stopped at any moment, it goes on; a run that is in docs/study is done.
 study: $(VENV)/.installed-dev

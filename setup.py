@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
+
+# The top-level folders that install as sub-packages of `evacap`.
+FOLDERS = ["modeling_evacap", "processing", "training"]
+FOUND = find_packages(include=["evacap*", *(f"{folder}*" for folder in FOLDERS)])
 
 EXTRAS = {
     "torchaudio": ["torchaudio>=2.11"],
@@ -22,20 +26,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=[
-        "evacap",
-        "evacap.commands",
-        "evacap.modeling_evacap",
-        "evacap.processing",
-        "evacap.training",
-        "evacap.training.caption_metrics",
-    ],
-    package_dir={
-        "evacap": "evacap",
-        "evacap.modeling_evacap": "modeling_evacap",
-        "evacap.processing": "processing",
-        "evacap.training": "training",
-    },
+    packages=[name if name.split(".")[0] == "evacap" else f"evacap.{name}" for name in FOUND],
+    package_dir={"evacap": "evacap", **{f"evacap.{folder}": folder for folder in FOLDERS}},
     package_data={
         "evacap": ["model_card.md", "tiny/*", "tiny_audio_only/*"],
         "evacap.training": ["configs/*.yaml", "configs/accelerate/*.yaml", "configs/study/*.yaml"],

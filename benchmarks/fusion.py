@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks import products
 from benchmarks.measure import DTYPES, Results, argument_parser, markdown, peak_memory, timed
 from benchmarks.subjects import SIZES, make_config
-from evacap.modeling_evacap.modeling_evacap import EVACapGatedCrossAttention
+from evacap.modeling_evacap.fusion_evacap import EVACapGatedCrossAttention
 from evacap.training.files import write_text
 
 

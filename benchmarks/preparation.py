@@ -19,10 +19,10 @@ from pathlib import Path
 from benchmarks.measure import machine, markdown
 from evacap.modeling_evacap.presets import PRESETS, get_preset
 from evacap.processing.model_processor import make_processor
-from evacap.training.clip_captions import build_tokenizer
-from evacap.training.clips import write_dataset
-from evacap.training.manifest import Entry, read_manifest
-from evacap.training.prepare import prepare
+from evacap.training.data.manifest import Entry, read_manifest
+from evacap.training.data.prepare import prepare
+from evacap.training.procedural.captions import build_tokenizer
+from evacap.training.procedural.scenes import write_dataset
 
 
 DISTINCT_CLIPS = 8

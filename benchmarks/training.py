@@ -33,12 +33,12 @@ from benchmarks.measure import (
 from benchmarks.subjects import SIZES, make_config, make_model
 from evacap.modeling_evacap.presets import get_preset
 from evacap.processing.model_processor import make_processor
-from evacap.training.clip_captions import build_tokenizer
-from evacap.training.collator import EVACapDataCollator
+from evacap.training.data.collator import EVACapDataCollator
+from evacap.training.data.prepared_clips import PreparedClips
 from evacap.training.files import write_text
 from evacap.training.optimization import make_optimizer
-from evacap.training.prepared_clips import PreparedClips
-from evacap.training.procedural_clips import ProceduralClips
+from evacap.training.procedural.captions import build_tokenizer
+from evacap.training.procedural.dataset import ProceduralClips
 from evacap.training.run_config import OptimizationSection
 
 

@@ -48,7 +48,7 @@ _MODULES = {
     "processing.pipeline_evacap": ["AudioVisualCaptioningPipeline"],
     "processing.processing_evacap": ["EVACapProcessor"],
     "processing.video_processing_evacap": ["EVACapVideoProcessor"],
-    "training.collator": ["EVACapDataCollator"],
+    "training.data.collator": ["EVACapDataCollator"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import transformers
 
 import evacap
-from evacap.training.manifest import read_manifest
+from evacap.training.data.manifest import read_manifest
 
 
 class Clips:

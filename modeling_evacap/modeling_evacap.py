@@ -13,8 +13,6 @@
 # limitations under the License.
 """PyTorch EVACap model: audio-visual captioning with entropy-gated cross-attention."""
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,16 +37,14 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention_evacap import blockwise_attention_forward, eager_attention_forward
 from .configuration_evacap import EVACapAudioConfig, EVACapConfig, EVACapTextConfig, EVACapVideoConfig
+from .fusion_evacap import EVACapGatedCrossAttention
+from .loss_evacap import gate_stability, label_smoothed_kl, semantic_consistency
 
 
 # Tokens of the longest caption, with [CLS] and [SEP] (AVCap).
 MAX_CAPTION_LENGTH = 40
-
-# Where attention scores are not held all at once: how many bytes of them are, and of how many queries at most. On a CPU
-# they stay in its cache.
-SCORE_BYTES_AT_ONCE = {"cpu": 2**21, "cuda": 2**25}
-QUERIES_AT_ONCE = 256
 
 # Tokens that pass an MLP at a time on a CPU: its inner results then take 11 MB in float32 at the paper's width.
 ROWS_AT_ONCE = 896
@@ -149,78 +145,6 @@ def interpolate_in_time(table: torch.Tensor, num_steps: int, step_mask: torch.Te
     upper = (lower + 1).clamp(max=table_steps - 1)
     weight = (position - lower).to(table.dtype)[..., None, None]
     return torch.lerp(table[lower], table[upper], weight)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-def score_blocks(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
-) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
-    """
-    The scores of attention, block by block.
-
-    Args:
-        query (`torch.Tensor` of shape `(batch_size, num_heads, queries, head_dim)`): Already scaled.
-        key (`torch.Tensor` of shape `(batch_size, num_heads, keys, head_dim)`): As many heads.
-        mask (`torch.BoolTensor` of shape `(batch_size, keys)`, *optional*): The keys that exist.
-
-    Yields:
-        Where a block is, rows of `batch_size * num_heads` and queries, and its scores (rows, queries, keys). Those of
-        masked keys are the least number of the dtype.
-    """
-    num_heads, num_keys = key.shape[1:3]
-    query, key = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)
-    size = SCORE_BYTES_AT_ONCE.get(query.device.type, SCORE_BYTES_AT_ONCE["cuda"]) // query.element_size()
-    num_queries = min(query.shape[1], QUERIES_AT_ONCE, max(1, size // num_keys))
-    num_rows = max(1, size // (num_queries * num_keys))
-    hidden = None if mask is None else ~mask.repeat_interleave(num_heads, 0)[:, None]
-    for row in range(0, query.shape[0], num_rows):
-        rows = slice(row, row + num_rows)
-        for start in range(0, query.shape[1], num_queries):
-            block = rows, slice(start, start + num_queries)
-            scores = torch.bmm(query[block], key[rows])
-            if hidden is not None:
-                scores.masked_fill_(hidden[rows], torch.finfo(scores.dtype).min)
-            yield block, scores
-
-
-def blockwise_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, None]:
-    """
-    Inference in bfloat16 on a CPU: eager attention over blocks of scores, which stay in the cache. PyTorch's fused
-    kernel there is no faster in bfloat16 than in float32 (`benchmarks/README.md`).
-    """
-    output, values = torch.empty_like(query.flatten(0, 1)), value.flatten(0, 1)
-    # Products with it are faster where the keys lie side by side.
-    key = key.transpose(2, 3).contiguous().transpose(2, 3)
-    # Bidirectional attention: all queries of a row see the same keys.
-    mask = None if attention_mask is None else attention_mask[:, 0, 0].expand(query.shape[0], -1)
-    for block, scores in score_blocks(query * scaling, key, mask):
-        output[block] = torch.bmm(scores.softmax(-1), values[block[0]])
-    return output.view_as(query).transpose(1, 2), None
 
 
 class EVACapAttention(nn.Module):
@@ -545,179 +469,6 @@ class EVACapJointEncoder(EVACapPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
         return BaseModelOutput(last_hidden_state=self.layernorm(hidden_states))
-
-
-def _count_visible(video: torch.Tensor, video_mask: torch.Tensor | None) -> torch.Tensor:
-    """The number of video tokens that exist (batch_size, 1)."""
-    if video_mask is None:
-        return torch.full((video.shape[0], 1), video.shape[1], device=video.device)
-    return video_mask.sum(1, keepdim=True)
-
-
-def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def attention_and_entropy(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    Attention with its probabilities and their entropy in nats (paper, equations 1 and 2, before its normalisation).
-
-    Args:
-        query (`torch.Tensor` of shape `(batch_size, num_heads, T_a, head_dim)`): Of the audio.
-        key, value (`torch.Tensor` of shape `(batch_size, num_heads, T_v, head_dim)`): Of the video.
-        mask (`torch.BoolTensor` of shape `(batch_size, T_v)`, *optional*): The keys that exist.
-        scaling (`float`): Factor of the scores.
-
-    Returns:
-        The context (batch_size, num_heads, T_a, head_dim), the entropy (batch_size, num_heads, T_a) and the
-        probabilities (batch_size, num_heads, T_a, T_v), the last two in float32 or better.
-    """
-    scores = _at_least_float32(torch.matmul(query * scaling, key.transpose(2, 3)))
-    hidden = None if mask is None else ~mask[:, None, None, :]
-    if hidden is not None:
-        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-    # What follows does not depend on the highest score, and would lose its digits where that is large.
-    scores = scores - scores.detach().amax(-1, keepdim=True)
-    # Masked scores are 0 in the product below, as their gradient would overflow.
-    finite = scores if hidden is None else scores.masked_fill(hidden, 0.0)
-    weights = scores.softmax(-1)
-    # H = logsumexp(s) - sum(P s) is -sum(P log P) with a gradient that stays finite where P is 0.
-    entropy = scores.logsumexp(-1) - (weights * finite).sum(-1)
-    return torch.matmul(weights.to(value.dtype), value), entropy, weights
-
-
-class _BlockwiseAttentionAndEntropy(torch.autograd.Function):
-    """
-    Attention and its entropy from blocks of scores, which the derivative computes again: dH/ds_j = -P_j (log P_j + H),
-    beside what attention itself has. (ours)
-    """
-
-    @staticmethod
-    def forward(query, key, value, mask, scaling):
-        context, values = torch.empty_like(query.flatten(0, 1)), value.flatten(0, 1)
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        entropy = torch.empty(context.shape[:2], dtype=dtype, device=query.device)
-        for block, scores in score_blocks(query * scaling, key, mask):
-            log_weights = _at_least_float32(scores).log_softmax(-1)
-            weights = log_weights.exp()
-            context[block] = torch.bmm(weights.to(value.dtype), values[block[0]])
-            # Not as a dot product, which autocast would take in half precision.
-            entropy[block] = -log_weights.mul_(weights).sum(-1)
-        return context.view_as(query), entropy.view(query.shape[:3])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.scaling = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx, of_context, of_entropy):
-        query, key, value, mask = ctx.saved_tensors
-        queries, keys, values = (tensor.flatten(0, 1) for tensor in (query, key, value))
-        of_context, of_entropy = of_context.flatten(0, 1).to(value.dtype), of_entropy.flatten(0, 1)[..., None]
-        of_query = torch.empty_like(queries)
-        # Sums over the blocks of queries.
-        of_key, of_value = (torch.zeros_like(tensor, dtype=of_entropy.dtype) for tensor in (keys, values))
-        for block, scores in score_blocks(query * ctx.scaling, key, mask):
-            rows = block[0]
-            log_weights = _at_least_float32(scores).log_softmax(-1)
-            weights = log_weights.exp()
-            of_value[rows] += torch.bmm(weights.to(value.dtype).transpose(1, 2), of_context[block])
-            # Masked log-weights are as low as can be: 0 in the product with their weights, and before any other.
-            terms = weights * log_weights
-            of_weights = _at_least_float32(torch.bmm(of_context[block], values[rows].transpose(1, 2)))
-            mean = (weights * of_weights - of_entropy[block] * terms).sum(-1, keepdim=True)
-            of_scores = weights * (of_weights - mean) - of_entropy[block] * terms
-            of_scores = (of_scores * ctx.scaling).to(key.dtype)
-            of_query[block] = torch.bmm(of_scores, keys[rows])
-            of_key[rows] += torch.bmm(of_scores.transpose(1, 2), queries[block])
-        of_key, of_value = of_key.to(key.dtype).view_as(key), of_value.to(value.dtype).view_as(value)
-        return of_query.view_as(query), of_key, of_value, None, None
-
-
-def fused_attention_and_entropy(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor, None]:
-    """
-    The same as [`attention_and_entropy`] without ever holding the probabilities of more than a block (ours). No kernel
-    gives the entropy as well, and to find it beside one takes a second pass over the scores.
-    """
-    if mask is not None:
-        # A row without any key sees all of its padding: its result is never used, but must not be not a number.
-        mask = mask | ~mask.any(1, keepdim=True)
-    return *_BlockwiseAttentionAndEntropy.apply(query, key, value, mask, scaling), None
-
-
-class EVACapGatedCrossAttention(nn.Module):
-    """
-    The entropy-gated cross-attention (paper, equations 1 to 3): audio tokens query the picture, and a gate that
-    closes where the attention is undecided mixes what they find into the audio.
-    """
-
-    def __init__(self, config: EVACapConfig):
-        super().__init__()
-        self.num_heads = config.audio_config.num_attention_heads
-        self.head_dim = config.audio_config.hidden_size // self.num_heads
-        self.scaling = self.head_dim**-0.5
-        self.gate_type = config.gate_type
-        self.gate_weight_init = config.gate_weight_init
-        self.gate_bias_init = config.gate_bias_init
-        width = config.audio_config.hidden_size
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(config.video_config.hidden_size, width)
-        self.v_proj = nn.Linear(config.video_config.hidden_size, width)
-        if self.gate_type == "entropy":
-            self.gate_weight = nn.Parameter(torch.empty(1))
-            self.gate_bias = nn.Parameter(torch.empty(1))
-        elif self.gate_type == "learned":
-            self.gate = nn.Linear(2 * width, 1)
-
-    def forward(
-        self,
-        audio: torch.Tensor,
-        video: torch.Tensor,
-        video_mask: torch.Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        r"""
-        Args:
-            audio (`torch.Tensor` of shape `(batch_size, T_a, hidden_size)`): Audio tokens A, the queries.
-            video (`torch.Tensor` of shape `(batch_size, T_v, video_hidden_size)`): Video tokens V, keys and values.
-            video_mask (`torch.BoolTensor` of shape `(batch_size, T_v)`, *optional*): The video tokens that exist. A
-                row without any keeps its audio as it is, with a gate and an entropy of exactly 0.
-            output_attentions (`bool`, *optional*, defaults to `False`): Whether to return the probabilities, which
-                otherwise are never held whole.
-
-        Returns:
-            The fused sequence (batch_size, T_a, hidden_size), the gate and the entropy (batch_size, T_a) and the
-            attention probabilities (batch_size, num_heads, T_a, T_v) or `None`.
-        """
-        query = self.q_proj(audio).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        key = self.k_proj(video).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        value = self.v_proj(video).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-
-        attend = attention_and_entropy if output_attentions else fused_attention_and_entropy
-        context, entropy, weights = attend(query, key, value, video_mask, self.scaling)
-        context = context.transpose(1, 2).flatten(2)
-        visible = _count_visible(video, video_mask)
-        entropy = entropy.mean(1) / visible.clamp(min=2).log()
-        entropy = entropy.clamp(0, 1).masked_fill(visible < 2, 0.0)
-
-        if self.gate_type == "entropy":
-            gate = torch.sigmoid(self.gate_weight.float() * entropy + self.gate_bias.float())
-        elif self.gate_type == "learned":
-            gate = torch.sigmoid(self.gate(torch.cat([audio, context], dim=-1)).float()).squeeze(-1)
-        else:
-            gate = torch.ones_like(entropy)
-        gate = gate.masked_fill(visible == 0, 0.0)
-
-        # A row without video takes its audio from the second branch, whatever its padding holds.
-        fused = torch.lerp(_at_least_float32(audio), _at_least_float32(context), gate[..., None].to(entropy.dtype))
-        fused = fused.to(audio.dtype)
-        fused = torch.where((visible > 0)[..., None], fused, audio)
-        return fused, gate, entropy, weights
 
 
 class EVACapEncoder(EVACapPreTrainedModel):
@@ -1206,67 +957,6 @@ def shift_tokens_right(labels: torch.Tensor, pad_token_id: int, decoder_start_to
     """The decoder's input (batch_size, length) for `labels`: the start token, then the labels but their last."""
     shifted = F.pad(labels[:, :-1], (1, 0), value=decoder_start_token_id)
     return shifted.masked_fill(shifted == -100, pad_token_id)
-
-
-def label_smoothed_kl(
-    logits: torch.Tensor, labels: torch.Tensor, epsilon: float, num_items_in_batch: int | torch.Tensor | None = None
-) -> torch.Tensor:
-    """
-    The KL divergence of the prediction to the smoothed target: probability 1 - epsilon on the true class,
-    epsilon / (n - 1) on each other (AVCap). With `epsilon=0` it is the cross-entropy.
-
-    Args:
-        logits (`torch.Tensor` of shape `(batch_size, length, n)`): Scores over the vocabulary.
-        labels (`torch.LongTensor` of shape `(batch_size, length)`): True classes; -100 is not counted.
-        epsilon (`float`): Probability taken from the true class.
-        num_items_in_batch (`int` or `torch.Tensor`, *optional*): Tokens to divide by, where a batch is accumulated in
-            parts; by default the tokens of `labels`.
-    """
-    counted = labels != -100
-    log_probabilities = logits.float().log_softmax(-1)
-    true_class = log_probabilities.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
-    loss = -true_class
-    if epsilon > 0:
-        share = epsilon / (logits.shape[-1] - 1)
-        others = log_probabilities.sum(-1) - true_class
-        negative_entropy = (1 - epsilon) * math.log(1 - epsilon) + epsilon * math.log(share)
-        loss = negative_entropy - (1 - epsilon) * true_class - share * others
-    total = loss.masked_fill(~counted, 0.0).sum()
-    return total / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
-
-
-def gate_stability(gate: torch.Tensor, num_rows: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """
-    The mean squared difference between the gates of neighbouring audio time steps (the paper names the term, the
-    formula is ours). A clip without a picture counts as perfectly stable.
-
-    Args:
-        gate (`torch.Tensor` of shape `(batch_size, num_rows * steps)`): The gate of each audio token, mel row by row.
-        num_rows (`int`): Mel rows, over which the gates are averaged first.
-        token_mask (`torch.BoolTensor` of shape `(batch_size, num_rows * steps)`, *optional*): The tokens that exist.
-    """
-    change = gate.unflatten(1, (num_rows, -1)).mean(1).diff(dim=1).square()
-    if token_mask is None:
-        return change.sum() / max(change.numel(), 1)
-    exists = token_mask.unflatten(1, (num_rows, -1))[:, 0]
-    pairs = exists[:, 1:] & exists[:, :-1]
-    return change.masked_fill(~pairs, 0.0).sum() / pairs.sum().clamp(min=1)
-
-
-def semantic_consistency(matched: torch.Tensor, swapped: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """
-    KL(p(y|a,v) ‖ p(y|a,v̂)), mean over the tokens of samples whose video was swapped, without a gradient through the
-    matched side (the paper names the term, the formula is ours).
-
-    Args:
-        matched (`torch.Tensor` of shape `(samples, length, n)`): Scores with the own video.
-        swapped (`torch.Tensor` of shape `(samples, length, n)`): Scores with the other video.
-        labels (`torch.LongTensor` of shape `(samples, length)`): -100 is not counted.
-    """
-    counted = labels != -100
-    target = matched.detach()[counted].float().log_softmax(-1)
-    prediction = swapped[counted].float().log_softmax(-1)
-    return F.kl_div(prediction, target, reduction="sum", log_target=True) / counted.sum().clamp(min=1)
 
 
 class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):

@@ -13,14 +13,14 @@ from ..modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from ..modeling_evacap.presets import get_preset
 from ..processing.model_processor import load_tokenizer, make_processor
 from ..processing.processing_evacap import EVACapProcessor
-from .augmentation import Augmentation
-from .clip_captions import build_tokenizer
-from .clip_kinds import KINDS
-from .collator import EVACapDataCollator
-from .prepared_clips import PreparedClips, StreamedClips
-from .procedural_clips import KeptProceduralClips, ProceduralClips
+from .data.augmentation import Augmentation
+from .data.collator import EVACapDataCollator
+from .data.prepared_clips import PreparedClips, StreamedClips
+from .data.worker_pool import usable_cores
+from .procedural.captions import build_tokenizer
+from .procedural.dataset import KeptProceduralClips, ProceduralClips
+from .procedural.kinds import KINDS
 from .run_config import DataSection, ModelSection, RunConfig
-from .worker_pool import usable_cores
 
 
 def make_processor_and_config(section: ModelSection) -> tuple[EVACapProcessor, EVACapConfig]:
@@ -132,7 +132,7 @@ def describe_training(config: RunConfig, num_clips: int) -> dict[str, Any]:
     data = config.data
     if data.procedural is not None:
         source = (
-            f"{data.procedural:,} procedural clips of 5 s (`python -m evacap.training.clips`, seed {config.seed}): "
+            f"{data.procedural:,} procedural clips of 5 s (`python -m evacap.training.procedural.scenes`, seed {config.seed}): "
             f"synthesised sounds of {len(KINDS)} kinds and drawn pictures of their sources. For trying and testing: a "
             "model of them knows these kinds and nothing of real recordings"
         )

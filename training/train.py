@@ -31,7 +31,7 @@ from .building import (
     make_validation_clips,
 )
 from .checkpoints import Checkpoints, Models, TrainingState, remove_partial_folders
-from .collator import EVACapDataCollator
+from .data.collator import EVACapDataCollator
 from .optimization import freeze, make_optimizer, make_scheduler
 from .run_config import RunConfig, flatten, load_run_config, shipped_configs
 from .run_log import RunLog, check_settings, command_line, record_start

@@ -5,9 +5,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ..modeling_evacap.modeling_evacap import label_smoothed_kl
+from ..modeling_evacap.loss_evacap import label_smoothed_kl
 from ..processing.processing_evacap import EVACapProcessor
-from .collator import EVACapDataCollator
+from .data.collator import EVACapDataCollator
 from .run_config import RunConfig
 
 
@@ -101,7 +101,7 @@ class Validation:
         if not self.section.metrics:
             return {}
         # Not needed where the loss alone is asked for.
-        from .metrics import compute_metrics
+        from .metrics.compute import compute_metrics
 
         references = self.references[: len(predictions)]
         scores = compute_metrics(predictions, references, metrics=tuple(self.section.metrics))

@@ -180,7 +180,7 @@ def _append_captions(arguments: argparse.Namespace, media: list[str], total: int
     # Read when torch is loaded: its threads would wait actively, on cores that the reading processes need. With as many
     # of either as cores that took five times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from ..training.worker_pool import usable_cores
+    from ..training.data.worker_pool import usable_cores
 
     captioner = load_captioner(arguments)
     gated = arguments.json and captioner.model.config.fusion_type == "gated_cross_attention"

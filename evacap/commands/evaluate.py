@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from ..cli import positive_int, whole_number
-from ..training.metrics import METRICS
+from ..training.metrics.compute import METRICS
 
 
 MAX_WORKERS = 8
@@ -67,10 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..training.evaluation import evaluate
-    from ..training.evaluation_report import as_text, has_matplotlib, write_report
-    from ..training.prepared_clips import PreparedClips
-    from ..training.worker_pool import usable_cores
+    from ..training.data.prepared_clips import PreparedClips
+    from ..training.data.worker_pool import usable_cores
+    from ..training.evaluation.evaluate import evaluate
+    from ..training.evaluation.report import as_text, has_matplotlib, write_report
 
     workers = arguments.workers
     if workers is None:

@@ -16,7 +16,7 @@ from zipfile import BadZipFile, ZipFile
 
 from tqdm import tqdm
 
-from ..training.spice import JARS, find_spice_java, jar_folder
+from ..training.metrics.spice import JARS, find_spice_java, jar_folder
 
 
 ARCHIVE = "https://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip"

@@ -43,9 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..training.audiocaps import read_audiocaps
-    from ..training.manifest import read_manifest
-    from ..training.prepare import prepare
+    from ..training.data.audiocaps import read_audiocaps
+    from ..training.data.manifest import read_manifest
+    from ..training.data.prepare import prepare
 
     if (arguments.audiocaps is None) != (arguments.media is None):
         raise ValueError("--audiocaps and --media belong together: the captions, and the folder with the clips")
@@ -93,7 +93,7 @@ def _processor(model: str | None, preset: str):
     from transformers import AutoProcessor
 
     from ..processing.model_processor import make_processor
-    from ..training.clip_captions import build_tokenizer
+    from ..training.procedural.captions import build_tokenizer
 
     if model is not None:
         return AutoProcessor.from_pretrained(model)

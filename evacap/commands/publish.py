@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard, create_repo, get_token, upload_folder
 from huggingface_hub.utils import validate_repo_id
 
 from ..model_card import check_metadata, fill_model_card, python_examples
-from ..training.clips import make_scene, write_clip
 from ..training.files import write_text
+from ..training.procedural.scenes import make_scene, write_clip
 
 
 CARD = "README.md"

@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from evacap.training.clips import make_scene, write_clip
+    from evacap.training.procedural.scenes import make_scene, write_clip
 
     if arguments.output.is_dir() or arguments.output.suffix.lower() != ".mp4":
         raise ValueError(f"{arguments.output}: must be a file to write, with a name that ends in .mp4")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import long_files, startup, throughput
-from evacap.training.clips import make_scene, write_clip
+from evacap.training.procedural.scenes import make_scene, write_clip
 
 
 def run(benchmark, folder, *options: str) -> list[dict]:

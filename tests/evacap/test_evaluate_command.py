@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 import evacap
 from evacap.cli import main
 from evacap.commands.evaluate import name_checkpoints
-from evacap.training.clips import write_dataset
+from evacap.training.procedural.scenes import write_dataset
 from evacap.training.run_config import CONFIGS
 
 

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModel, AutoProcessor, pipeline
 
 import evacap
-from evacap.training.collator import EVACapDataCollator
-from evacap.training.procedural_clips import ProceduralClips
+from evacap.training.data.collator import EVACapDataCollator
+from evacap.training.procedural.dataset import ProceduralClips
 
 
 def test_the_pipeline_takes_the_precision_that_is_asked_for():

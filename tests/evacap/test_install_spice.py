@@ -10,7 +10,7 @@ import pytest
 
 from evacap.cli import main
 from evacap.commands.install_spice import install_spice
-from evacap.training.spice import JARS, jar_folder
+from evacap.training.metrics.spice import JARS, jar_folder
 
 
 CONTENT = {"parser.jar": b"parser" * 1000, "parser-models.jar": bytes(range(256)) * 20_000}

@@ -11,7 +11,7 @@ import pytest
 import evacap
 from evacap.cli import main
 from evacap.commands.prepare import split_of
-from evacap.training.clips import write_dataset
+from evacap.training.procedural.scenes import write_dataset
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 
 import evacap
 from evacap import cli
-from evacap.training.clips import make_scene, write_clip
+from evacap.training.procedural.scenes import make_scene, write_clip
 
 
 README = Path(__file__).parents[2] / "README.md"

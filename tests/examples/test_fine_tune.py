@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModel, AutoProcessor, pipeline
 
 import evacap
-from evacap.training.clips import make_scene, write_clip
+from evacap.training.procedural.scenes import make_scene, write_clip
 
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "fine_tune.py"

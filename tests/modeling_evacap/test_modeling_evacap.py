@@ -9,20 +9,18 @@ from tiny import BATCH_SIZE, FRAMES, VIDEO_FRAMES, VOCABULARY, tiny_config, tiny
 from transformers import TextStreamer
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from evacap.modeling_evacap import modeling_evacap
+from evacap.modeling_evacap import attention_evacap, modeling_evacap
+from evacap.modeling_evacap.attention_evacap import QUERIES_AT_ONCE, blockwise_attention_forward
 from evacap.modeling_evacap.configuration_evacap import EVACapConfig
+from evacap.modeling_evacap.fusion_evacap import attention_and_entropy, fused_attention_and_entropy
+from evacap.modeling_evacap.loss_evacap import label_smoothed_kl
 from evacap.modeling_evacap.modeling_evacap import (
-    QUERIES_AT_ONCE,
     EVACapDecoderLayer,
     EVACapEncoderLayer,
     EVACapEncoderOutput,
     EVACapForConditionalGeneration,
     EVACapModel,
-    attention_and_entropy,
-    blockwise_attention_forward,
-    fused_attention_and_entropy,
     interpolate_in_time,
-    label_smoothed_kl,
     sincos_position_table,
 )
 
@@ -137,7 +135,7 @@ def test_one_visible_video_token_has_no_entropy():
 @pytest.mark.parametrize("size", [2**21, 4 * 29 * 9 * 8, 7 * 9 * 8])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_entropy_needs_no_probabilities(masked, size, monkeypatch):
-    monkeypatch.setitem(modeling_evacap.SCORE_BYTES_AT_ONCE, "cpu", size)
+    monkeypatch.setitem(attention_evacap.SCORE_BYTES_AT_ONCE, "cpu", size)
     shapes = [(2, 3, 29, 8), (2, 3, 9, 8), (2, 3, 9, 8)]
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     mask = torch.arange(9) < torch.tensor([[9], [4]]) if masked else None
@@ -588,7 +586,7 @@ def test_sdpa_and_eager_agree(fusion_type, attention):
 @pytest.mark.parametrize("size", [2**26, 2**21, 2**12])
 @pytest.mark.parametrize("masked", [False, True])
 def test_blockwise_attention_is_the_attention(masked, size, monkeypatch):
-    monkeypatch.setitem(modeling_evacap.SCORE_BYTES_AT_ONCE, "cpu", size)
+    monkeypatch.setitem(attention_evacap.SCORE_BYTES_AT_ONCE, "cpu", size)
     module, num_queries = torch.nn.Module(), 2 * QUERIES_AT_ONCE + 5
     query, key, value = (torch.randn(2, 3, num_queries, 8) for _ in range(3))
     mask = torch.arange(num_queries) < torch.tensor([num_queries, 4])[:, None, None, None] if masked else None

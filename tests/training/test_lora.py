@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel, AutoProcessor, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 import evacap
-from evacap.training.procedural_clips import ProceduralClips
+from evacap.training.procedural.dataset import ProceduralClips
 
 
 # Queries and values of both towers, of the joint block and of the decoder.

@@ -8,10 +8,10 @@ from transformers import AutoModel
 
 import evacap
 from evacap.model_card import fill_model_card
-from evacap.training.clip_kinds import KINDS, SOUND_ALIKES, UNSEEN
-from evacap.training.clip_scores import as_table, save_evaluation, score, score_model, write_clips
-from evacap.training.clips import make_scene, write_clip
-from evacap.training.procedural_clips import ProceduralClips
+from evacap.training.procedural.dataset import ProceduralClips
+from evacap.training.procedural.kinds import KINDS, SOUND_ALIKES, UNSEEN
+from evacap.training.procedural.scenes import make_scene, write_clip
+from evacap.training.procedural.scores import as_table, save_evaluation, score, score_model, write_clips
 from evacap.training.tiny import tiny_config, tiny_processor
 
 

@@ -28,9 +28,9 @@ from transformers import (
 )
 
 import evacap
-from evacap.training.clips import make_scene, write_clip
-from evacap.training.metrics import EVALUATE_MODULE
-from evacap.training.procedural_clips import ProceduralClips
+from evacap.training.metrics.compute import EVALUATE_MODULE
+from evacap.training.procedural.dataset import ProceduralClips
+from evacap.training.procedural.scenes import make_scene, write_clip
 from evacap.training.tiny import tiny_config, tiny_processor
 
 

@@ -1,0 +1,189 @@
+# Copyright 2026 The EVACap authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The fusion of EVACap: cross-attention from sound to picture, and the gate that its entropy closes."""
+
+import torch
+from torch import nn
+
+from .attention_evacap import at_least_float32, score_blocks
+from .configuration_evacap import EVACapConfig
+
+
+def _count_visible(video: torch.Tensor, video_mask: torch.Tensor | None) -> torch.Tensor:
+    """The number of video tokens that exist (batch_size, 1)."""
+    if video_mask is None:
+        return torch.full((video.shape[0], 1), video.shape[1], device=video.device)
+    return video_mask.sum(1, keepdim=True)
+
+
+def attention_and_entropy(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Attention with its probabilities and their entropy in nats (paper, equations 1 and 2, before its normalisation).
+
+    Args:
+        query (`torch.Tensor` of shape `(batch_size, num_heads, T_a, head_dim)`): Of the audio.
+        key, value (`torch.Tensor` of shape `(batch_size, num_heads, T_v, head_dim)`): Of the video.
+        mask (`torch.BoolTensor` of shape `(batch_size, T_v)`, *optional*): The keys that exist.
+        scaling (`float`): Factor of the scores.
+
+    Returns:
+        The context (batch_size, num_heads, T_a, head_dim), the entropy (batch_size, num_heads, T_a) and the
+        probabilities (batch_size, num_heads, T_a, T_v), the last two in float32 or better.
+    """
+    scores = at_least_float32(torch.matmul(query * scaling, key.transpose(2, 3)))
+    hidden = None if mask is None else ~mask[:, None, None, :]
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    # What follows does not depend on the highest score, and would lose its digits where that is large.
+    scores = scores - scores.detach().amax(-1, keepdim=True)
+    # Masked scores are 0 in the product below, as their gradient would overflow.
+    finite = scores if hidden is None else scores.masked_fill(hidden, 0.0)
+    weights = scores.softmax(-1)
+    # H = logsumexp(s) - sum(P s) is -sum(P log P) with a gradient that stays finite where P is 0.
+    entropy = scores.logsumexp(-1) - (weights * finite).sum(-1)
+    return torch.matmul(weights.to(value.dtype), value), entropy, weights
+
+
+class _BlockwiseAttentionAndEntropy(torch.autograd.Function):
+    """
+    Attention and its entropy from blocks of scores, which the derivative computes again: dH/ds_j = -P_j (log P_j + H),
+    beside what attention itself has. (ours)
+    """
+
+    @staticmethod
+    def forward(query, key, value, mask, scaling):
+        context, values = torch.empty_like(query.flatten(0, 1)), value.flatten(0, 1)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        entropy = torch.empty(context.shape[:2], dtype=dtype, device=query.device)
+        for block, scores in score_blocks(query * scaling, key, mask):
+            log_weights = at_least_float32(scores).log_softmax(-1)
+            weights = log_weights.exp()
+            context[block] = torch.bmm(weights.to(value.dtype), values[block[0]])
+            # Not as a dot product, which autocast would take in half precision.
+            entropy[block] = -log_weights.mul_(weights).sum(-1)
+        return context.view_as(query), entropy.view(query.shape[:3])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.scaling = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, of_context, of_entropy):
+        query, key, value, mask = ctx.saved_tensors
+        queries, keys, values = (tensor.flatten(0, 1) for tensor in (query, key, value))
+        of_context, of_entropy = of_context.flatten(0, 1).to(value.dtype), of_entropy.flatten(0, 1)[..., None]
+        of_query = torch.empty_like(queries)
+        # Sums over the blocks of queries.
+        of_key, of_value = (torch.zeros_like(tensor, dtype=of_entropy.dtype) for tensor in (keys, values))
+        for block, scores in score_blocks(query * ctx.scaling, key, mask):
+            rows = block[0]
+            log_weights = at_least_float32(scores).log_softmax(-1)
+            weights = log_weights.exp()
+            of_value[rows] += torch.bmm(weights.to(value.dtype).transpose(1, 2), of_context[block])
+            # Masked log-weights are as low as can be: 0 in the product with their weights, and before any other.
+            terms = weights * log_weights
+            of_weights = at_least_float32(torch.bmm(of_context[block], values[rows].transpose(1, 2)))
+            mean = (weights * of_weights - of_entropy[block] * terms).sum(-1, keepdim=True)
+            of_scores = weights * (of_weights - mean) - of_entropy[block] * terms
+            of_scores = (of_scores * ctx.scaling).to(key.dtype)
+            of_query[block] = torch.bmm(of_scores, keys[rows])
+            of_key[rows] += torch.bmm(of_scores.transpose(1, 2), queries[block])
+        of_key, of_value = of_key.to(key.dtype).view_as(key), of_value.to(value.dtype).view_as(value)
+        return of_query.view_as(query), of_key, of_value, None, None
+
+
+def fused_attention_and_entropy(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """
+    The same as [`attention_and_entropy`] without ever holding the probabilities of more than a block (ours). No kernel
+    gives the entropy as well, and to find it beside one takes a second pass over the scores.
+    """
+    if mask is not None:
+        # A row without any key sees all of its padding: its result is never used, but must not be not a number.
+        mask = mask | ~mask.any(1, keepdim=True)
+    return *_BlockwiseAttentionAndEntropy.apply(query, key, value, mask, scaling), None
+
+
+class EVACapGatedCrossAttention(nn.Module):
+    """
+    The entropy-gated cross-attention (paper, equations 1 to 3): audio tokens query the picture, and a gate that
+    closes where the attention is undecided mixes what they find into the audio.
+    """
+
+    def __init__(self, config: EVACapConfig):
+        super().__init__()
+        self.num_heads = config.audio_config.num_attention_heads
+        self.head_dim = config.audio_config.hidden_size // self.num_heads
+        self.scaling = self.head_dim**-0.5
+        self.gate_type = config.gate_type
+        self.gate_weight_init = config.gate_weight_init
+        self.gate_bias_init = config.gate_bias_init
+        width = config.audio_config.hidden_size
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(config.video_config.hidden_size, width)
+        self.v_proj = nn.Linear(config.video_config.hidden_size, width)
+        if self.gate_type == "entropy":
+            self.gate_weight = nn.Parameter(torch.empty(1))
+            self.gate_bias = nn.Parameter(torch.empty(1))
+        elif self.gate_type == "learned":
+            self.gate = nn.Linear(2 * width, 1)
+
+    def forward(
+        self,
+        audio: torch.Tensor,
+        video: torch.Tensor,
+        video_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        r"""
+        Args:
+            audio (`torch.Tensor` of shape `(batch_size, T_a, hidden_size)`): Audio tokens A, the queries.
+            video (`torch.Tensor` of shape `(batch_size, T_v, video_hidden_size)`): Video tokens V, keys and values.
+            video_mask (`torch.BoolTensor` of shape `(batch_size, T_v)`, *optional*): The video tokens that exist. A
+                row without any keeps its audio as it is, with a gate and an entropy of exactly 0.
+            output_attentions (`bool`, *optional*, defaults to `False`): Whether to return the probabilities, which
+                otherwise are never held whole.
+
+        Returns:
+            The fused sequence (batch_size, T_a, hidden_size), the gate and the entropy (batch_size, T_a) and the
+            attention probabilities (batch_size, num_heads, T_a, T_v) or `None`.
+        """
+        query = self.q_proj(audio).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        key = self.k_proj(video).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        value = self.v_proj(video).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+        attend = attention_and_entropy if output_attentions else fused_attention_and_entropy
+        context, entropy, weights = attend(query, key, value, video_mask, self.scaling)
+        context = context.transpose(1, 2).flatten(2)
+        visible = _count_visible(video, video_mask)
+        entropy = entropy.mean(1) / visible.clamp(min=2).log()
+        entropy = entropy.clamp(0, 1).masked_fill(visible < 2, 0.0)
+
+        if self.gate_type == "entropy":
+            gate = torch.sigmoid(self.gate_weight.float() * entropy + self.gate_bias.float())
+        elif self.gate_type == "learned":
+            gate = torch.sigmoid(self.gate(torch.cat([audio, context], dim=-1)).float()).squeeze(-1)
+        else:
+            gate = torch.ones_like(entropy)
+        gate = gate.masked_fill(visible == 0, 0.0)
+
+        # A row without video takes its audio from the second branch, whatever its padding holds.
+        fused = torch.lerp(at_least_float32(audio), at_least_float32(context), gate[..., None].to(entropy.dtype))
+        fused = fused.to(audio.dtype)
+        fused = torch.where((visible > 0)[..., None], fused, audio)
+        return fused, gate, entropy, weights

@@ -1,0 +1,80 @@
+# Copyright 2026 The EVACap authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The loss of EVACap and its regularisers."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def label_smoothed_kl(
+    logits: torch.Tensor, labels: torch.Tensor, epsilon: float, num_items_in_batch: int | torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    The KL divergence of the prediction to the smoothed target: probability 1 - epsilon on the true class,
+    epsilon / (n - 1) on each other (AVCap). With `epsilon=0` it is the cross-entropy.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, length, n)`): Scores over the vocabulary.
+        labels (`torch.LongTensor` of shape `(batch_size, length)`): True classes; -100 is not counted.
+        epsilon (`float`): Probability taken from the true class.
+        num_items_in_batch (`int` or `torch.Tensor`, *optional*): Tokens to divide by, where a batch is accumulated in
+            parts; by default the tokens of `labels`.
+    """
+    counted = labels != -100
+    log_probabilities = logits.float().log_softmax(-1)
+    true_class = log_probabilities.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+    loss = -true_class
+    if epsilon > 0:
+        share = epsilon / (logits.shape[-1] - 1)
+        others = log_probabilities.sum(-1) - true_class
+        negative_entropy = (1 - epsilon) * math.log(1 - epsilon) + epsilon * math.log(share)
+        loss = negative_entropy - (1 - epsilon) * true_class - share * others
+    total = loss.masked_fill(~counted, 0.0).sum()
+    return total / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def gate_stability(gate: torch.Tensor, num_rows: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    The mean squared difference between the gates of neighbouring audio time steps (the paper names the term, the
+    formula is ours). A clip without a picture counts as perfectly stable.
+
+    Args:
+        gate (`torch.Tensor` of shape `(batch_size, num_rows * steps)`): The gate of each audio token, mel row by row.
+        num_rows (`int`): Mel rows, over which the gates are averaged first.
+        token_mask (`torch.BoolTensor` of shape `(batch_size, num_rows * steps)`, *optional*): The tokens that exist.
+    """
+    change = gate.unflatten(1, (num_rows, -1)).mean(1).diff(dim=1).square()
+    if token_mask is None:
+        return change.sum() / max(change.numel(), 1)
+    exists = token_mask.unflatten(1, (num_rows, -1))[:, 0]
+    pairs = exists[:, 1:] & exists[:, :-1]
+    return change.masked_fill(~pairs, 0.0).sum() / pairs.sum().clamp(min=1)
+
+
+def semantic_consistency(matched: torch.Tensor, swapped: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    KL(p(y|a,v) ‖ p(y|a,v̂)), mean over the tokens of samples whose video was swapped, without a gradient through the
+    matched side (the paper names the term, the formula is ours).
+
+    Args:
+        matched (`torch.Tensor` of shape `(samples, length, n)`): Scores with the own video.
+        swapped (`torch.Tensor` of shape `(samples, length, n)`): Scores with the other video.
+        labels (`torch.LongTensor` of shape `(samples, length)`): -100 is not counted.
+    """
+    counted = labels != -100
+    target = matched.detach()[counted].float().log_softmax(-1)
+    prediction = swapped[counted].float().log_softmax(-1)
+    return F.kl_div(prediction, target, reduction="sum", log_target=True) / counted.sum().clamp(min=1)

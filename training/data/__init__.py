@@ -1,0 +1,1 @@
+"""Data: from media files and captions to batches."""

@@ -1,0 +1,1 @@
+"""Evaluation: captions of clips under matched and swapped videos, their scores, and a report."""

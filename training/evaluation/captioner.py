@@ -1,0 +1,434 @@
+"""Captions of sounds with pictures: each clip with its own video, with another's, with fewer frames, or with none."""
+
+import copy
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from ...modeling_evacap.configuration_evacap import EVACapConfig
+from ...modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
+from ...processing.processing_evacap import EVACapProcessor
+from ..data.collator import EVACapDataCollator
+from ..data.prepared_clips import PreparedClips
+from ..files import write_text
+from ..procedural.scenes import make_scene, manifest_entry
+
+
+MakeClips = Callable[[EVACapProcessor], Dataset]
+"""Makes the clips as a processor takes them: [`PreparedClips`] or [`ProceduralClips`] but for their `processor`."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What is known of a test clip besides its sound and picture.
+
+    Args:
+        id (`str`): Its name.
+        references (`list[str]`): Its captions.
+        extra (`dict`): What else its manifest says.
+        has_picture (`bool`): Whether it has a picture.
+    """
+
+    id: str
+    references: list[str]
+    extra: dict[str, Any]
+    has_picture: bool
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Under which clips are captioned.
+
+    Args:
+        shuffle (`float`, *optional*, defaults to 0): Share of the clips whose video is another's.
+        frames (`int`, *optional*): Frames of a video, 0 for none; as many as the checkpoint takes by default.
+    """
+
+    shuffle: float = 0.0
+    frames: int | None = None
+
+    def __str__(self) -> str:
+        if self.frames is not None:
+            return "no video" if self.frames == 0 else f"{self.frames} frame{'s' * (self.frames > 1)}"
+        return "own videos" if self.shuffle == 0 else f"{100 * self.shuffle:g} % of the videos swapped"
+
+
+class Pair(NamedTuple):
+    """A sound and a picture, by the number of their clips; `video` is `None` without a picture, then with 0 `frames`.
+    `frames` is `None` for as many as the checkpoint takes."""
+
+    clip: int
+    video: int | None
+    frames: int | None
+
+
+class Caption(NamedTuple):
+    """What a captioner says of a pair, its mean gate and mean attention entropy, and both over time; `None` without."""
+
+    text: str
+    gate: float | None = None
+    entropy: float | None = None
+    gate_over_time: list[float] | None = None
+    entropy_over_time: list[float] | None = None
+
+
+def list_clips(clips: Dataset, max_clips: int | None = None) -> list[Clip]:
+    """
+    The clips of a split, or the first of them.
+
+    Args:
+        clips ([`PreparedClips`] or [`ProceduralClips`]): The split.
+        max_clips (`int`, *optional*): How many at most.
+    """
+    count = len(clips) if max_clips is None else min(max_clips, len(clips))
+    if isinstance(clips, PreparedClips):
+        rows = clips.rows.data
+        ids = rows.column("id")[:count].to_pylist()
+        with_picture = pc.greater(pc.list_value_length(rows.column("frames")[:count]), 0).to_pylist()
+        return [Clip(ids[i], clips.captions(i), clips.extra(i), with_picture[i]) for i in range(count)]
+    scenes = [make_scene(clips.seed, clips.split, index) for index in range(count)]
+    return [Clip(scene.id, scene.captions, manifest_entry(scene, ""), True) for scene in scenes]
+
+
+def choose_videos(clips: Sequence[Clip], share: float, seed: int = 0) -> list[int | None]:
+    """
+    Whose video each clip is shown with, where a share of the videos is shuffled (paper, table 3; the choice is ours).
+
+    Of n clips `round(share · n)` are chosen, at least two as one video alone has no other place, among those that have
+    a picture; their videos are deranged: each goes to another chosen clip. A smaller share is chosen within a larger.
+
+    Args:
+        clips (`Sequence[Clip]`): All n of them.
+        share (`float`): 0 to 1; at 0 every clip has its own video.
+        seed (`int`, *optional*, defaults to 0): Other seeds give other choices.
+
+    Returns:
+        `list[int | None]`: Numbers of clips, `None` for a clip without a picture.
+
+    Raises:
+        ValueError: If `share` is not within 0 and 1, or fewer than two clips have a picture to be shuffled.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share of {share:g} of the videos cannot be shuffled; choose shares from 0 to 1")
+    pictured = np.array([index for index, clip in enumerate(clips) if clip.has_picture], dtype=int)
+    videos = [index if clip.has_picture else None for index, clip in enumerate(clips)]
+    if share == 0:
+        return videos
+    if len(pictured) < 2:
+        raise ValueError(f"{len(pictured)} of the {len(clips)} clips have a picture: there is none to shuffle")
+    count = max(2, round(share * len(clips)))
+    chosen = np.sort(np.random.default_rng([seed, len(clips)]).permutation(pictured)[:count])
+    rng = np.random.default_rng([seed, len(clips), len(chosen)])
+    deranged = chosen
+    # About one permutation in e has no fixed point.
+    while (deranged == chosen).any():
+        deranged = rng.permutation(chosen)
+    for clip, video in zip(chosen.tolist(), deranged.tolist()):
+        videos[clip] = video
+    return videos
+
+
+class Captioner:
+    """
+    A checkpoint that is to caption pairs, and the file of what it has said.
+
+    Args:
+        name (`str`): What the checkpoint is called.
+        folder (`str` or `os.PathLike`): The checkpoint, or its name on the Hub.
+        output (`str` or `os.PathLike`): Where the captions of all checkpoints go; this one's are in a folder in it.
+    """
+
+    def __init__(self, name: str, folder: str | os.PathLike, output: str | os.PathLike):
+        self.name = name
+        self.folder = os.fspath(folder)
+        self.output = Path(output) / re.sub(r"[^\w.-]+", "-", name)
+        try:
+            self.config = EVACapConfig.from_pretrained(self.folder)
+            self.processor = EVACapProcessor.from_pretrained(self.folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.folder} cannot be loaded: {error}") from error
+
+    def pairs(self, condition: Condition, clips: Sequence[Clip], seed: int = 0) -> list[Pair] | None:
+        """The pairs of all clips under a condition, as far as the checkpoint can tell them apart; `None` if it needs
+        the picture that the condition takes away."""
+        video = self.processor.video_processor
+        if self.processor.modalities == "audio":
+            return [Pair(clip, None, 0) for clip in range(len(clips))]
+        if self.processor.modalities == "video":
+            if condition.frames == 0:
+                return None
+            for clip in clips:
+                if not clip.has_picture:
+                    raise ValueError(f"clip {clip.id!r} has no picture, but {self.name} captions pictures alone")
+        # With a rate, the number of frames may follow the length of the clip.
+        own = video.num_frames if video.fps is None or video.frame_sampling == "middle" else None
+        frames = None if condition.frames == own else condition.frames
+        videos = choose_videos(clips, condition.shuffle, seed)
+        return [
+            Pair(clip, None, 0) if video is None or frames == 0 else Pair(clip, video, frames)
+            for clip, video in enumerate(videos)
+        ]
+
+    def caption(
+        self,
+        batches: Sequence[Sequence[Pair]],
+        clips: Sequence[Clip],
+        make_clips: MakeClips,
+        accelerator: Accelerator,
+        data: str = "",
+        num_beams: int = 4,
+        num_workers: int = 0,
+        progress: tqdm | None = None,
+    ) -> dict[Pair, Caption]:
+        """
+        Captions what is not captioned yet. Every process of `accelerator` takes batches of its own; as a batch is
+        always made of the same pairs, the captions do not depend on the number of processes, nor on whether they were
+        stopped in between.
+
+        Args:
+            batches (`Sequence[Sequence[Pair]]`): Those of a batch have one number of frames.
+            clips (`Sequence[Clip]`): What the numbers in the pairs mean.
+            make_clips (`MakeClips`): Makes them.
+            accelerator (`Accelerator`): Shares the batches out.
+            data (`str`): What the clips are called, so that captions of others are not taken for theirs.
+            num_beams (`int`): Of the search.
+            num_workers (`int`): Processes that read, for each process.
+            progress (`tqdm`, *optional*): Counts the pairs of this process.
+
+        Returns:
+            `dict[Pair, Caption]`: The captions of all pairs, in every process.
+
+        Raises:
+            ValueError: the folder holds captions of other settings, or a clip cannot be read.
+        """
+        model = EVACapForConditionalGeneration.from_pretrained(self.folder)
+        self.parameters = model.num_parameters()
+        self._settle(
+            {
+                "checkpoint": _fingerprint(model, self.processor),
+                "data": data,
+                "num_beams": num_beams,
+                "precision": accelerator.mixed_precision,
+            },
+            accelerator,
+        )
+        numbers = {clip.id: number for number, clip in enumerate(clips)}
+        done = self._read(numbers)
+        # Before any process goes on to write.
+        accelerator.wait_for_everyone()
+        left = [batch for batch in batches if not all(pair in done for pair in batch)]
+        own = left[accelerator.process_index :: accelerator.num_processes]
+        # A bar that is not shown has no such attribute.
+        progress = None if progress is None or progress.disable else progress
+        if progress is not None:
+            finished = max(0, sum(map(len, batches)) // accelerator.num_processes - sum(map(len, own)))
+            progress.initial += finished
+            progress.update(finished)
+        if own:
+            model.to(accelerator.device).eval()
+            loader = DataLoader(
+                _Batches(own, clips, self.processor, make_clips),
+                batch_size=None,
+                num_workers=num_workers,
+                pin_memory=accelerator.device.type == "cuda",
+            )
+            with self._file(accelerator.process_index).open("a", encoding="utf-8") as file:
+                for pairs, inputs in zip(own, loader, strict=True):
+                    if isinstance(inputs, Exception):
+                        raise inputs
+                    inputs = send_to_device(inputs, accelerator.device, non_blocking=True)
+                    with accelerator.autocast():
+                        captions = caption_batch(model, self.processor, inputs, num_beams)
+                    lines = (_to_line(pair, caption, clips) for pair, caption in zip(pairs, captions, strict=True))
+                    file.write("".join(lines))
+                    file.flush()
+                    if progress is not None:
+                        progress.update(len(pairs))
+        accelerator.wait_for_everyone()
+        return self._read(numbers)
+
+    def _file(self, process: int) -> Path:
+        return self.output / f"captions-{process}.jsonl"
+
+    def _settle(self, settings: dict[str, Any], accelerator: Accelerator) -> None:
+        """Makes the folder fit to go on with these settings, or raises."""
+        path = self.output / "settings.json"
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = [
+                f"`{name}` was {before.get(name)!r} and is {settings[name]!r}"
+                for name in settings
+                if before.get(name) != settings[name]
+            ]
+            if changed:
+                raise ValueError(
+                    f"{self.output} holds captions of other settings: {'; '.join(changed)}. Give another --output, or "
+                    "remove it."
+                )
+        elif accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(settings, indent=2) + "\n")
+        if accelerator.is_main_process:
+            for file in self.output.glob("captions-*.jsonl"):
+                data = file.read_bytes()
+                # A line that was being written when the process was killed has no end.
+                os.truncate(file, data.rfind(b"\n") + 1)
+        accelerator.wait_for_everyone()
+
+    def _read(self, numbers: dict[str, int]) -> dict[Pair, Caption]:
+        captions = {}
+        for path in sorted(self.output.glob("captions-*.jsonl")):
+            with path.open(encoding="utf-8") as file:
+                for number, line in enumerate(file, 1):
+                    try:
+                        fields = json.loads(line)
+                        clip, video, frames = fields.pop("clip"), fields.pop("video"), fields.pop("frames")
+                        caption = Caption(**fields)
+                    except (ValueError, KeyError, TypeError, AttributeError) as error:
+                        raise ValueError(
+                            f"{path}: line {number} is no caption that was written here; remove the file to caption "
+                            "its clips again"
+                        ) from error
+                    # Clips that are left out this time may have been there before.
+                    if clip in numbers and (video is None or video in numbers):
+                        captions[Pair(numbers[clip], None if video is None else numbers[video], frames)] = caption
+        return captions
+
+
+@torch.no_grad()
+def caption_batch(
+    model: EVACapForConditionalGeneration, processor: EVACapProcessor, inputs: dict[str, torch.Tensor], num_beams: int
+) -> list[Caption]:
+    """Captions a batch of the model's inputs, on its device."""
+    encoded = model.get_encoder()(**inputs)
+    texts = processor.batch_decode(
+        model.generate(encoder_outputs=encoded, num_beams=num_beams), skip_special_tokens=True
+    )
+    if encoded.fusion_gate is None:
+        return [Caption(text) for text in texts]
+    steps = inputs["input_features"].shape[1] // model.config.audio_config.patch_size
+    # Tokens are numbered by mel row, then by time.
+    over_time = [
+        curve.double().unflatten(1, (-1, steps)).mean(1).cpu()
+        for curve in (encoded.fusion_gate, encoded.attention_entropy)
+    ]
+    means = [curve.mean(1).tolist() for curve in over_time]
+    curves = [[[round(value, 4) for value in row] for row in curve.tolist()] for curve in over_time]
+    return [Caption(*fields) for fields in zip(texts, *means, *curves, strict=True)]
+
+
+def make_batches(stages: Iterable[Sequence[Pair]], batch_size: int) -> list[list[Pair]]:
+    """The pairs of all stages, each once, in batches of one stage and one number of frames."""
+    seen: set[Pair] = set()
+    batches = []
+    for pairs in stages:
+        groups: dict[int | None, list[Pair]] = {}
+        for pair in pairs:
+            if pair not in seen:
+                seen.add(pair)
+                groups.setdefault(pair.frames, []).append(pair)
+        for group in groups.values():
+            batches += [group[first : first + batch_size] for first in range(0, len(group), batch_size)]
+    return batches
+
+
+class PairReader:
+    """Reads sounds and pictures of clips as a processor takes them.
+
+    Args:
+        processor ([`EVACapProcessor`]): The checkpoint's.
+        make_clips (`MakeClips`): Makes the clips.
+    """
+
+    def __init__(self, processor: EVACapProcessor, make_clips: MakeClips, frames: Iterable[int | None] = (None,)):
+        both = processor.modalities
+        self.sounds = make_clips(_view(processor, "audio")) if both != "video" else None
+        self.pictures = {}
+        if both != "audio":
+            self.pictures = {n: make_clips(_view(processor, "video", n)) for n in sorted(frames, key=str) if n != 0}
+
+    def __call__(self, pair: Pair) -> dict[str, torch.Tensor]:
+        """What the data collator takes, without a caption."""
+        features = {}
+        if self.sounds is not None:
+            features["input_features"] = self.sounds[pair.clip]["input_features"]
+        if pair.video is not None and pair.frames in self.pictures:
+            features["pixel_values_videos"] = self.pictures[pair.frames][pair.video]["pixel_values_videos"]
+        return features
+
+
+class _Batches(Dataset):
+    """Ready batches. One that cannot be read is an exception, which says so more clearly than a worker's end."""
+
+    def __init__(
+        self,
+        batches: Sequence[Sequence[Pair]],
+        clips: Sequence[Clip],
+        processor: EVACapProcessor,
+        make_clips: MakeClips,
+    ):
+        self.batches = batches
+        self.clips = clips
+        self.read = PairReader(processor, make_clips, {pair.frames for batch in batches for pair in batch})
+        self.collator = EVACapDataCollator(p_mix=0.0)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor] | Exception:
+        features = []
+        for pair in self.batches[index]:
+            try:
+                features.append(self.read(pair))
+            except (OSError, ValueError, KeyError) as error:
+                names = [self.clips[number].id for number in {pair.clip: 0, pair.video: 0} if number is not None]
+                return ValueError(
+                    f"clip {' with the video of '.join(map(repr, names))} cannot be read ({error}): prepare it again"
+                )
+        batch = self.collator(features)
+        # The places within the batch, which say nothing here.
+        return {name: value for name, value in batch.items() if name not in ("shuffled", "video_index")}
+
+
+def _view(processor: EVACapProcessor, modalities: str, frames: int | None = None) -> EVACapProcessor:
+    """A processor that takes one stream, and another number of frames."""
+    processor = copy.deepcopy(processor)
+    processor.modalities = modalities
+    if frames is not None:
+        video = processor.video_processor
+        video.num_frames = frames
+        if video.frame_sampling == "uniform":
+            video.fps = None
+    return processor
+
+
+def _to_line(pair: Pair, caption: Caption, clips: Sequence[Clip]) -> str:
+    place = {
+        "clip": clips[pair.clip].id,
+        "video": None if pair.video is None else clips[pair.video].id,
+        "frames": pair.frames,
+    }
+    return json.dumps(place | {name: value for name, value in caption._asdict().items() if value is not None}) + "\n"
+
+
+def _fingerprint(model: EVACapForConditionalGeneration, processor: EVACapProcessor) -> str:
+    """A name for what a checkpoint computes, wherever it lies."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("transformers_version", "auto_map")}
+    digest = hashlib.sha256(json.dumps([config, processor.to_dict()], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,467 @@
+"""Captioners judged on test clips, where sound and picture agree and where they do not."""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from tqdm.auto import tqdm
+from transformers.utils.logging import disable_progress_bar
+
+from ..files import write_text
+from ..metrics.bootstrap import (
+    CONFIDENCE,
+    RESAMPLES,
+    Statistic,
+    bleu,
+    draw,
+    interval,
+    mean,
+    meteor,
+    p_value,
+    ratio,
+    roc_auc,
+)
+from ..metrics.compute import METRICS, compute_metrics
+from ..metrics.java import find_java
+from ..metrics.ptb_tokenizer import tokenize, tokenize_without_java
+from ..procedural.kinds import KINDS
+from ..procedural.scores import count_names
+from .captioner import Caption, Captioner, Clip, Condition, MakeClips, Pair, list_clips, make_batches
+
+
+SHARES = (0.0, 0.05, 0.5, 1.0)
+"""The shares of shuffled test videos of the paper's Table 3."""
+TITLES = {
+    **{f"bleu_{order}": f"B{order}" for order in range(1, 5)},
+    "meteor": "METEOR",
+    "rouge_l": "ROUGE-L",
+    "cider_d": "CIDEr",
+    "spice": "SPICE",
+    "spider": "SPIDEr",
+}
+"""The metrics under the paper's names, in its order."""
+SCORED_AT_ONCE = 2000
+"""Captions after which slow scores are kept."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A checkpoint under a condition.
+
+    Args:
+        pairs (`list[Pair]`): What it captioned, a pair for each clip.
+        captions (`list[Caption]`): What it said.
+        scores (`dict[str, list[float]]`): Of the clips, by name of the metric.
+        statistics (`dict[str, Statistic]`): By name of the metric, and of the column of `scores.COLUMNS`.
+    """
+
+    pairs: list[Pair]
+    captions: list[Caption]
+    scores: dict[str, list[float]]
+    statistics: dict[str, Statistic]
+
+
+def evaluate(
+    checkpoints: Mapping[str, str | os.PathLike],
+    make_clips: MakeClips,
+    output: str | os.PathLike,
+    dataset: str,
+    shares: Sequence[float] = SHARES,
+    frames: Sequence[int] = (),
+    num_beams: int = 4,
+    max_clips: int | None = None,
+    batch_size: int = 16,
+    num_workers: int = 0,
+    metrics: Sequence[str] = METRICS,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    dataset_id: str | None = None,
+) -> dict[str, Any] | None:
+    """
+    Captions test clips by some checkpoints under some conditions, and judges the captions.
+
+    It may be stopped at any moment; the same call goes on. Under `accelerate launch` the processes share the clips, and
+    the captions are the same as of one process. What a model cannot tell apart is captioned once: a clip that keeps its
+    video at another share, and any video for a model that does not look.
+
+    Intervals are those of the percentile bootstrap over the clips, all of the corpus score: BLEU and METEOR are computed
+    anew from the counts of each resample; ROUGE-L, CIDEr-D, SPICE and SPIDEr are means over its clips, where CIDEr-D
+    keeps the document frequencies of the whole set. (ours)
+
+    Args:
+        checkpoints (`Mapping[str, str]`): Model folders, or names on the Hub, by what they are called in the tables.
+        make_clips (`MakeClips`): Makes the clips as a processor takes them, such as
+            `functools.partial(PreparedClips, folder, "test")`.
+        output (`str` or `os.PathLike`): The folder of the captions and scores, made if it is missing.
+        dataset (`str`): What the clips are called.
+        shares (`Sequence[float]`): Of shuffled videos, see [`choose_videos`]; 0 is always among them.
+        frames (`Sequence[int]`): Numbers of frames to be tried besides, with own videos; 0 is no video.
+        num_beams (`int`): Of the search.
+        max_clips (`int`, *optional*): Only the first clips.
+        batch_size (`int`), num_workers (`int`): Clips at a time and processes that read, of each process.
+        metrics (`Sequence[str]`): See [`compute_metrics`].
+        seed (`int`): Of the shuffling and of the bootstrap.
+        resamples (`int`): Of the bootstrap.
+        dataset_id (`str`, *optional*): The name of the clips on the Hub, for model cards; `dataset` by default.
+
+    Returns:
+        The content of `evaluation.json`, see [`report.write_report`]; `None` in all processes but the main
+        one.
+
+    Raises:
+        ValueError: an argument is wrong, the clips do not fit a checkpoint, or `output` holds captions of other
+            settings.
+        OSError: something cannot be read or written.
+    """
+    _check(checkpoints, shares, frames, metrics)
+    disable_progress_bar()
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        # The last checkpoint of a slow process may be far behind.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
+    )
+    output = Path(output)
+    conditions = [Condition(share) for share in sorted({0.0, *shares})]
+    conditions += [Condition(frames=count) for count in sorted(set(frames))]
+    captioners = [Captioner(name, folder, output) for name, folder in checkpoints.items()]
+    clips = list_clips(make_clips(captioners[0].processor), max_clips)
+    plans = [
+        {condition: captioner.pairs(condition, clips, seed) for condition in conditions} for captioner in captioners
+    ]
+    plans = [{condition: pairs for condition, pairs in plan.items() if pairs is not None} for plan in plans]
+    batches = [make_batches(plan.values(), batch_size) for plan in plans]
+    said = {}
+    total = sum(map(len, itertools.chain.from_iterable(batches))) // accelerator.num_processes
+    with tqdm(total=total, unit="clip", smoothing=0, disable=not accelerator.is_local_main_process) as progress:
+        for captioner, part in zip(captioners, batches):
+            progress.set_description(captioner.name)
+            said[captioner.name] = captioner.caption(
+                part, clips, make_clips, accelerator, dataset, num_beams, num_workers, progress
+            )
+    # What follows takes one process.
+    accelerator.end_training()
+    if not accelerator.is_main_process:
+        return None
+    said = {
+        captioner.name: {
+            condition: (pairs, [said[captioner.name][pair] for pair in pairs]) for condition, pairs in plan.items()
+        }
+        for captioner, plan in zip(captioners, plans)
+    }
+    judged, skipped, tokenizer = _judge(said, clips, metrics, output / "scores.json")
+    draws = draw(len(clips), resamples, seed)
+    settings = {
+        "seed": seed,
+        "num_beams": num_beams,
+        "precision": accelerator.mixed_precision,
+        "resamples": resamples,
+        "confidence": CONFIDENCE,
+        "tokenizer": tokenizer,
+    }
+    evaluation = _summarise(captioners, judged, clips, draws, settings, dataset, dataset_id or dataset)
+    return evaluation | {"skipped": skipped}
+
+
+def _check(
+    checkpoints: Mapping[str, Any], shares: Sequence[float], frames: Sequence[int], metrics: Sequence[str]
+) -> None:
+    if not checkpoints:
+        raise ValueError("there is no checkpoint to evaluate; give at least one")
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise ValueError(f"a share of {share:g} of the videos cannot be shuffled; choose shares from 0 to 1")
+    if any(count < 0 for count in frames):
+        raise ValueError(f"frames are {min(frames)}; choose 0, for no video, or more")
+    if not set(metrics) <= set(METRICS):
+        raise ValueError(f"metrics must be of {', '.join(METRICS)}, found {', '.join(metrics)}")
+
+
+def _judge(
+    said: Mapping[str, Mapping[Condition, tuple[list[Pair], list[Caption]]]],
+    clips: Sequence[Clip],
+    metrics: Sequence[str],
+    kept: Path,
+) -> tuple[dict[str, dict[Condition, Judged]], dict[str, str], str | None]:
+    """The captions with their scores; why metrics are missing; and the tokeniser."""
+    references = [clip.references for clip in clips]
+    sources = _sounding_sources(clips)
+    places = [(name, condition) for name, conditions in said.items() for condition in conditions]
+    sets = [[caption.text for caption in said[name][condition][1]] for name, condition in places]
+    single, skipped = score_singly(sets, references, metrics, kept)
+    judged: dict[str, dict[Condition, Judged]] = {}
+    for (name, condition), texts in zip(tqdm(places, desc="sets of captions", unit="set"), sets):
+        scores, statistics, missing, tokenizer = score_set(texts, references, metrics, single)
+        if sources is not None:
+            counts = count_names(sources, texts).items()
+            statistics |= {column: ratio(*pair.T) for column, pair in counts if pair[:, 1].any()}
+        judged.setdefault(name, {})[condition] = Judged(*said[name][condition], scores, statistics)
+        skipped |= {metric: reason for metric, reason in missing.items() if metric in metrics}
+    return judged, skipped, tokenizer
+
+
+def score_singly(
+    sets: Sequence[Sequence[str]], references: Sequence[Sequence[str]], metrics: Sequence[str], path: Path
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """
+    The slow scores, which do not depend on the other clips: METEOR's and SPICE's, of each caption of a clip once, kept in
+    a file.
+
+    Args:
+        sets (`Sequence[Sequence[str]]`): Captions of the same clips under several conditions.
+        references (`Sequence[Sequence[str]]`): Those of the clips.
+        metrics (`Sequence[str]`): Those of [`compute_metrics`] that are wanted.
+        path (`Path`): The file.
+
+    Returns:
+        `tuple`: `{key: {"meteor": score, "meteor_counts": counts, "spice": score}}`, the keys as `score_key` makes them,
+        and why something is missing.
+    """
+    known: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    pairs = {score_key(text, clip): (text, clip) for texts in sets for text, clip in zip(texts, references)}
+    wanted = {"meteor": ("meteor",), "spice": ("spice", "spider")}
+    skipped = {}
+    for metric in [metric for metric, users in wanted.items() if set(users) & set(metrics)]:
+        left = [key for key in pairs if metric not in known.get(key, {})]
+        with tqdm(total=len(left), desc=metric, unit="caption", disable=not left) as progress:
+            for first in range(0, len(left), SCORED_AT_ONCE):
+                part = left[first : first + SCORED_AT_ONCE]
+                scores = compute_metrics(*zip(*(pairs[key] for key in part)), (metric,))
+                if metric in scores["skipped"]:
+                    skipped[metric] = scores["skipped"][metric]
+                    break
+                for place, key in enumerate(part):
+                    entry = known.setdefault(key, {})
+                    entry[metric] = scores["per_clip"][metric][place]
+                    if metric in scores["counts"]:
+                        entry[f"{metric}_counts"] = scores["counts"][metric][place]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_text(path, json.dumps(known))
+                progress.update(len(part))
+    if "spider" in metrics and "spice" in skipped:
+        skipped["spider"] = f"it needs SPICE: {skipped['spice']}"
+    return known, {metric: reason for metric, reason in skipped.items() if metric in metrics}
+
+
+def score_key(caption: str, references: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps([caption, list(references)]).encode()).hexdigest()[:24]
+
+
+def score_set(
+    captions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    metrics: Sequence[str],
+    single: Mapping[str, Mapping[str, Any]],
+) -> tuple[dict[str, list[float]], dict[str, Statistic], dict[str, str], str | None]:
+    """
+    The scores of a whole set, equal to those of [`compute_metrics`].
+
+    Args:
+        captions, references, metrics: See [`compute_metrics`].
+        single (`Mapping`): What `score_singly` returned for these captions.
+
+    Returns:
+        `tuple`: The scores of the clips by name, the statistics of the set, why something is missing, the tokeniser.
+    """
+    quick = [metric for metric in ("bleu", "rouge_l", "cider_d") if metric in metrics]
+    if "spider" in metrics and "cider_d" not in quick:
+        quick.append("cider_d")
+    # The name of the tokeniser is wanted in any case.
+    scores = compute_metrics(captions, references, quick)
+    clips = scores["per_clip"]
+    entries = [single.get(score_key(text, clip), {}) for text, clip in zip(captions, references)]
+    clips |= {
+        metric: [entry[metric] for entry in entries]
+        for metric in ("meteor", "spice")
+        if all(metric in entry for entry in entries)
+    }
+    if "spice" in clips and "cider_d" in clips:
+        clips["spider"] = [sum(pair) / 2 for pair in zip(clips["cider_d"], clips["spice"])]
+    wanted = [name for name in TITLES if ("bleu" if name.startswith("bleu") else name) in metrics]
+    clips = {name: clips[name] for name in wanted if name in clips}
+    statistics = {name: mean(values) for name, values in clips.items()}
+    if "bleu_1" in clips:
+        statistics |= bleu(*_tokenize(captions, references, scores["tokenizer"]))
+    if "meteor" in clips:
+        statistics["meteor"] = meteor([entry["meteor_counts"] for entry in entries])
+    return clips, statistics, scores["skipped"], scores["tokenizer"]
+
+
+def _tokenize(
+    captions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str
+) -> tuple[list[str], list[list[str]]]:
+    texts = list(dict.fromkeys(itertools.chain(captions, *references)))
+    tokens = tokenize(texts, find_java()) if tokenizer == "ptb" else tokenize_without_java(texts)
+    known = dict(zip(texts, tokens, strict=True))
+    return [known[caption] for caption in captions], [[known[text] for text in clip] for clip in references]
+
+
+def _sounding_sources(clips: Sequence[Clip]) -> list[list[tuple[str, bool]]] | None:
+    """What sounds in procedural clips; `None` for other clips."""
+    try:
+        sources = [[(event["kind"], event["on_screen"]) for event in clip.extra["events"]] for clip in clips]
+    except (KeyError, TypeError):
+        return None
+    return sources if all(kind in KINDS for clip in sources for kind, _ in clip) else None
+
+
+def _summarise(
+    captioners: Sequence[Captioner],
+    judged: Mapping[str, Mapping[Condition, Judged]],
+    clips: Sequence[Clip],
+    draws: np.ndarray,
+    settings: dict[str, Any],
+    dataset: str,
+    dataset_id: str,
+) -> dict[str, Any]:
+    resampled = {
+        name: {
+            condition: {metric: statistic.resampled(draws) for metric, statistic in entry.statistics.items()}
+            for condition, entry in conditions.items()
+        }
+        for name, conditions in judged.items()
+    }
+    checkpoints = {}
+    for captioner in captioners:
+        name, config = captioner.name, captioner.config
+        own = Condition()
+        checkpoints[name] = {
+            "checkpoint": captioner.folder,
+            "parameters": captioner.parameters,
+            "fusion_type": config.fusion_type,
+            "gate_type": config.gate_type if config.fusion_type == "gated_cross_attention" else None,
+            "looks": captioner.processor.modalities != "audio",
+            "conditions": [
+                {
+                    "shuffle": condition.shuffle,
+                    "frames": condition.frames,
+                    "setting": str(condition),
+                    "swapped": sum(pair.video not in (None, pair.clip) for pair in entry.pairs),
+                    "metrics": _figures(entry, judged[name][own], resampled[name][condition], resampled[name][own]),
+                    "gate": _gate_figures("gate", entry, judged[name][own], draws),
+                    "entropy": _gate_figures("entropy", entry, judged[name][own], draws),
+                    "clips": _clip_entries(entry, clips),
+                }
+                for condition, entry in judged[name].items()
+            ],
+        }
+    cards = {name: card(entry, dataset, dataset_id) for name, entry in checkpoints.items()}
+    return {
+        **next(iter(cards.values())),
+        "clips": len(clips),
+        "with_picture": sum(clip.has_picture for clip in clips),
+        "settings": settings,
+        "checkpoints": checkpoints,
+        "tests": _tests(judged, resampled),
+        "references": {clip.id: clip.references for clip in clips},
+    }
+
+
+def _figures(
+    entry: Judged, own: Judged, resampled: Mapping[str, np.ndarray], own_resampled: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, Any]]:
+    """The metrics with their intervals, and what is left of their values with own videos."""
+    figures = {}
+    for name, statistic in entry.statistics.items():
+        figures[name] = {"value": statistic.value, "interval": interval(resampled[name])}
+        own_value = own.statistics[name].value
+        if own_value:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                retained = interval(resampled[name] / own_resampled[name])
+            figures[name] |= {"retention": figures[name]["value"] / own_value, "retention_interval": retained}
+    return figures
+
+
+def _gate_figures(curve: str, entry: Judged, own: Judged, draws: np.ndarray) -> dict[str, Any] | None:
+    """Means of the gate, or of the entropy, with own and with others' videos, and how well it tells them apart."""
+    swapped = np.array([pair.video not in (None, pair.clip) for pair in entry.pairs])
+    matched = np.array([pair.video is not None and pair.video == pair.clip for pair in entry.pairs])
+    values = np.array([getattr(caption, curve) for caption in entry.captions], dtype=float)
+    if np.isnan(values).all():
+        return None
+    figures = {
+        "matched": float(values[matched].mean()) if matched.any() else None,
+        "swapped": float(values[swapped].mean()) if swapped.any() else None,
+    }
+    if swapped.any():
+        before = np.array([getattr(caption, curve) for caption in own.captions])[swapped]
+        after = values[swapped]
+        # A picture that does not fit should close the gate, and leave the attention undecided.
+        high, low = (before, after) if curve == "gate" else (after, before)
+        areas = roc_auc(high, low, draws[:, swapped])
+        figures |= {
+            "same_clips_matched": float(before.mean()),
+            "auc": {"value": roc_auc(high, low), "interval": interval(areas)},
+        }
+    return figures
+
+
+def _clip_entries(entry: Judged, clips: Sequence[Clip]) -> list[dict[str, Any]]:
+    entries = []
+    for place, (clip, pair, caption) in enumerate(zip(clips, entry.pairs, entry.captions, strict=True)):
+        entries.append(
+            {
+                "id": clip.id,
+                "video": None if pair.video is None else clips[pair.video].id,
+                "caption": caption.text,
+                "gate": caption.gate,
+                "entropy": caption.entropy,
+                "gate_over_time": caption.gate_over_time,
+                "entropy_over_time": caption.entropy_over_time,
+                "scores": {name: scores[place] for name, scores in entry.scores.items()},
+            }
+        )
+    return entries
+
+
+def _tests(
+    judged: Mapping[str, Mapping[Condition, Judged]],
+    resampled: Mapping[str, Mapping[Condition, Mapping[str, np.ndarray]]],
+) -> list[dict[str, Any]]:
+    """Paired bootstrap tests of every two checkpoints, under every condition that both know, by every metric."""
+    tests = []
+    for first, second in itertools.combinations(judged, 2):
+        for condition in judged[first]:
+            if condition not in judged[second]:
+                continue
+            one, other = judged[first][condition].statistics, judged[second][condition].statistics
+            for metric in one:
+                if metric not in other:
+                    continue
+                differences = resampled[second][condition][metric] - resampled[first][condition][metric]
+                tests.append(
+                    {
+                        "first": first,
+                        "second": second,
+                        "shuffle": condition.shuffle,
+                        "frames": condition.frames,
+                        "setting": str(condition),
+                        "metric": metric,
+                        "difference": other[metric].value - one[metric].value,
+                        "interval": interval(differences),
+                        "p": p_value(differences),
+                    }
+                )
+    return tests
+
+
+def card(checkpoint: Mapping[str, Any], dataset: str, dataset_id: str) -> dict[str, Any]:
+    """What a model card says of one of the `checkpoints` of an evaluation: the content of an `evaluation.json` that
+    goes into its model folder."""
+    results = [
+        {
+            "setting": condition["setting"],
+            "metrics": {TITLES.get(name, name): figure["value"] for name, figure in condition["metrics"].items()},
+        }
+        for condition in checkpoint["conditions"]
+    ]
+    return {"dataset": dataset, "dataset_id": dataset_id, "results": results}

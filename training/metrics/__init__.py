@@ -1,0 +1,1 @@
+"""Caption metrics, equal to the MS-COCO toolkit's, and how sure they are."""

@@ -1,0 +1,131 @@
+"""Caption metrics: BLEU, METEOR, ROUGE-L, CIDEr-D, SPICE and SPIDEr, equal to the MS-COCO toolkit's."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .java import find_java
+from .meteor import meteor
+from .ptb_tokenizer import tokenize, tokenize_without_java
+from .spice import spice
+
+
+METRICS = ("bleu", "meteor", "rouge_l", "cider_d", "spice", "spider")
+
+# What `evaluate.load` takes.
+EVALUATE_MODULE = str(Path(__file__).with_name("hub_module") / "caption_metrics.py")
+
+
+def compute_metrics(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str] = METRICS
+) -> dict[str, Any]:
+    """
+    Scores captions by the metrics of the MS-COCO toolkit, whose implementations (`pycocoevalcap`) do the work.
+
+    All captions are tokenised once, by the Penn Treebank tokeniser. What cannot be computed here is left out and said:
+    nothing is downloaded, and nothing is written but temporary files.
+
+    BLEU and METEOR of a corpus come from counts over all clips, ROUGE-L, CIDEr-D, SPICE and SPIDEr are means over the
+    clips. CIDEr-D weighs words by how few clips have them in their references, so that a clip's score depends on the
+    others, and a single clip has 0. An empty caption scores 0, but for ROUGE-L with an empty reference, which is 1.
+
+    Args:
+        predictions (`Sequence[str]`): One caption a clip.
+        references (`Sequence[Sequence[str]]`): One or more captions a clip, not the same number for each.
+        metrics (`Sequence[str]`, *optional*, defaults to all): Of `"bleu"` (1 to 4), `"meteor"`, `"rouge_l"`,
+            `"cider_d"`, `"spice"` and `"spider"`, the mean of CIDEr-D and SPICE.
+
+    Returns:
+        `dict[str, Any]`:
+        - `"corpus"`: `{name: float}` with the names above and `bleu_1` to `bleu_4`; from 0 to 1, but CIDEr-D from 0 to
+          10 and SPIDEr from 0 to 5.5.
+        - `"per_clip"`: `{name: list[float]}`, in the order of `predictions`.
+        - `"counts"`: of `"meteor"` the 23 counts of each clip whose sums make the corpus score, for resampling.
+        - `"skipped"`: `{name: reason}` of the `metrics` that are missing above: the extra `metrics` is not installed,
+          there is no Java, a Java program failed. The reason says what to do.
+        - `"tokenizer"`: `"ptb"`, or without Java `"built-in"`, which made the same tokens of every AudioCaps caption
+          but may differ on others.
+
+    Raises:
+        ValueError: If there is no clip, `predictions` and `references` do not fit, a clip has no reference or a metric
+            is unknown.
+    """
+    _check(predictions, references, metrics)
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider_scorer import CiderScorer
+        from pycocoevalcap.rouge.rouge import Rouge
+    except ImportError as error:
+        reason = f"pycocoevalcap cannot be imported ({error}): pip install 'evacap[metrics]'"
+        skipped = dict.fromkeys(metrics, reason)
+        return {"corpus": {}, "per_clip": {}, "counts": {}, "skipped": skipped, "tokenizer": None}
+
+    captions = [*predictions, *(reference for clip in references for reference in clip)]
+    try:
+        java = find_java()
+        tokens, no_java = tokenize(captions, java), None
+    except (RuntimeError, OSError) as error:
+        tokens, no_java = tokenize_without_java(captions), str(error)
+    remaining = iter(tokens)
+    predictions = [next(remaining) for _ in predictions]
+    references = [[next(remaining) for _ in clip] for clip in references]
+    # The toolkit's form: lists of captions by clip.
+    results, truths = {index: [text] for index, text in enumerate(predictions)}, dict(enumerate(references))
+
+    scores, counts, skipped = {}, {}, {}
+    if "bleu" in metrics:
+        for order, corpus_and_clips in enumerate(zip(*Bleu(4).compute_score(truths, results, verbose=0)), start=1):
+            scores[f"bleu_{order}"] = corpus_and_clips
+    if "meteor" in metrics:
+        try:
+            if no_java:
+                raise RuntimeError(no_java)
+            *scores["meteor"], counts["meteor"] = meteor(predictions, references, java)
+        except (RuntimeError, OSError) as error:
+            skipped["meteor"] = str(error)
+    if "rouge_l" in metrics:
+        scores["rouge_l"] = Rouge().compute_score(truths, results)
+    if "cider_d" in metrics or "spider" in metrics:
+        scorer = CiderScorer()
+        for prediction, clip in zip(predictions, references):
+            scorer += (prediction, clip)
+        # The scorer's own `compute_score` trips where no reference has a word.
+        scorer.compute_doc_freq()
+        scores["cider_d"] = _mean(clips := scorer.compute_cider()), clips
+    if "spice" in metrics or "spider" in metrics:
+        try:
+            if no_java:
+                raise RuntimeError(no_java)
+            scores["spice"] = spice(predictions, references)
+            clips = [sum(pair) / 2 for pair in zip(scores["cider_d"][1], scores["spice"][1])]
+            scores["spider"] = _mean(clips), clips
+        except (RuntimeError, OSError) as error:
+            skipped["spice"], skipped["spider"] = str(error), f"it needs SPICE: {error}"
+
+    wanted = {*metrics, *(f"bleu_{order}" for order in range(1, 5) if "bleu" in metrics)}
+    scores = {name: score for name, score in scores.items() if name in wanted}
+    return {
+        "corpus": {name: float(corpus) for name, (corpus, _) in scores.items()},
+        "per_clip": {name: [float(score) for score in clips] for name, (_, clips) in scores.items()},
+        "counts": counts,
+        "skipped": {name: reason for name, reason in skipped.items() if name in wanted},
+        "tokenizer": "built-in" if no_java else "ptb",
+    }
+
+
+def _mean(scores: Sequence[float]) -> float:
+    return sum(scores) / len(scores)
+
+
+def _check(predictions: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str]) -> None:
+    if isinstance(metrics, str) or not set(metrics) <= set(METRICS):
+        raise ValueError(f"metrics must be a list of {', '.join(METRICS)}, found {metrics!r}")
+    if len(predictions) != len(references) or not len(predictions):
+        raise ValueError(
+            f"predictions and references must hold one entry a clip, found {len(predictions)} and {len(references)}"
+        )
+    for index, (prediction, clip) in enumerate(zip(predictions, references)):
+        if not isinstance(prediction, str):
+            raise ValueError(f"predictions[{index}] must be one caption, found {prediction!r}")
+        if isinstance(clip, str) or not clip or not all(isinstance(reference, str) for reference in clip):
+            raise ValueError(f"references[{index}] must be a list of one or more captions, found {clip!r}")

@@ -1,0 +1,1 @@
+"""Procedural clips: scenes whose sources are known, drawn and synthesised, with captions."""

@@ -1,0 +1,1 @@
+"""The study of mismatch: `python -m evacap.training.study`."""

@@ -1,0 +1,457 @@
+"""
+The study of mismatch: the rows of the paper's tables, trained from one start on procedural clips and judged with own
+and with others' videos. Each run leaves a small result file; the same command does what is missing.
+
+python -m evacap.training.study
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import set_seed
+
+from ...modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
+from ...processing.processing_evacap import EVACapProcessor
+from ..building import make_model, make_processor_and_config
+from ..evaluation.evaluate import SHARES, evaluate
+from ..files import write_text
+from ..metrics.compute import METRICS
+from ..procedural.dataset import ProceduralClips
+from ..run_config import RunConfig, flatten, load_run_config
+from ..run_log import SETTLED, check_settings
+from ..train import train
+from .listeners import judge_listeners
+from .mismatch_detectors import detect_mismatch
+from .pretraining import pretrain, retrieval
+from .report import LISTENING, PRETRAINED, is_run, read_results, write_report
+
+
+@dataclass(frozen=True)
+class Variant:
+    """
+    A row of the tables.
+
+    Args:
+        changes (`tuple[str, ...]`): Of the study's configuration, which is that of EVACap.
+        pretrained (`bool`, defaults to `True`): Whether its towers are those that contrast has trained.
+    """
+
+    changes: tuple[str, ...] = ()
+    pretrained: bool = True
+
+
+VARIANTS = {
+    "audio-only": Variant(("model.preset=audio-only", "data.p_mix=0")),
+    "avcap": Variant(("model.preset=avcap", "data.p_mix=0")),
+    "evacap": Variant(),
+    "without-s": Variant(("data.p_mix=0",)),
+    "without-e": Variant(("model.preset=evacap-learned-gate",)),
+    "without-se": Variant(("model.preset=evacap-learned-gate", "data.p_mix=0")),
+    "without-g": Variant(("model.preset=evacap-ungated",)),
+    "sms-50": Variant(("data.p_mix=0.5",)),
+    "sms-100": Variant(("data.p_mix=1",)),
+    "without-start": Variant(pretrained=False),
+}
+"""By name; SMS 0 % is `without-s`, SMS 5 % is `evacap`."""
+EXTRA = {
+    "gate-stability": Variant(("model.config.gate_stability_weight=1",)),
+    "semantic-consistency": Variant(("model.config.semantic_consistency_weight=1",)),
+    "closed-gate": Variant(("model.config.gate_weight_init=-8", "model.config.gate_bias_init=4")),
+}
+"""Variants that run only where they are asked for: what might make the entropy tell. A `closed-gate` is born nearly
+closed where the attention is uniform, and not half open. (ours)"""
+PRETRAINING = ("data.p_mix=0", "optimization.batch_size=64")
+PRETRAINING_SEED = 1000
+"""Of the clips and the weights of the shared start: those of no run."""
+TEST_SEED = 0
+"""Of the test clips, the choice of the swapped videos and the bootstrap: the same for all runs."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """
+    What all runs share.
+
+    Args:
+        config (`str`): A configuration of EVACap, see [`load_run_config`].
+        overrides (`tuple[str, ...]`): Changes of it for all variants.
+        output (`Path`): For checkpoints, models and captions.
+        results (`Path`): For the result files, in `runs/`, the tables and the plots.
+        test_clips (`int`), num_beams (`int`), metrics (`tuple[str, ...]`): Of the evaluation.
+        command (`str`): What is run, for the result files.
+        keep_clips (`bool`): Whether the clips of a seed are rendered once, for all its variants, into the folder
+            `clips` in `output`.
+    """
+
+    config: str = "study/tiny"
+    overrides: tuple[str, ...] = ()
+    output: Path = Path("runs/study")
+    results: Path = Path("docs/study")
+    test_clips: int = 500
+    num_beams: int = 4
+    metrics: tuple[str, ...] = METRICS
+    command: str = ""
+    keep_clips: bool = False
+
+    def run_config(self, name: str, seed: int) -> RunConfig:
+        """The configuration of a run; a pretrained one starts from the folder `start` in its `output`."""
+        variant, output = (VARIANTS | EXTRA)[name], self.output / f"{name}-seed{seed}"
+        changes = (*self.overrides, *variant.changes, f"seed={seed}")
+        config = load_run_config(self.config, (*changes, f"output={json.dumps(os.fspath(output))}"))
+        if variant.pretrained:
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, start=str(output / "start")))
+        if self.keep_clips:
+            # To read them in training takes no process of its own.
+            changes = {"kept_clips": str(self.output / "clips"), "num_workers": 0}
+            config = dataclasses.replace(config, resources=dataclasses.replace(config.resources, **changes))
+        return config
+
+    def pretraining_config(self) -> RunConfig:
+        """The configuration of the shared start."""
+        changes = (*self.overrides, *PRETRAINING, f"seed={PRETRAINING_SEED}")
+        return load_run_config(self.config, (*changes, f"output={json.dumps(os.fspath(self.output / 'pretraining'))}"))
+
+    def result_path(self, name: str, seed: int) -> Path:
+        return self.results / "runs" / f"{name}-seed{seed}.json"
+
+    def settings(self, config: RunConfig) -> dict[str, Any]:
+        """What a result depends on, as a result file says it: no paths, nothing that may change between sittings."""
+        values = {key: value for key, value in flatten(config).items() if key.startswith(SETTLED)}
+        values |= {"model.start": values["model.start"] is not None}
+        values |= {"test.clips": self.test_clips, "test.seed": TEST_SEED, "test.num_beams": self.num_beams}
+        return json.loads(json.dumps(values))
+
+    def is_done(self, name: str, seed: int) -> bool:
+        """
+        Whether a run has left its result.
+
+        Raises:
+            ValueError: it has one of other settings.
+        """
+        path = self.result_path(name, seed)
+        if not path.exists():
+            return False
+        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        now = self.settings(self.run_config(name, seed))
+        # A setting that was not there yet changes nothing by its default.
+        changed = [f"`{k}` was {before[k]!r} and is {now.get(k)!r}" for k in before if before[k] != now.get(k)]
+        if changed:
+            raise ValueError(
+                f"{path} is the result of other settings: {'; '.join(changed)}. Give another --output and --results, "
+                "or remove it."
+            )
+        return True
+
+
+def run_study(study: Study, names: Sequence[str], seeds: Sequence[int]) -> int:
+    """
+    Runs what is missing, all variants of a seed before those of the next, and writes the report.
+
+    Args:
+        study ([`Study`]): See there.
+        names (`Sequence[str]`): Of `VARIANTS` and `EXTRA`.
+        seeds (`Sequence[int]`): Of the runs.
+
+    Returns:
+        0, or 128 + the number of the signal that has stopped a training; the same call goes on from there.
+    """
+    plan = [(name, seed) for seed in seeds for name in names]
+    left = [run for run in plan if not study.is_done(*run)]
+    for place, (name, seed) in enumerate(left):
+        number = len(plan) - len(left) + place + 1
+        say(f"run {number} of {len(plan)}: {name}, seed {seed}{remaining(study, len(left) - place)}")
+        status = run_variant(study, name, seed)
+        if status:
+            say("stopped; the same command goes on from here")
+            return status
+    run_listeners(study)
+    for path in write_report(study.results):
+        say(f"{path}")
+    return 0
+
+
+def remaining(study: Study, runs: int) -> str:
+    """How long so many runs will take, by those that are done; empty before the first."""
+    results = [result for result in read_results(study.results) if is_run(result)]
+    if not results:
+        return ""
+    minutes = runs * sum(sum(result["seconds"].values()) for result in results) / len(results) / 60
+    return f"; about {minutes / 60:.1f} h left" if minutes >= 100 else f"; about {minutes:.0f} min left"
+
+
+def run_variant(study: Study, name: str, seed: int) -> int:
+    """Trains and judges a variant, and writes its result file; returns what [`~train.train`] does."""
+    config = study.run_config(name, seed)
+    folder, start = Path(config.output), None
+    if config.model.start is not None:
+        status = run_pretraining(study)
+        if status:
+            return status
+        start = make_start(config, study.output / "pretraining" / "model")
+    model = folder / "model"
+    check_settings(folder, config)
+    if not model.exists():
+        forget_accelerator()
+        with stopwatch(folder, "training"):
+            status = train(config)
+        if status:
+            return status
+    # Test clips are not kept.
+    workers = dataclasses.replace(study, keep_clips=False).run_config(name, seed).resources.num_workers
+    make_clips = partial(make_test_clips, study.test_clips)
+    forget_accelerator()
+    with stopwatch(folder, "evaluation"):
+        evaluation = evaluate(
+            {name: model},
+            make_clips,
+            folder / "evaluation",
+            f"{study.test_clips} procedural test clips",
+            shares=SHARES,
+            frames=(0,),
+            num_beams=study.num_beams,
+            num_workers=workers,
+            metrics=study.metrics,
+            seed=TEST_SEED,
+        )
+        mismatch = detect_mismatch(model, make_clips, TEST_SEED, num_workers=workers)
+    entry = evaluation["checkpoints"][name]
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = log[-max(1, len(log) // 20) :]
+    result = {
+        "variant": name,
+        "seed": seed,
+        **provenance(study, config),
+        "start": start,
+        "loss": {key: sum(line[key] for line in last) / len(last) for key in last[0] if "loss" in key},
+        "parameters": entry["parameters"],
+        "evaluation": evaluation["settings"],
+        # The reasons name folders of the machine.
+        "skipped": list(evaluation["skipped"]),
+        "conditions": [{k: v for k, v in condition.items() if k != "clips"} for condition in entry["conditions"]],
+        "mismatch": mismatch,
+    }
+    write_result(study.result_path(name, seed), result)
+    return 0
+
+
+def make_test_clips(num_clips: int, processor: EVACapProcessor) -> ProceduralClips:
+    return ProceduralClips(processor, num_clips, "test", TEST_SEED)
+
+
+def run_pretraining(study: Study) -> int:
+    """Trains the towers of the shared start where that is not done; returns what [`~train.train`] does."""
+    config = study.pretraining_config()
+    folder = Path(config.output)
+    check_settings(folder, config)
+    if not (folder / "model").exists():
+        say("the shared start: audio-visual contrast of the towers")
+        forget_accelerator()
+        with stopwatch(folder, "training"):
+            status = pretrain(config)
+        if status:
+            return status
+    path = study.results / "runs" / f"{PRETRAINED}.json"
+    if not path.exists():
+        model = EVACapForConditionalGeneration.from_pretrained(folder / "model")
+        processor = EVACapProcessor.from_pretrained(folder / "model")
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        clips = ProceduralClips(processor, study.test_clips, "validation", TEST_SEED)
+        result = {
+            "variant": PRETRAINED,
+            "seed": PRETRAINING_SEED,
+            **provenance(study, config),
+            "start": fingerprint(towers(model)),
+            "loss": [[line["step"], line["loss"]] for line in log[:: max(1, len(log) // 20)]],
+            "retrieval": retrieval(model, clips, num_workers=config.resources.num_workers),
+        }
+        write_result(path, result)
+    return 0
+
+
+def run_listeners(study: Study) -> None:
+    """Judges listeners that err in one way alone, by the metrics and on the clips of the runs."""
+    path = study.results / "runs" / f"{LISTENING}.json"
+    settings = {"test.clips": study.test_clips, "test.seed": TEST_SEED, "metrics": list(study.metrics)}
+    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["settings"] == settings:
+        return
+    say("listeners that err in one way alone, for comparison")
+    result = {"variant": LISTENING, "seed": TEST_SEED, "settings": settings}
+    write_result(path, result | judge_listeners(study.test_clips, TEST_SEED, study.metrics))
+
+
+def make_start(config: RunConfig, pretrained: Path) -> str:
+    """
+    Writes the folder `config.model.start`: a captioner with random weights of the run's seed, but for the towers, which
+    are pretrained.
+
+    Returns:
+        The fingerprint of the pretrained towers.
+    """
+    section = dataclasses.replace(config.model, start=None)
+    set_seed(config.seed)
+    processor, model_config = make_processor_and_config(section)
+    model = make_model(section, model_config)
+    known = towers(EVACapForConditionalGeneration.from_pretrained(pretrained))
+    model.load_state_dict({name: known[name] for name in towers(model)}, strict=False)
+    model.save_pretrained(config.model.start)
+    processor.save_pretrained(config.model.start)
+    return fingerprint(known)
+
+
+def towers(model: EVACapForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """The weights of the towers that it has."""
+    return {name: value for name, value in model.state_dict().items() if "_tower." in name}
+
+
+def fingerprint(weights: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def provenance(study: Study, config: RunConfig) -> dict[str, Any]:
+    """Where a result comes from: the command, the starts of the training with versions and git commit, the machine, the
+    settings, and the seconds of all sittings but those that were killed."""
+    folder = Path(config.output)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() and not config.resources.cpu else "CPU"
+    return {
+        "command": study.command,
+        "starts": json.loads((folder / "run.json").read_text(encoding="utf-8"))["starts"],
+        "machine": {"device": device, "cores": os.cpu_count()},
+        "settings": study.settings(config),
+        "seconds": json.loads((folder / "seconds.json").read_text(encoding="utf-8")),
+    }
+
+
+@contextmanager
+def stopwatch(folder: Path, name: str) -> Iterator[None]:
+    """Adds the seconds within it to those under `name` in the folder's `seconds.json`, also where it is stopped."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        path = folder / "seconds.json"
+        seconds = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        seconds[name] = seconds.get(name, 0.0) + round(time.monotonic() - began, 1)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(seconds) + "\n")
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_rounded(result) | {"settings": result["settings"]}, indent=1)
+    # A list of numbers on one line; only the layout has line breaks, as those in a string are escaped.
+    text = re.sub(r"\[\n *([^\[\]{}]*)\n *\]", lambda found: "[" + re.sub(r"\n *", " ", found[1]) + "]", text)
+    write_text(path, text + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers of five digits: a result file is read by people, too."""
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(inner) for inner in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def forget_accelerator() -> None:
+    """Accelerate keeps the settings of a process's first accelerator for the later ones: the precision of a training
+    would become that of the evaluation, but only where both are done in one sitting."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def say(line: str) -> None:
+    print(f"study: {line}", file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="python -m evacap.training.study",
+        description="Trains and judges the variants of the study of mismatch; the same command does what is missing.",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="changes of the configuration, for all variants"
+    )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=[*VARIANTS, *EXTRA],
+        default=list(VARIANTS),
+        metavar="NAME",
+        help=f"of {', '.join(VARIANTS)} (default: all of these); and {', '.join(EXTRA)}",
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="of the runs (default: 0 1 2)")
+    parser.add_argument(
+        "--report", action="store_true", help="write the tables and plots of what is there; run nothing"
+    )
+    parser.add_argument(
+        "--keep-clips",
+        action="store_true",
+        help="render the clips of a seed once, for all its variants, into OUTPUT/clips (tiny: 6 GB a seed): a run then "
+        "takes half the cores' time, and two fit beside each other on two cores, with other --variants each",
+    )
+    parser.add_argument(
+        "--size",
+        default="tiny",
+        help="tiny; large, for a GPU; quick, to see that it works; or a YAML file of EVACap (default: %(default)s)",
+    )
+    parser.add_argument("--quick", action="store_true", help="all of it in minutes: --size quick, with one seed")
+    parser.add_argument(
+        "--output", type=Path, help="for checkpoints, models and captions (default: runs/study, with SIZE for others)"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="for result files, tables and plots (default: docs/study; OUTPUT/results for other sizes and settings)",
+    )
+    parser.add_argument("--test-clips", type=int, metavar="N", help="of the evaluation (default: 500; quick: 20)")
+    options = parser.parse_intermixed_args(arguments)
+    size = "quick" if options.quick else options.size
+    is_tiny = size == "tiny" and not options.overrides and options.test_clips is None
+    output = options.output or Path("runs", "study" if size == "tiny" else f"study_{Path(size).stem}")
+    study = Study(
+        size if Path(size).is_file() else f"study/{size}",
+        tuple(options.overrides),
+        output,
+        options.results or (Path("docs/study") if is_tiny else output / "results"),
+        options.test_clips or (20 if size == "quick" else 500),
+        command=shlex.join(["python", "-m", "evacap.training.study", *arguments]),
+        keep_clips=options.keep_clips,
+    )
+    try:
+        if options.report:
+            files = write_report(study.results)
+            if not files:
+                raise FileNotFoundError(f"{study.results / 'runs'} holds no result: run the study first.")
+            print(*files, sep="\n")
+            return 0
+        return run_study(study, options.variants, options.seeds or ([0] if size == "quick" else [0, 1, 2]))
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        say(" ".join(str(error).split()))
+        return 1
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from here")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""Whether what a captioner computes tells that a picture does not belong to the sound: entropy, gate and similarity, by
+token, by head and by clip."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ...modeling_evacap.fusion_evacap import EVACapGatedCrossAttention
+from ...modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
+from ...processing.processing_evacap import EVACapProcessor
+from ..data.collator import EVACapDataCollator
+from ..evaluation.captioner import Clip, MakeClips, choose_videos, list_clips
+from ..metrics.bootstrap import roc_auc
+
+
+SUBSETS: dict[str, Callable[[Clip], bool]] = {
+    "all": lambda clip: True,
+    "all on screen": lambda clip: all(event["on_screen"] for event in clip.extra["events"]),
+    "picture needed": lambda clip: any(event["on_screen"] and event["sound_alike"] for event in clip.extra["events"]),
+}
+"""Clips: all of them; those whose sources are all on screen; those with a source that only the picture names. A swapped
+pair belongs where the clip of its sound does and that of its picture: otherwise a figure that knows nothing but what
+kind of picture it is would tell the two apart."""
+BINS = 50
+"""Of the histograms, from 0 to 1."""
+FITTED = "entropy, fitted"
+"""A linear readout of each head's mean, deviation and lowest entropy, fitted to one half of the clips and tried on the
+other: what the entropies of a clip hold, whether or not a mean shows it. (ours)"""
+RIDGE = 0.01
+CROSSED = 100
+"""Clips each of whose sounds is shown with each of whose pictures."""
+
+
+@torch.no_grad()
+def detect_mismatch(
+    checkpoint: str | os.PathLike, make_clips: MakeClips, seed: int = 0, batch_size: int = 50, num_workers: int = 0
+) -> dict[str, Any] | None:
+    """
+    Shows each procedural clip to a captioner with its own video and with another's, those that [`evaluate`] swaps at a
+    share of 100 %, and tells by the areas under the ROC curve how well each figure tells the two apart. 0.5 tells
+    nothing; below it, the figure stands on the other side than it should.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`): A captioner that listens and looks.
+        make_clips (`MakeClips`): Makes [`ProceduralClips`].
+        seed (`int`): Of the choice of the videos.
+        batch_size (`int`), num_workers (`int`): Clips at a time, and processes that make them.
+
+    Returns:
+        `None` for a captioner that does not look; otherwise
+
+        * `auc`: of each figure, in each of `SUBSETS`. The entropy should be higher with another's video; the gate, and
+          the cosine between the means of the towers' tokens, lower. "by clip" is the mean of a clip's tokens and heads,
+          "by token" takes each token of each clip for itself, and [`FITTED`] is described there;
+        * `paired`: the share of the clips in which the entropy by clip is higher with another's video than with the own;
+        * `gate`: w_g and b_g of an entropy gate; mean and deviation over the tokens; the shares of tokens below 0.05 and
+          above 0.95; the deviation of a clip's mean;
+        * `crossed`: of each figure by clip, what [`cross`] tells of the first `CROSSED` sounds, each with each of their
+          pictures;
+        * `histograms`: counts in `BINS` bins from 0 to 1, of clips and of tokens, with own and with others' videos.
+    """
+    processor = EVACapProcessor.from_pretrained(checkpoint)
+    if processor.modalities != "audio_video":
+        return None
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model = EVACapForConditionalGeneration.from_pretrained(checkpoint).to(device).eval()
+    encoder = model.get_encoder()
+    dataset = make_clips(processor)
+    clips = list_clips(dataset)
+    loader = DataLoader(dataset, batch_size, collate_fn=EVACapDataCollator(p_mix=0.0), num_workers=num_workers)
+    parts = [
+        (
+            encoder.audio_tower(batch["input_features"].to(device)).last_hidden_state.cpu(),
+            encoder.video_tower(batch["pixel_values_videos"].to(device)).last_hidden_state.cpu(),
+        )
+        for batch in loader
+    ]
+    sounds, pictures = (torch.cat(part) for part in zip(*parts))
+    videos = np.array(choose_videos(clips, 1.0, seed))
+    places = {"own": torch.arange(len(clips)), "swapped": torch.from_numpy(videos)}
+
+    cosines = {
+        name: F.cosine_similarity(sounds.mean(1), pictures.mean(1)[index]).numpy() for name, index in places.items()
+    }
+    figures = {"similarity": (cosines["own"], cosines["swapped"])}
+    result: dict[str, Any] = {"paired": None, "gate": None, "histograms": None}
+    means = [F.normalize(stream[:CROSSED].mean(1), dim=-1) for stream in (sounds, pictures)]
+    crossed = {"similarity": (means[0] @ means[1].T).numpy()}
+    if model.config.fusion_type == "gated_cross_attention":
+        states = {
+            name: _look(encoder.fusion, sounds, pictures[index], batch_size, device) for name, index in places.items()
+        }
+        (own, own_gate), (swapped, swapped_gate) = states["own"], states["swapped"]
+        # What should be high with the own picture.
+        figures |= {
+            "entropy, by clip": (-own.mean((1, 2)), -swapped.mean((1, 2))),
+            "entropy, by token": (-own.mean(1), -swapped.mean(1)),
+            **{
+                f"entropy, head {head + 1}": (-own[:, head].mean(1), -swapped[:, head].mean(1))
+                for head in range(own.shape[1])
+            },
+            FITTED: _fitted(_summary(own), _summary(swapped)),
+        }
+        histograms = {"entropy": (own.mean(1), swapped.mean(1))}
+        result["paired"] = _above(*figures["entropy, by clip"])
+        if model.config.gate_type != "none":
+            figures |= {
+                "gate, by clip": (own_gate.mean(1), swapped_gate.mean(1)),
+                "gate, by token": (own_gate, swapped_gate),
+            }
+            histograms["gate"] = (own_gate, swapped_gate)
+            result["gate"] = _describe_gate(encoder.fusion, own_gate)
+        result["histograms"] = {
+            f"{name}, by {unit}": {
+                place: np.histogram(values.mean(1) if unit == "clip" else values, BINS, (0, 1))[0].tolist()
+                for place, values in zip(places, pair)
+            }
+            for name, pair in histograms.items()
+            for unit in ("clip", "token")
+        }
+        rows = [
+            _look(encoder.fusion, sound.expand(len(means[1]), -1, -1), pictures[:CROSSED], batch_size, device)
+            for sound in tqdm(sounds[:CROSSED], desc="sounds with all pictures", unit="sound")
+        ]
+        entropies, gates = (np.stack([row[place].mean(-1) for row in rows]) for place in (0, 1))
+        crossed |= {"entropy": -entropies.mean(2)}
+        crossed |= {f"entropy, head {head + 1}": -entropies[:, :, head] for head in range(entropies.shape[2])}
+        if model.config.gate_type != "none":
+            crossed["gate"] = gates
+    areas = {}
+    for subset, belongs in SUBSETS.items():
+        chosen = np.array([belongs(clip) for clip in clips])
+        if (chosen & chosen[videos]).any():
+            areas[subset] = {name: own_above(*pair, chosen, videos) for name, pair in figures.items()}
+    return {"auc": areas, **result, "crossed": {name: cross(table) for name, table in crossed.items()}}
+
+
+def own_above(own: np.ndarray, swapped: np.ndarray, chosen: np.ndarray, videos: np.ndarray) -> float:
+    """
+    The chance that a figure stands higher with the own picture than with another's, among the chosen clips.
+
+    Args:
+        own (`np.ndarray` of shape `(clips, ...)`), swapped (`np.ndarray` of the same shape): The figure of each clip's
+            sound with its own and with another's picture.
+        chosen (`np.ndarray` of shape `(clips,)`): bool.
+        videos (`np.ndarray` of shape `(clips,)`): The clip whose picture `swapped` has; one that is not chosen does not
+            count.
+
+    Returns:
+        `float`: The area under the ROC curve, 0 to 1. (ours)
+    """
+    return roc_auc(own[chosen].ravel(), swapped[chosen & chosen[videos]].ravel())
+
+
+def cross(table: np.ndarray) -> dict[str, float]:
+    """
+    What a figure of a sound and a picture depends on, of some sounds with each of their pictures: a two-way analysis of
+    variance. Only the interaction, what neither says without the other, can tell whether the two belong together.
+
+    Args:
+        table (`np.ndarray` of shape `(clips, clips)`): The figure, which should be high with the own picture. Rows are
+            the sounds, columns the pictures.
+
+    Returns:
+        * `sound`, `picture`, `interaction`: their shares of the variance, 0 where there is none;
+        * `own`: the chance that a sound's figure stands higher with its own picture than with another's;
+        * `own, by interaction`: the same where the mean of each picture over all sounds is taken off. (ours)
+    """
+    sound = table.mean(1, keepdims=True) - table.mean()
+    picture = table.mean(0, keepdims=True) - table.mean()
+    interaction = table - table.mean() - sound - picture
+    parts = {"sound": sound, "picture": picture, "interaction": interaction}
+    variance = table.var()
+    shares = {name: float(part.var() / variance) if variance else 0.0 for name, part in parts.items()}
+    return shares | {"own": _own_above(table), "own, by interaction": _own_above(interaction)}
+
+
+def _own_above(table: np.ndarray) -> float:
+    others = table[~np.eye(len(table), dtype=bool)].reshape(len(table), -1)
+    return _above(table.diagonal()[:, None], others)
+
+
+def _look(
+    fusion: EVACapGatedCrossAttention,
+    sounds: torch.Tensor,
+    pictures: torch.Tensor,
+    batch_size: int,
+    device: torch.device,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The entropies (clips, heads, T_a), in [0, 1], and the gates (clips, T_a)."""
+    entropies, gates = [], []
+    for audio, video in zip(sounds.split(batch_size), pictures.split(batch_size)):
+        _, gate, _, weights = fusion(audio.to(device), video.to(device), output_attentions=True)
+        entropies.append((torch.special.entr(weights).sum(-1) / np.log(weights.shape[-1])).clamp(0, 1).cpu())
+        gates.append(gate.cpu())
+    return torch.cat(entropies).double().numpy(), torch.cat(gates).double().numpy()
+
+
+def _above(higher: np.ndarray, lower: np.ndarray) -> float:
+    return float((higher > lower).mean() + (higher == lower).mean() / 2)
+
+
+def _summary(entropies: np.ndarray) -> np.ndarray:
+    """Of each clip: (clips, 3 · heads)."""
+    return np.concatenate([entropies.mean(2), entropies.std(2), entropies.min(2)], 1)
+
+
+def _fitted(own: np.ndarray, swapped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What a linear discriminant with a ridge says of clips that it has not seen, for `(own, swapped)` (clips,)."""
+    scores = np.empty((2, len(own)))
+    half = np.arange(len(own)) % 2 == 0
+    for seen in (half, ~half):
+        known = np.concatenate([own[seen], swapped[seen]])
+        centre, scale = known.mean(0), known.std(0) + 1e-9
+        one, other = ((values - centre) / scale for values in (own, swapped))
+        within = np.cov(np.concatenate([values[seen] - values[seen].mean(0) for values in (one, other)]).T)
+        direction = np.linalg.solve(within + RIDGE * np.eye(len(within)), one[seen].mean(0) - other[seen].mean(0))
+        # The two readouts have each their own scale.
+        spread = np.concatenate([one[seen], other[seen]]) @ direction
+        for place, values in enumerate((one, other)):
+            scores[place, ~seen] = (values[~seen] @ direction - spread.mean()) / (spread.std() + 1e-9)
+    return scores[0], scores[1]
+
+
+def _describe_gate(fusion: EVACapGatedCrossAttention, gates: np.ndarray) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    if fusion.gate_type == "entropy":
+        figures = {"weight": fusion.gate_weight.item(), "bias": fusion.gate_bias.item()}
+    return figures | {
+        "mean": float(gates.mean()),
+        "deviation over tokens": float(gates.std()),
+        "deviation over clips": float(gates.mean(1).std()),
+        "below 0.05": float((gates < 0.05).mean()),
+        "above 0.95": float((gates > 0.95).mean()),
+    }
