@@ -33,6 +33,7 @@ from benchmarks.measure import (
 from benchmarks.subjects import SIZES, make_config, make_model
 from evacap.modeling_evacap.presets import get_preset
 from evacap.processing.model_processor import make_processor
+from evacap.training.building import enable_checkpointing
 from evacap.training.data.collator import EVACapDataCollator
 from evacap.training.data.prepared_clips import PreparedClips
 from evacap.training.files import write_text
@@ -66,7 +67,7 @@ class Training:
         self.model = make_model(self.config, device=arguments.device).train()
         self.model.set_attn_implementation(arguments.attention)
         if arguments.checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_checkpointing(self.model)
         self.forward = torch.compile(self.model) if arguments.compiled else self.model
         self.optimizer = make_optimizer(self.model, OptimizationSection())
         # One batch before the first measured wait, and as many after it as there are steps.

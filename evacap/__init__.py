@@ -10,6 +10,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .modeling_evacap.versions_evacap import warn_if_untested
 from .registration import register_when_needed
 
 
@@ -83,4 +84,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+warn_if_untested()
 register_when_needed()

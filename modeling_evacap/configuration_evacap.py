@@ -18,6 +18,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .versions_evacap import warn_if_untested
+
+
+# Every way to load a saved folder comes by here.
+warn_if_untested()
 
 FUSION_TYPES = ("gated_cross_attention", "concat", "audio_only", "video_only")
 GATE_TYPES = ("entropy", "learned", "none")
@@ -282,6 +287,7 @@ class EVACapConfig(PreTrainedConfig):
         "text_config": EVACapTextConfig,
     }
     keys_to_ignore_at_inference = [
+        "cache",
         "past_key_values",
         "encoder_last_hidden_state",
         "caption_loss",

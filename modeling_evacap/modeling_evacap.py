@@ -13,7 +13,7 @@
 # limitations under the License.
 """PyTorch EVACap model: audio-visual captioning with entropy-gated cross-attention."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -34,6 +34,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -41,10 +42,21 @@ from .attention_evacap import blockwise_attention_forward, eager_attention_forwa
 from .configuration_evacap import EVACapAudioConfig, EVACapConfig, EVACapTextConfig, EVACapVideoConfig
 from .fusion_evacap import EVACapGatedCrossAttention
 from .loss_evacap import gate_stability, label_smoothed_kl, semantic_consistency
+from .versions_evacap import tested_versions
 
 
 # Tokens of the longest caption, with [CLS] and [SEP] (AVCap).
 MAX_CAPTION_LENGTH = 40
+
+# Transformers calls it `cache` from 5.24 on, `past_key_values` before: in outputs as it does, as an argument either way.
+CACHE_FIELD = "cache" if "cache" in {field.name for field in fields(Seq2SeqLMOutput)} else "past_key_values"
+takes_both_cache_names = deprecate_kwarg("past_key_values", version="5.0.0", new_name="cache")
+
+# Keyword arguments beside the named ones that Transformers hands to a model, for its attention kernels or its loss.
+PASSED_THROUGH = frozenset(
+    {"output_attentions", "output_hidden_states", "return_dict", "num_items_in_batch", "is_causal"}
+    | {f"{name}_{side}" for name in ("cu_seq_lens", "max_length") for side in "qk"}
+)
 
 # Tokens that pass an MLP at a time on a CPU: its inner results then take 11 MB in float32 at the paper's width.
 ROWS_AT_ONCE = 896
@@ -80,6 +92,23 @@ class EVACapEncoderOutput(BaseModelOutput):
     video_hidden_states: tuple[torch.FloatTensor, ...] | None = None
     video_attentions: tuple[torch.FloatTensor, ...] | None = None
     attention_mask: torch.Tensor | None = None
+    fusion_gate: torch.FloatTensor | None = None
+    attention_entropy: torch.FloatTensor | None = None
+
+
+@dataclass
+class EVACapSeq2SeqModelOutput(Seq2SeqModelOutput):
+    r"""
+    A [`Seq2SeqModelOutput`] with what the fusion did.
+
+    Args:
+        encoder_attention_mask (`torch.BoolTensor` of shape `(batch_size, T)`, *optional*): As `attention_mask` of
+            [`EVACapEncoderOutput`].
+        fusion_gate, attention_entropy (`torch.FloatTensor` of shape `(batch_size, T_a)`, *optional*): As in
+            [`EVACapEncoderOutput`].
+    """
+
+    encoder_attention_mask: torch.Tensor | None = None
     fusion_gate: torch.FloatTensor | None = None
     attention_entropy: torch.FloatTensor | None = None
 
@@ -586,6 +615,19 @@ def _move(output: EVACapEncoderOutput, device: torch.device) -> None:
         output.attention_mask = output.attention_mask.to(device)
 
 
+def _refuse_unknown(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    """
+    Refuses keyword arguments that nobody would read: a name that Transformers has changed, or a slip, would otherwise
+    be lost in silence, and the caption be of something else.
+    """
+    unknown = sorted(name for name, value in kwargs.items() if name not in PASSED_THROUGH and value is not None)
+    if unknown:
+        raise TypeError(
+            f"{type(model).__name__}.forward() got unexpected keyword arguments {', '.join(unknown)}. If they are not "
+            f"yours, they come from Transformers: {tested_versions()}"
+        )
+
+
 def _main_input_name(config: EVACapConfig) -> str:
     return "pixel_values_videos" if config.fusion_type == "video_only" else "input_features"
 
@@ -638,7 +680,7 @@ class EVACapDecoderAttention(nn.Module):
         attention_mask: torch.Tensor,
         prefix_attention_mask: torch.Tensor | None,
         prefix_token_mask: torch.Tensor | None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         is_last: bool = False,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
@@ -646,16 +688,14 @@ class EVACapDecoderAttention(nn.Module):
 
         prefix_output = None
         if prefix_states is None:
-            cached_layer = past_key_values.cross_attention_cache.layers[self.layer_idx]
+            cached_layer = cache.cross_attention_cache.layers[self.layer_idx]
             prefix_key, prefix_value = cached_layer.keys, cached_layer.values
         else:
             prefix_key = self._heads(self.k_proj(prefix_states))
             prefix_value = self._heads(self.v_proj(prefix_states))
-            if past_key_values is not None:
-                prefix_key, prefix_value = past_key_values.cross_attention_cache.update(
-                    prefix_key, prefix_value, self.layer_idx
-                )
-                past_key_values.is_updated[self.layer_idx] = True
+            if cache is not None:
+                prefix_key, prefix_value = cache.cross_attention_cache.update(prefix_key, prefix_value, self.layer_idx)
+                cache.is_updated[self.layer_idx] = True
             # After the last layer nothing reads the prefix any more.
             if not is_last:
                 attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -674,8 +714,8 @@ class EVACapDecoderAttention(nn.Module):
                 prefix_output = self.o_proj(prefix_output.reshape(prefix_states.shape))
 
         key, value = self._heads(self.k_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
-        if past_key_values is not None:
-            key, value = past_key_values.self_attention_cache.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.self_attention_cache.update(key, value, self.layer_idx)
         query = self._heads(self.q_proj(hidden_states)) * self.scaling
 
         clips, beams = prefix_key.shape[0], query.shape[0] // prefix_key.shape[0]
@@ -721,6 +761,7 @@ class EVACapDecoderLayer(GradientCheckpointingLayer):
         output = self.fc2(self.activation_fn(self.fc1(hidden_states)))
         return self.final_layer_norm(hidden_states + self.dropout(output))
 
+    @takes_both_cache_names
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -728,7 +769,7 @@ class EVACapDecoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor,
         prefix_attention_mask: torch.Tensor | None = None,
         prefix_token_mask: torch.Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attention_output, prefix_output, _, _ = self.self_attn(
@@ -737,7 +778,7 @@ class EVACapDecoderLayer(GradientCheckpointingLayer):
             attention_mask,
             prefix_attention_mask,
             prefix_token_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             is_last=self.is_last,
             **kwargs,
         )
@@ -779,12 +820,13 @@ class EVACapDecoder(EVACapPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
+    @takes_both_cache_names
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         encoder_hidden_states: torch.FloatTensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
@@ -798,24 +840,25 @@ class EVACapDecoder(EVACapPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(text_batch_size, total_length)`, *optional*): The text tokens
                 that exist, cached ones first.
             position_ids (`torch.LongTensor` of shape `(text_batch_size, length)`, *optional*): Text positions, from 0.
-            past_key_values ([`EncoderDecoderCache`], *optional*): Keys and values: of the text in its
+            cache ([`EncoderDecoderCache`], *optional*): Keys and values: of the text in its
                 `self_attention_cache`, of the prefix, once a clip, in its `cross_attention_cache`.
             inputs_embeds (`torch.FloatTensor` of shape `(text_batch_size, length, hidden_size)`, *optional*): Instead
                 of `input_ids`.
             encoder_hidden_states (`torch.FloatTensor` of shape `(batch_size, T, encoder_hidden_size)`): The fused
-                sequence. Read only while its keys and values are not in `past_key_values`.
+                sequence. Read only while its keys and values are not in `cache`.
             encoder_attention_mask (`torch.Tensor` of shape `(batch_size, T)`, *optional*): The tokens of it that
                 exist.
         """
+        _refuse_unknown(self, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `decoder_input_ids` and `decoder_inputs_embeds`.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        if use_cache and cache is None:
+            cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
 
         batch_size, length = inputs_embeds.shape[:2]
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past_length = cache.get_seq_length() if cache is not None else 0
         if isinstance(past_length, int) and past_length + length > self.config.max_position_embeddings:
             raise ValueError(
                 f"The text has {past_length + length} tokens, but `text_config.max_position_embeddings` is "
@@ -824,7 +867,7 @@ class EVACapDecoder(EVACapPreTrainedModel):
         steps = torch.arange(length, device=inputs_embeds.device) + past_length
         if position_ids is None:
             position_ids = steps[None]
-        key_length = past_key_values.get_mask_sizes(length, 0)[0] if past_key_values is not None else length
+        key_length = cache.get_mask_sizes(length, 0)[0] if cache is not None else length
         text_mask = torch.arange(key_length, device=steps.device) <= steps[:, None]
         text_mask = text_mask[None, None]
         if attention_mask is not None:
@@ -834,7 +877,7 @@ class EVACapDecoder(EVACapPreTrainedModel):
         prefix_states = prefix_mask = token_mask = None
         if encoder_attention_mask is not None:
             token_mask = encoder_attention_mask.bool()
-        if past_key_values is None or not past_key_values.is_updated.get(0):
+        if cache is None or not cache.is_updated.get(0):
             if encoder_hidden_states is None:
                 raise ValueError("`encoder_hidden_states` is missing: the decoder has no prefix to read.")
             if batch_size % encoder_hidden_states.shape[0]:
@@ -854,11 +897,11 @@ class EVACapDecoder(EVACapPreTrainedModel):
                 text_mask,
                 prefix_mask,
                 token_mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states, past_key_values=past_key_values if use_cache else None
+            last_hidden_state=hidden_states, **{CACHE_FIELD: cache if use_cache else None}
         )
 
 
@@ -879,6 +922,7 @@ class EVACapModel(EVACapPreTrainedModel):
         self.decoder.embed_tokens = value
 
     @can_return_tuple
+    @takes_both_cache_names
     def forward(
         self,
         input_features: torch.FloatTensor | None = None,
@@ -888,16 +932,18 @@ class EVACapModel(EVACapPreTrainedModel):
         decoder_input_ids: torch.LongTensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: EVACapEncoderOutput | tuple | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         decoder_inputs_embeds: torch.FloatTensor | None = None,
         decoder_position_ids: torch.LongTensor | None = None,
+        audio_index: torch.LongTensor | None = None,
+        video_index: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> Seq2SeqModelOutput:
+    ) -> EVACapSeq2SeqModelOutput:
         r"""
-        The streams and their masks are [`EVACapEncoder`]'s, the decoder arguments [`EVACapDecoder`]'s.
+        The streams, their masks and indices are [`EVACapEncoder`]'s, the decoder arguments [`EVACapDecoder`]'s.
 
         Args:
             encoder_outputs ([`EVACapEncoderOutput`] or `tuple`, *optional*): What the encoder returned, to encode a
@@ -912,26 +958,19 @@ class EVACapModel(EVACapPreTrainedModel):
                 pixel_values_videos,
                 input_features_mask,
                 pixel_values_videos_mask,
+                audio_index=audio_index,
+                video_index=video_index,
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,
                 return_dict=True,
             )
         elif isinstance(encoder_outputs, tuple):
             encoder_outputs = EVACapEncoderOutput(last_hidden_state=encoder_outputs[0])
-        if (
-            decoder_input_ids is None
-            and decoder_inputs_embeds is None
-            and self.config.decoder_start_token_id is not None
-        ):
-            rows = encoder_outputs.last_hidden_state.shape[0]
-            decoder_input_ids = torch.full(
-                (rows, 1), self.config.decoder_start_token_id, device=encoder_outputs.last_hidden_state.device
-            )
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
             position_ids=decoder_position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=decoder_inputs_embeds,
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=getattr(encoder_outputs, "attention_mask", None),
@@ -941,22 +980,28 @@ class EVACapModel(EVACapPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        return Seq2SeqModelOutput(
+        return EVACapSeq2SeqModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
-            past_key_values=decoder_outputs.past_key_values,
+            **{CACHE_FIELD: decoder_outputs.get(CACHE_FIELD)},
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
             encoder_last_hidden_state=encoder_outputs.last_hidden_state,
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
+            **{
+                name: getattr(encoder_outputs, field, None)
+                for name, field in (
+                    ("encoder_attention_mask", "attention_mask"),
+                    ("fusion_gate", "fusion_gate"),
+                    ("attention_entropy", "attention_entropy"),
+                )
+            },
         )
 
 
-def shift_tokens_right(labels: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
-    """The decoder's input (batch_size, length) for `labels`: the start token, then the labels but their last."""
-    shifted = F.pad(labels[:, :-1], (1, 0), value=decoder_start_token_id)
-    return shifted.masked_fill(shifted == -100, pad_token_id)
+# What the decoder reads besides the encoder's output, a row a caption.
+TEXT_ARGUMENTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "decoder_position_ids")
 
 
 class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
@@ -1003,6 +1048,7 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         self.lm_head = new_embeddings
 
     @can_return_tuple
+    @takes_both_cache_names
     def forward(
         self,
         input_features: torch.FloatTensor | None = None,
@@ -1012,7 +1058,7 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         decoder_input_ids: torch.LongTensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: EVACapEncoderOutput | tuple | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         decoder_inputs_embeds: torch.FloatTensor | None = None,
         decoder_position_ids: torch.LongTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -1048,63 +1094,37 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         """
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
-            decoder_input_ids = shift_tokens_right(
-                labels, self.config.text_config.pad_token_id, self.config.decoder_start_token_id
-            )
-
-        swapped = audio_index = tower_index = None
-        if self.training and labels is not None and matched_pixel_values_videos is not None:
-            if self.config.semantic_consistency_weight > 0 and len(matched_pixel_values_videos) > 0:
-                if shuffled is None or video_index is None or encoder_outputs is not None:
-                    raise ValueError(
-                        "The semantic-consistency term needs `shuffled`, `video_index`, and the streams instead of "
-                        "`encoder_outputs`."
-                    )
-                swapped = shuffled.nonzero().squeeze(1)
-                if len(swapped) != len(matched_pixel_values_videos):
-                    raise ValueError(
-                        f"`matched_pixel_values_videos` has {len(matched_pixel_values_videos)} videos, but `shuffled` "
-                        f"marks {len(swapped)} samples: it must hold the own video of each of those, in their order."
-                    )
-                # Every sample's own video passes the tower once; the swapped samples then come twice, with the other
-                # video and, as more rows, with their own.
-                masks = _fill_in_masks(
-                    (pixel_values_videos, pixel_values_videos_mask),
-                    (matched_pixel_values_videos, matched_pixel_values_videos_mask),
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        text = [decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, decoder_position_ids]
+        pairs = {"pixel_values_videos": pixel_values_videos, "pixel_values_videos_mask": pixel_values_videos_mask}
+        swapped = None
+        if (
+            self.training
+            and labels is not None
+            and self.config.semantic_consistency_weight > 0
+            and matched_pixel_values_videos is not None
+            and len(matched_pixel_values_videos) > 0
+        ):
+            if shuffled is None or video_index is None or encoder_outputs is not None:
+                raise ValueError(
+                    "The semantic-consistency term needs `shuffled`, `video_index`, and the streams instead of "
+                    "`encoder_outputs`."
                 )
-                pixel_values_videos = pixel_values_videos.index_copy(0, swapped, matched_pixel_values_videos)
-                if masks[0] is not None:
-                    pixel_values_videos_mask = masks[0].index_copy(0, swapped, masks[1])
-                audio_index = torch.cat([torch.arange(len(shuffled), device=swapped.device), swapped])
-                tower_index = torch.cat([video_index, swapped])
-                decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, decoder_position_ids = (
-                    None if rows is None else rows[audio_index]
-                    for rows in (
-                        decoder_input_ids,
-                        decoder_attention_mask,
-                        decoder_inputs_embeds,
-                        decoder_position_ids,
-                    )
-                )
-        if encoder_outputs is None:
-            encoder_outputs = self.model.encoder(
-                input_features,
-                pixel_values_videos,
-                input_features_mask,
-                pixel_values_videos_mask,
-                audio_index=audio_index,
-                video_index=tower_index,
-                output_attentions=output_attentions,
-                output_hidden_states=output_hidden_states,
-                return_dict=True,
+            swapped = shuffled.nonzero().squeeze(1)
+            pairs = self._add_matched_pairs(
+                **pairs,
+                matched_videos=(matched_pixel_values_videos, matched_pixel_values_videos_mask),
+                swapped=swapped,
+                video_index=video_index,
             )
+            text = [None if rows is None else rows[pairs["audio_index"]] for rows in text]
         outputs = self.model(
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
+            input_features=input_features,
+            input_features_mask=input_features_mask,
+            **pairs,
+            **dict(zip(TEXT_ARGUMENTS, text, strict=True)),
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            decoder_position_ids=decoder_position_ids,
+            cache=cache,
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
@@ -1114,31 +1134,12 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state)
         loss, terms = None, {}
         if labels is not None:
-            labels = labels.to(logits.device)
-            logits, matched_logits = logits.split([len(labels), len(logits) - len(labels)])
-            loss = label_smoothed_kl(logits, labels, self.config.label_smoothing, num_items_in_batch)
-            # Means over this batch; where it is a part of a larger one, they count as its part.
-            share = 1 if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
-            caption_loss = loss / share
-            gate = getattr(encoder_outputs, "fusion_gate", None)
-            if self.config.gate_stability_weight > 0 and gate is not None:
-                mask = encoder_outputs.attention_mask
-                terms["gate_stability"] = gate_stability(
-                    gate[: len(labels)],
-                    self.model.encoder.audio_tower.embeddings.num_rows,
-                    None if mask is None else mask[: len(labels)].to(gate.device),
-                ).to(loss.device)
-                loss = loss + share * self.config.gate_stability_weight * terms["gate_stability"]
-            if swapped is not None:
-                rows = swapped.to(logits.device)
-                terms["semantic_consistency"] = semantic_consistency(matched_logits, logits[rows], labels[rows])
-                loss = loss + share * self.config.semantic_consistency_weight * terms["semantic_consistency"]
-            if terms:
-                terms = {name: term.detach() for name, term in {"caption_loss": caption_loss, **terms}.items()}
+            loss, terms = self._compute_loss(logits, labels, outputs, swapped, num_items_in_batch)
+            logits = logits[: len(labels)]
         return EVACapSeq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_FIELD: outputs.get(CACHE_FIELD)},
             decoder_hidden_states=outputs.decoder_hidden_states,
             decoder_attentions=outputs.decoder_attentions,
             cross_attentions=outputs.cross_attentions,
@@ -1147,6 +1148,90 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
             encoder_attentions=outputs.encoder_attentions,
             **terms,
         )
+
+    @staticmethod
+    def _add_matched_pairs(
+        pixel_values_videos: torch.Tensor,
+        pixel_values_videos_mask: torch.Tensor | None,
+        matched_videos: tuple[torch.Tensor, torch.Tensor | None],
+        swapped: torch.Tensor,
+        video_index: torch.Tensor,
+    ) -> dict[str, torch.Tensor | None]:
+        """
+        The videos and pairs of a batch in which the rows `swapped` come twice: with the other video in their place,
+        and with their own as more rows behind the batch. Every sample's own video passes the tower once.
+        """
+        videos, mask = matched_videos
+        if len(swapped) != len(videos):
+            raise ValueError(
+                f"`matched_pixel_values_videos` has {len(videos)} videos, but `shuffled` marks {len(swapped)} samples: "
+                "it must hold the own video of each of those, in their order."
+            )
+        masks = _fill_in_masks((pixel_values_videos, pixel_values_videos_mask), (videos, mask))
+        rows = torch.arange(len(pixel_values_videos), device=swapped.device)
+        return {
+            "pixel_values_videos": pixel_values_videos.index_copy(0, swapped, videos),
+            "pixel_values_videos_mask": None if masks[0] is None else masks[0].index_copy(0, swapped, masks[1]),
+            "audio_index": torch.cat([rows, swapped]),
+            "video_index": torch.cat([video_index, swapped]),
+        }
+
+    def _compute_loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        outputs: EVACapSeq2SeqModelOutput,
+        swapped: torch.Tensor | None,
+        num_items_in_batch: int | torch.Tensor | None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        The loss, and its terms by name where there are regularisers. Rows of `logits` behind those of `labels` are the
+        samples `swapped` with their own video.
+        """
+        labels = labels.to(logits.device)
+        logits, matched_logits = logits.split([len(labels), len(logits) - len(labels)])
+        loss = label_smoothed_kl(logits, labels, self.config.label_smoothing, num_items_in_batch)
+        # Means over this batch; where it is a part of a larger one, they count as its part.
+        share = 1 if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
+        caption_loss, terms = loss / share, {}
+        if self.config.gate_stability_weight > 0 and outputs.fusion_gate is not None:
+            gate, mask = outputs.fusion_gate[: len(labels)], outputs.encoder_attention_mask
+            mask = None if mask is None else mask[: len(labels)].to(gate.device)
+            num_rows = self.model.encoder.audio_tower.embeddings.num_rows
+            terms["gate_stability"] = gate_stability(gate, num_rows, mask).to(loss.device)
+            loss = loss + share * self.config.gate_stability_weight * terms["gate_stability"]
+        if swapped is not None:
+            rows = swapped.to(logits.device)
+            terms["semantic_consistency"] = semantic_consistency(matched_logits, logits[rows], labels[rows])
+            loss = loss + share * self.config.semantic_consistency_weight * terms["semantic_consistency"]
+        if terms:
+            terms = {name: term.detach() for name, term in {"caption_loss": caption_loss, **terms}.items()}
+        return loss, terms
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
+        """The decoder's input (batch_size, length) for `labels`: the start token, then the labels but their last."""
+        shifted = F.pad(labels[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
+        return shifted.masked_fill(shifted == -100, self.config.text_config.pad_token_id)
+
+    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any):
+        """As `GenerationMixin` does it, and refuses to go on where the last step has left nothing in the cache."""
+        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        if kwargs.get("use_cache") and not is_first_iteration:
+            cache = inputs.get("cache", inputs.get("past_key_values"))
+            if cache is None or not cache.is_updated.get(0):
+                raise RuntimeError(
+                    "`generate` goes on with an empty cache: each step would start the caption anew. This version of "
+                    f"Transformers hands the cache over in a way that this model does not know: {tested_versions()}"
+                )
+        return inputs
+
+    def _prepare_generated_length(
+        self, generation_config: GenerationConfig, has_default_max_length: bool, **kwargs: Any
+    ) -> GenerationConfig:
+        """`max_new_tokens` takes the place of the model's own greatest length without a warning."""
+        if generation_config.max_length == self.generation_config.max_length:
+            has_default_max_length = has_default_max_length or generation_config.max_new_tokens is not None
+        return super()._prepare_generated_length(generation_config, has_default_max_length, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
@@ -1170,10 +1255,10 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         kwargs["encoder_outputs"] = encoder_outputs
         return input_ids, kwargs
 
-    def _reorder_cache(self, past_key_values: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:
+    def _reorder_cache(self, cache: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:
         """Reorders the text only: the beams of a clip share its prefix."""
-        past_key_values.self_attention_cache.reorder_cache(beam_idx)
-        return past_key_values
+        cache.self_attention_cache.reorder_cache(beam_idx)
+        return cache
 
 
 __all__ = [

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from ..modeling_evacap.configuration_evacap import EVACapConfig
 from ..modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
@@ -69,8 +70,14 @@ def make_model(section: ModelSection, config: EVACapConfig) -> EVACapForConditio
     else:
         model = EVACapForConditionalGeneration._from_config(config, **options)
     if section.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
     return model
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Has the layers computed again in the backward pass, by the name that the installed Transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def make_clips(
