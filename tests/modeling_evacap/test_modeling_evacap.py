@@ -175,7 +175,7 @@ def scores_of(attend, query, key, scaling):
 @pytest.mark.parametrize("sharpness", [1.0, 30.0])
 def test_large_scores_leave_the_gradient_of_the_entropy_as_it_is(attend, offset, sharpness):
     rng = torch.Generator().manual_seed(0)
-    query, key = (sharpness * torch.randn(2, 2, n, 16, generator=rng) for n in (12, 9))
+    query, key = (sharpness * torch.randn(2, 2, n, 16, generator=rng, dtype=torch.float64).float() for n in (12, 9))
     # All queries and all keys have something in common: it makes the scores large, and does not change the softmax.
     query[..., 0], key[..., 0] = offset, offset
     inputs = [query.requires_grad_(), key.requires_grad_()]
@@ -186,7 +186,7 @@ def test_large_scores_leave_the_gradient_of_the_entropy_as_it_is(attend, offset,
     scores = scores_of(attend, query, key, 0.25).detach().double().requires_grad_()
     exact_entropy = -(scores.softmax(-1) * scores.log_softmax(-1)).sum(-1)
     (of_scores,) = torch.autograd.grad(exact_entropy.sum(), scores)
-    assert of_scores.norm() > 1e-5
+    assert of_scores.norm() > 1e-3
     exact = exact_entropy, 0.25 * of_scores @ key.double(), 0.25 * of_scores.transpose(2, 3) @ query.double()
     for value, expected, tolerance in zip(found, exact, (1e-5, 2e-3, 2e-3), strict=True):
         assert (value - expected).norm() < tolerance * expected.norm()
