@@ -10,6 +10,7 @@ from . import __version__
 
 COMMANDS = {
     "caption": "caption media files",
+    "check-install": "see whether this machine captions as it should, and print the versions for a bug report",
     "sample": "write a procedural clip to try things on",
     "import-weights": "turn AVCap, CAV-MAE and GIT weights into a model folder",
     "prepare": "make the features of media files and captions, ready for training",

@@ -436,6 +436,7 @@ class EVACapAudioTower(EVACapTower):
             input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`): Filterbank.
             input_features_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): The frames that exist.
         """
+        _refuse_unknown(self, kwargs)
         hidden_states, token_mask = self.embeddings(input_features, input_features_mask)
         attention_mask = _attention_mask(self.config, hidden_states, token_mask)
         for layer in self.layers:
@@ -462,6 +463,7 @@ class EVACapVideoTower(EVACapTower):
             pixel_values_videos_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): The frames that
                 exist; a tubelet counts where all of its frames do.
         """
+        _refuse_unknown(self, kwargs)
         hidden_states, token_mask = self.embeddings(pixel_values_videos, pixel_values_videos_mask)
         shape = hidden_states.shape
         if self.config.attention == "frame":

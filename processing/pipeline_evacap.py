@@ -17,6 +17,7 @@ from transformers.pipelines.base import ChunkPipeline
 from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import ModelOutput
 
+from .known_answer_evacap import write_known_answer
 from .media_evacap import MediaError, file_source, is_file, open_media, probe_media
 from .processing_evacap import NEGLIGIBLE_SECONDS, EVACapProcessor, is_still
 from .video_processing_evacap import stack_videos
@@ -455,7 +456,10 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
         return curves
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Save the model, the processor and the code of all, so that the folder loads without this package."""
+        """
+        Saves the model, the processor, the code of all, so that the folder loads without this package, and the known
+        answer by which `evacap check-install` sees whether another machine captions as this one does.
+        """
         # The base class would write two parts of the processor once more, into files that nobody reads.
         parts = {name: getattr(self, name) for name in ("tokenizer", "feature_extractor")}
         self.tokenizer = self.feature_extractor = None
@@ -464,6 +468,7 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
         finally:
             vars(self).update(parts)
         self.processor.save_pretrained(save_directory, **kwargs)
+        write_known_answer(save_directory, self.model, self.processor)
 
 
 __all__ = ["AudioVisualCaptioningPipeline"]

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from ..modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
+from ..processing.known_answer_evacap import write_known_answer
 from ..processing.processing_evacap import EVACapProcessor
 from .files import write_text
 
@@ -173,8 +175,15 @@ class Models:
         return ranking[0] == name
 
     def save_final(self) -> None:
-        """Saves the model as it is at the end of the run."""
-        write_folder(self.final_folder, self.accelerator, self._write)
+        """Saves the model as it is at the end of the run, with its known answer."""
+        write_folder(self.final_folder, self.accelerator, self._write_with_answer)
+
+    def _write_with_answer(self, folder: Path) -> None:
+        self._write(folder)
+        if self.accelerator.is_main_process:
+            # As it was saved, as the weights of this process may be a part of the model.
+            saved = EVACapForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+            write_known_answer(folder, saved, self.processor)
 
     def _write(self, folder: Path) -> None:
         accelerator = self.accelerator

@@ -67,7 +67,7 @@ def test_decoder(variant):
     assert encoder_outputs.last_hidden_state.shape[1] == prefix
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     ids = torch.ones(BATCH * BEAMS, 1, dtype=torch.long)
-    options = {"decoder_input_ids": ids, "encoder_outputs": encoder_outputs, "past_key_values": cache}
+    options = {"decoder_input_ids": ids, "encoder_outputs": encoder_outputs, "cache": cache}
     counted = [count(model, **options, use_cache=True) for _ in range(3)]
     assert counted[0] == products.flops(products.prefill(config, BATCH, BEAMS, prefix))
     assert sum(counted[1:]) == products.flops(products.decoding(config, BATCH, BEAMS, prefix, new_tokens=3))

@@ -5,16 +5,20 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+import transformers
 from tiny import BATCH_SIZE, FRAMES, VIDEO_FRAMES, VOCABULARY, tiny_config, tiny_inputs, tiny_labels
 from transformers import TextStreamer
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
 
-from evacap.modeling_evacap import attention_evacap, modeling_evacap
+from evacap.modeling_evacap import attention_evacap, modeling_evacap, versions_evacap
 from evacap.modeling_evacap.attention_evacap import QUERIES_AT_ONCE, blockwise_attention_forward, score_blocks
 from evacap.modeling_evacap.configuration_evacap import EVACapConfig
 from evacap.modeling_evacap.fusion_evacap import attention_and_entropy, fused_attention_and_entropy
 from evacap.modeling_evacap.loss_evacap import label_smoothed_kl
 from evacap.modeling_evacap.modeling_evacap import (
+    CACHE_FIELD,
+    MAX_CAPTION_LENGTH,
     EVACapDecoderLayer,
     EVACapEncoderLayer,
     EVACapEncoderOutput,
@@ -23,6 +27,7 @@ from evacap.modeling_evacap.modeling_evacap import (
     interpolate_in_time,
     sincos_position_table,
 )
+from evacap.modeling_evacap.versions_evacap import TESTED_TRANSFORMERS, UNTESTED_TRANSFORMERS
 
 
 FUSION_TYPES = ["gated_cross_attention", "concat", "audio_only", "video_only"]
@@ -451,17 +456,17 @@ def test_cached_logits_equal_uncached(fusion_type):
     inputs = streams(fusion_type, tiny_inputs())
     ids = torch.randint(3, VOCABULARY, (BATCH_SIZE, 6))
     uncached = model(**inputs, decoder_input_ids=ids, use_cache=False)
-    assert uncached.past_key_values is None
-    past, steps = None, []
+    assert uncached.get(CACHE_FIELD) is None
+    cache, steps = None, []
     encoder_outputs = model.get_encoder()(**inputs)
     for step in range(6):
         output = model(
             encoder_outputs=encoder_outputs,
             decoder_input_ids=ids[:, step : step + 1],
-            past_key_values=past,
+            cache=cache,
             use_cache=True,
         )
-        past = output.past_key_values
+        cache = output[CACHE_FIELD]
         steps.append(output.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), uncached.logits, **TOLERANCE)
 
@@ -569,13 +574,96 @@ def test_streaming(capsys):
     assert capsys.readouterr().out.split() == [f"w{i}" for i in ids[0].tolist()]
 
 
-def test_a_user_made_cache_works():
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_user_made_cache_works_by_both_names(name):
     model = build()
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    first = model(**tiny_inputs(), decoder_input_ids=torch.full((BATCH_SIZE, 2), 5), past_key_values=cache)
+    first = model(**tiny_inputs(), decoder_input_ids=torch.full((BATCH_SIZE, 2), 5), **{name: cache})
     assert first.logits.isfinite().all()
     assert cache.get_seq_length() == 2
     assert cache.cross_attention_cache.get_seq_length() == AUDIO_TOKENS
+
+
+@pytest.mark.parametrize("part", ["captioner", "model", "decoder", "audio tower", "video tower", "encoder"])
+def test_arguments_that_nobody_reads_are_refused_by_name(part):
+    captioner = build()
+    model, inputs = captioner.model, tiny_inputs()
+    ids = torch.full((BATCH_SIZE, 2), 5)
+    calls = {
+        "captioner": (captioner, {**inputs, "decoder_input_ids": ids}),
+        "model": (model, {**inputs, "decoder_input_ids": ids}),
+        "decoder": (model.decoder, {"input_ids": ids, "encoder_hidden_states": torch.randn(BATCH_SIZE, 8, 32)}),
+        "audio tower": (model.encoder.audio_tower, {"input_features": inputs["input_features"]}),
+        "video tower": (model.encoder.video_tower, {"pixel_values_videos": inputs["pixel_values_videos"]}),
+        "encoder": (model.encoder, inputs),
+    }
+    module, arguments = calls[part]
+    module(**arguments)
+    with pytest.raises(TypeError, match="next_name"):
+        module(**arguments, next_name=object())
+
+
+def renamed(prepare, value):
+    """`prepare_inputs_for_generation` of a Transformers that calls the cache by another name, or keeps it back."""
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = prepare(self, *args, **kwargs)
+        cache = inputs.pop("cache", None) or inputs.pop("past_key_values", None)
+        return inputs | ({"key_value_store": cache} if value == "renamed" else {})
+
+    return prepare_inputs_for_generation
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize(
+    "change, error, words",
+    [("renamed", TypeError, "key_value_store"), ("kept back", RuntimeError, "an empty cache")],
+)
+def test_a_transformers_that_moves_the_cache_is_an_error(change, error, words, num_beams, monkeypatch):
+    model, inputs = build(), tiny_inputs()
+    model.generation_config.eos_token_id = None
+    model.generate(**inputs, num_beams=num_beams, max_new_tokens=3)
+    prepare = GenerationMixin.prepare_inputs_for_generation
+    monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", renamed(prepare, change))
+    with pytest.raises(error, match=words) as raised:
+        model.generate(**inputs, num_beams=num_beams, max_new_tokens=3)
+    assert transformers.__version__ in str(raised.value) and TESTED_TRANSFORMERS in str(raised.value)
+
+
+def test_the_cache_may_be_switched_off():
+    model, inputs = build(), tiny_inputs()
+    expected = model.generate(**inputs, max_new_tokens=5)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=5, use_cache=False), expected)
+
+
+@pytest.mark.parametrize(
+    "installed, warns", [("5.17.0", 0), (TESTED_TRANSFORMERS, 0), ("5.24.9", 0), ("5.99.0.dev0", 1), ("6.0", 1)]
+)
+def test_a_newer_transformers_is_warned_of_once(installed, warns, monkeypatch, caplog):
+    monkeypatch.setattr(versions_evacap, "version", lambda package: installed)
+    monkeypatch.setattr(versions_evacap.logger, "has_warned", False, raising=False)
+    for _ in range(2):
+        versions_evacap.warn_if_untested()
+    assert len(caplog.records) == warns
+    assert all(f"pip install 'transformers<{UNTESTED_TRANSFORMERS}'" in record.message for record in caplog.records)
+
+
+def test_the_bounds_of_the_tested_versions_follow_each_other():
+    tested, untested = (
+        [int(n) for n in release.split(".")] for release in (TESTED_TRANSFORMERS, UNTESTED_TRANSFORMERS)
+    )
+    assert untested[:2] == [tested[0], tested[1] + 1]
+
+
+def test_a_length_of_the_callers_replaces_the_models_without_a_warning(caplog):
+    model, inputs = build(), tiny_inputs()
+    model.generation_config.eos_token_id = None
+    with caplog.at_level(logging.WARNING):
+        transformers.logging.get_logger("transformers").addHandler(caplog.handler)
+        for arguments, length in ({"max_new_tokens": 5}, 6), ({"max_length": 7}, 7), ({}, MAX_CAPTION_LENGTH):
+            assert model.generate(**inputs, **arguments).shape == (BATCH_SIZE, length)
+        transformers.logging.get_logger("transformers").removeHandler(caplog.handler)
+    assert not [record.message for record in caplog.records if "max_length" in record.message]
 
 
 @pytest.mark.parametrize("attention", ["full", "frame"])

@@ -99,10 +99,10 @@ def avcap_greedy(model, inputs: dict, max_length: int) -> list[list[int]]:
             outputs = model(
                 encoder_outputs=BaseModelOutput(row[None]),
                 decoder_input_ids=torch.tensor([tokens[-1:]]),
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
             )
-            cache = outputs.past_key_values
+            cache = outputs[CACHE_FIELD]
             scores, candidates = (score + outputs.logits[0, -1].log_softmax(-1)).topk(2)
             if best is not None and best_score >= scores[0] / ((5 + max_length - 1) / 6) ** 0.6:
                 break

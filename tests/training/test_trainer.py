@@ -89,6 +89,19 @@ def test_generated_captions_reach_the_metrics(clips, tmp_path):
     assert bundled["eval_cider_d"] > fresh["eval_cider_d"]
 
 
+def test_predictions_with_labels_hold_logits_alone(clips, tmp_path):
+    """The cache and other fields of the output are no predictions: `Trainer` could not gather them."""
+    trainer = Trainer(
+        make_model(gate_stability_weight=1.0),
+        TrainingArguments(str(tmp_path), per_device_eval_batch_size=4, **PLAIN),
+        data_collator=evacap.EVACapDataCollator(p_mix=0.0),
+    )
+    prediction = trainer.predict(clips)
+    assert isinstance(prediction.predictions, np.ndarray)
+    assert prediction.predictions.shape == (*prediction.label_ids.shape, trainer.model.config.text_config.vocab_size)
+    assert prediction.metrics["test_loss"] > 0
+
+
 def test_accumulated_batches_have_the_loss_of_one(clips, tmp_path):
     weights = []
     for batch_size, accumulation in ((6, 1), (2, 3)):
