@@ -7,6 +7,7 @@ from transformers import GitConfig, GitForCausalLM
 from transformers.modeling_outputs import BaseModelOutput
 
 from evacap.modeling_evacap.import_weights import inflate_patch_embedding, model_from_weights
+from evacap.modeling_evacap.modeling_evacap import CACHE_FIELD
 
 
 TOLERANCE = 1e-5
