@@ -48,9 +48,12 @@ from .versions_evacap import tested_versions
 # Tokens of the longest caption, with [CLS] and [SEP] (AVCap).
 MAX_CAPTION_LENGTH = 40
 
-# Transformers calls it `cache` from 5.24 on, `past_key_values` before: in outputs as it does, as an argument either way.
+# Transformers calls it `cache` from 5.24 on, `past_key_values` before: in outputs as it does, as an argument either
+# way, with its own warning of the old name where the new one is known.
 CACHE_FIELD = "cache" if "cache" in {field.name for field in fields(Seq2SeqLMOutput)} else "past_key_values"
-takes_both_cache_names = deprecate_kwarg("past_key_values", version="5.0.0", new_name="cache")
+takes_both_cache_names = deprecate_kwarg(
+    "past_key_values", version="5.40.0" if CACHE_FIELD == "cache" else "5.0.0", new_name="cache"
+)
 
 # Keyword arguments beside the named ones that Transformers hands to a model, for its attention kernels or its loss.
 PASSED_THROUGH = frozenset(
@@ -1136,8 +1139,8 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state)
         loss, terms = None, {}
         if labels is not None:
-            loss, terms = self._compute_loss(logits, labels, outputs, swapped, num_items_in_batch)
-            logits = logits[: len(labels)]
+            logits, matched_logits = logits.split([len(labels), len(logits) - len(labels)])
+            loss, terms = self._compute_loss(logits, matched_logits, labels, outputs, swapped, num_items_in_batch)
         return EVACapSeq2SeqLMOutput(
             loss=loss,
             logits=logits,
@@ -1181,17 +1184,17 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
     def _compute_loss(
         self,
         logits: torch.Tensor,
+        matched_logits: torch.Tensor,
         labels: torch.Tensor,
         outputs: EVACapSeq2SeqModelOutput,
         swapped: torch.Tensor | None,
         num_items_in_batch: int | torch.Tensor | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """
-        The loss, and its terms by name where there are regularisers. Rows of `logits` behind those of `labels` are the
-        samples `swapped` with their own video.
+        The loss, and its terms by name where there are regularisers; `matched_logits` are of the samples `swapped` with
+        their own video.
         """
         labels = labels.to(logits.device)
-        logits, matched_logits = logits.split([len(labels), len(logits) - len(labels)])
         loss = label_smoothed_kl(logits, labels, self.config.label_smoothing, num_items_in_batch)
         # Means over this batch; where it is a part of a larger one, they count as its part.
         share = 1 if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
