@@ -53,9 +53,8 @@ TABLES = {
     "Further variants": ("evacap", "gate-stability", "semantic-consistency", "closed-gate"),
 }
 SHUFFLED = ("audio-only", "avcap", "evacap", "without-s", "without-e", "without-se", "without-g")
-NAMING = tuple(column for column in COLUMNS if "gate" not in column)
 RIGHT = ("set", "sound-alikes", "off screen", "distinct")
-"""Of `NAMING`, what should be high: the others say how it goes wrong."""
+"""Of `COLUMNS`, what should be high: the others say how it goes wrong."""
 
 
 def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
@@ -140,7 +139,7 @@ def as_markdown(results: Sequence[Result], plots: Sequence[str] = ()) -> str:
                 for name in present
             ]
             parts += ["", f"## {heading}", "", *markdown_table(head, rows)]
-    parts += ["", *(f"* {column}: {COLUMNS[column]}" for column in NAMING)]
+    parts += ["", *(f"* {column}: {COLUMNS[column]}" for column in COLUMNS)]
     parts += _shuffled(runs, metrics)
     parts += _differences(runs)
     parts += _listeners(results, metrics)
@@ -182,12 +181,12 @@ def _shuffled(runs: Mapping[str, list[Result]], metrics: Sequence[str]) -> list[
     )
     parts += ["", "## Sources named", ""]
     parts += markdown_table(
-        ["videos shuffled", "model", *NAMING],
+        ["videos shuffled", "model", *COLUMNS],
         [
             [
                 _setting(share),
                 VARIANT_TITLES[name],
-                *(_cell(_values(group, share, column), percent=True) for column in NAMING),
+                *(_cell(_values(group, share, column), percent=True) for column in COLUMNS),
             ]
             for share in shares
             for name, group in runs.items()
@@ -414,7 +413,7 @@ def make_plots(results: Sequence[Result]) -> dict[str, "Figure"]:
 
 
 def _curves(runs: Mapping[str, list[Result]]) -> "Figure":
-    wanted = ("bleu_4", "meteor", "rouge_l", "cider_d", "spider", *NAMING)
+    wanted = ("bleu_4", "meteor", "rouge_l", "cider_d", "spider", *COLUMNS)
     some = next(iter(runs.values()))[0]
     names = [name for name in wanted if name in _metrics(some, 0.0)]
     shares = _shares(runs)
