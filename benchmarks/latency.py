@@ -29,7 +29,7 @@ from benchmarks.measure import (
     synchronize,
 )
 from benchmarks.subjects import SIZES, make_config, make_inputs, make_model
-from evacap.training.evaluation.report import new_figure, save_figure
+from evacap.training.evaluation.plots import new_figure, save_figure
 from evacap.training.files import write_text
 
 

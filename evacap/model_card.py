@@ -17,6 +17,7 @@ from .modeling_evacap.configuration_evacap import EVACapConfig
 from .modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from .modeling_evacap.presets import PRESETS
 from .processing.processing_evacap import EVACapProcessor
+from .training.evaluation.tables import markdown_table
 
 
 TRAINING_FILE = "training.json"
@@ -139,10 +140,11 @@ def _variant(config: EVACapConfig) -> str:
 
 def _results_table(evaluation: dict[str, Any]) -> str:
     names = list(dict.fromkeys(name for result in evaluation["results"] for name in result["metrics"]))
-    rows = [[evaluation["dataset"], *names], ["---"] * (len(names) + 1)]
-    for result in evaluation["results"]:
-        rows.append([result["setting"], *(_cell(result["metrics"].get(name)) for name in names)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    rows = [
+        [result["setting"], *(_cell(result["metrics"].get(name)) for name in names)]
+        for result in evaluation["results"]
+    ]
+    return "\n".join(markdown_table([evaluation["dataset"], *names], rows))
 
 
 def _cell(value: float | None) -> str:

@@ -27,7 +27,6 @@ def register() -> None:
         AutoConfig,
         AutoFeatureExtractor,
         AutoModel,
-        AutoModelForMultimodalLM,
         AutoModelForSeq2SeqLM,
         AutoProcessor,
         AutoTokenizer,
@@ -45,7 +44,7 @@ def register() -> None:
     from .processing.video_processing_evacap import EVACapVideoProcessor
 
     AutoConfig.register(EVACapConfig.model_type, EVACapConfig, exist_ok=True)
-    for auto_class in (AutoModel, AutoModelForSeq2SeqLM, AutoModelForMultimodalLM):
+    for auto_class in (AutoModel, AutoModelForSeq2SeqLM):
         auto_class.register(EVACapConfig, EVACapForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(EVACapConfig, EVACapProcessor, exist_ok=True)
     AutoFeatureExtractor.register(EVACapConfig, EVACapFeatureExtractor, exist_ok=True)

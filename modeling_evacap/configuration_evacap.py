@@ -28,8 +28,9 @@ FUSION_TYPES = ("gated_cross_attention", "concat", "audio_only", "video_only")
 GATE_TYPES = ("entropy", "learned", "none")
 VIDEO_ATTENTION_TYPES = ("full", "frame")
 
-# A folder that carries its code names here what loads the model besides `AutoModel`, and its pipeline.
-GENERATION_AUTO_CLASSES = ("AutoModelForSeq2SeqLM", "AutoModelForMultimodalLM")
+# A folder that carries its code names here its pipeline, and the class that loads the model besides `AutoModel`. Not
+# `AutoModelForMultimodalLM`: `pipeline("any-to-any")` would load the model, and then fail at every call.
+GENERATION_AUTO_CLASSES = ("AutoModelForSeq2SeqLM",)
 CUSTOM_PIPELINES = {
     "audio-visual-captioning": {
         "impl": "pipeline_evacap.AudioVisualCaptioningPipeline",

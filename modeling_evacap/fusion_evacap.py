@@ -11,7 +11,24 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The fusion of EVACap: cross-attention from sound to picture, and the gate that its entropy closes."""
+"""
+The fusion of EVACap: cross-attention from sound to picture, and the gate that its entropy closes.
+
+A are the audio tokens (T_a, d), and queries Q come from them; keys K and values U come from the T_v video tokens. For
+each head, and for each audio token with the attention probabilities P_j over the video tokens j:
+
+    P = softmax(Q Kᵀ / √d_head)                  paper, equation 1
+    F = P U                                      heads concatenated, no output projection
+    E = -Σ_j P_j log P_j / log T_v               paper, equation 2; in [0, 1], mean over heads
+    g = σ(w_g E + b_g)                           paper, equation 3; w_g and b_g are learned
+    fused = (1 - g) A + g F
+
+High entropy means that the attention finds nothing to hold on to: the picture does not fit, and the gate should close.
+T_v counts the video tokens that exist (the T_a in the paper's equation 2 is a slip). With one of them E is 0, and with
+none g is 0 and the audio passes unchanged.
+
+`attention_and_entropy` is the definition. `fused_attention_and_entropy` computes the same without holding P.
+"""
 
 import torch
 from torch import nn
@@ -47,9 +64,9 @@ def attention_and_entropy(
     hidden = None if mask is None else ~mask[:, None, None, :]
     if hidden is not None:
         scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-    # What follows does not depend on the highest score, and would lose its digits where that is large.
+    # Neither result depends on a constant in the scores, but both would lose digits where the scores are large.
     scores = scores - scores.detach().amax(-1, keepdim=True)
-    # Masked scores are 0 in the product below, as their gradient would overflow.
+    # In the product below masked scores are 0: with the lowest number its gradient would overflow.
     finite = scores if hidden is None else scores.masked_fill(hidden, 0.0)
     weights = scores.softmax(-1)
     # H = logsumexp(s) - sum(P s) is -sum(P log P) with a gradient that stays finite where P is 0.
@@ -59,8 +76,8 @@ def attention_and_entropy(
 
 class _BlockwiseAttentionAndEntropy(torch.autograd.Function):
     """
-    Attention and its entropy from blocks of scores, which the derivative computes again: dH/ds_j = -P_j (log P_j + H),
-    beside what attention itself has. (ours)
+    Attention and its entropy from blocks of scores. The backward pass computes the blocks again. Besides the usual
+    gradient of attention the scores get that of the entropy H, dH/ds_j = -P_j (log P_j + H). (ours)
     """
 
     @staticmethod
@@ -94,7 +111,8 @@ class _BlockwiseAttentionAndEntropy(torch.autograd.Function):
             log_weights = at_least_float32(scores).log_softmax(-1)
             weights = log_weights.exp()
             of_value[rows] += torch.bmm(weights.to(value.dtype).transpose(1, 2), of_context[block])
-            # Masked log-weights are as low as can be: 0 in the product with their weights, and before any other.
+            # A masked key has the weight 0 and the lowest finite log-weight. Their product is 0; any other product with
+            # the log-weight could overflow, so this one comes first.
             terms = weights * log_weights
             of_weights = at_least_float32(torch.bmm(of_context[block], values[rows].transpose(1, 2)))
             mean = (weights * of_weights - of_entropy[block] * terms).sum(-1, keepdim=True)
@@ -110,11 +128,11 @@ def fused_attention_and_entropy(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor, None]:
     """
-    The same as [`attention_and_entropy`] without ever holding the probabilities of more than a block (ours). No kernel
-    gives the entropy as well, and to find it beside one takes a second pass over the scores.
+    The same as [`attention_and_entropy`], but it never holds the probabilities of more than one block (ours). PyTorch's
+    kernels do not give the entropy, and finding it beside one would take a second pass over the scores.
     """
     if mask is not None:
-        # A row without any key sees all of its padding: its result is never used, but must not be not a number.
+        # A row without any key sees all of its padding: its result is never used, but it must not be NaN.
         mask = mask | ~mask.any(1, keepdim=True)
     return *_BlockwiseAttentionAndEntropy.apply(query, key, value, mask, scaling), None
 

@@ -33,7 +33,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -798,6 +798,9 @@ class EVACapDecoder(EVACapPreTrainedModel):
     config_class = EVACapTextConfig
     main_input_name = "input_ids"
     input_modalities = ("text",)
+    # Text attends to one prefix that all beams of a clip share. These kernels cannot do that.
+    _supports_flash_attn = False
+    _supports_flex_attn = False
     _can_record_outputs = {
         "hidden_states": EVACapDecoderLayer,
         "attentions": OutputRecorder(EVACapDecoderAttention, index=2),
@@ -913,6 +916,10 @@ class EVACapDecoder(EVACapPreTrainedModel):
 class EVACapModel(EVACapPreTrainedModel):
     """The encoder and the decoder without a language head."""
 
+    # The decoder does not; the towers do: attn_implementation={"audio_config": …, "video_config": …}.
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
     def __init__(self, config: EVACapConfig):
         super().__init__(config)
         self.main_input_name = _main_input_name(config)
@@ -926,8 +933,50 @@ class EVACapModel(EVACapPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.decoder.embed_tokens = value
 
+    def get_audio_features(
+        self,
+        input_features: torch.Tensor,
+        input_features_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> EVACapEncoderOutput:
+        """
+        The tokens of the audio tower, before the fusion.
+
+        Args:
+            input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`): The sound.
+            input_features_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): The frames that exist.
+
+        Raises:
+            ValueError: If the variant has no audio tower.
+        """
+        if self.config.fusion_type == "video_only":
+            raise ValueError("A model with `fusion_type='video_only'` has no audio tower.")
+        return self.encoder.audio_tower(input_features, input_features_mask, **kwargs)
+
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        pixel_values_videos_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> EVACapEncoderOutput:
+        """
+        The tokens of the video tower, before the fusion.
+
+        Args:
+            pixel_values_videos (`torch.FloatTensor` of shape `(batch_size, frames, channels, height, width)`): Frames.
+            pixel_values_videos_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): The frames that
+                exist.
+
+        Raises:
+            ValueError: If the variant has no video tower.
+        """
+        if self.config.fusion_type == "audio_only":
+            raise ValueError("A model with `fusion_type='audio_only'` has no video tower.")
+        return self.encoder.video_tower(pixel_values_videos, pixel_values_videos_mask, **kwargs)
+
     @can_return_tuple
     @takes_both_cache_names
+    @auto_docstring
     def forward(
         self,
         input_features: torch.FloatTensor | None = None,
@@ -948,11 +997,20 @@ class EVACapModel(EVACapPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> EVACapSeq2SeqModelOutput:
         r"""
-        The streams, their masks and indices are [`EVACapEncoder`]'s, the decoder arguments [`EVACapDecoder`]'s.
-
         Args:
+            input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`): The sound.
+            pixel_values_videos (`torch.FloatTensor` of shape `(batch_size, frames, channels, height, width)`,
+                *optional*): The picture.
+            input_features_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): Frames that exist.
+            pixel_values_videos_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): Frames that exist;
+                a row of zeros is a clip without a picture.
             encoder_outputs ([`EVACapEncoderOutput`] or `tuple`, *optional*): What the encoder returned, to encode a
                 clip once and use it often. Of a tuple only the first, `last_hidden_state`, is read: it has no mask.
+            cache ([`EncoderDecoderCache`], *optional*): See [`EVACapDecoder`].
+            decoder_position_ids (`torch.LongTensor` of shape `(text_batch_size, length)`, *optional*): Text positions,
+                from 0.
+            audio_index (`torch.LongTensor` of shape `(pairs,)`, *optional*): See [`EVACapEncoder`].
+            video_index (`torch.LongTensor` of shape `(pairs,)`, *optional*): See [`EVACapEncoder`].
         """
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
@@ -1029,6 +1087,9 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
     ```
     """
 
+    # As of EVACapModel.
+    _supports_flash_attn = False
+    _supports_flex_attn = False
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
 
     def __init__(self, config: EVACapConfig):
@@ -1052,8 +1113,17 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
+    def get_audio_features(self, *args: Any, **kwargs: Any) -> EVACapEncoderOutput:
+        """See [`EVACapModel.get_audio_features`]."""
+        return self.model.get_audio_features(*args, **kwargs)
+
+    def get_video_features(self, *args: Any, **kwargs: Any) -> EVACapEncoderOutput:
+        """See [`EVACapModel.get_video_features`]."""
+        return self.model.get_video_features(*args, **kwargs)
+
     @can_return_tuple
     @takes_both_cache_names
+    @auto_docstring
     def forward(
         self,
         input_features: torch.FloatTensor | None = None,
@@ -1086,6 +1156,10 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
                 a row of zeros is a clip without a picture.
             decoder_input_ids (`torch.LongTensor` of shape `(batch_size, length)`, *optional*): The caption so far;
                 made from `labels` by a shift to the right where those are given.
+            encoder_outputs ([`EVACapEncoderOutput`] or `tuple`, *optional*): See [`EVACapModel`].
+            cache ([`EncoderDecoderCache`], *optional*): See [`EVACapDecoder`].
+            decoder_position_ids (`torch.LongTensor` of shape `(batch_size, length)`, *optional*): Text positions, from
+                0.
             labels (`torch.LongTensor` of shape `(batch_size, length)`, *optional*): The caption without its start
                 token, with `[SEP]` at its end, padded with -100; the loss is [`label_smoothed_kl`]'s.
             shuffled (`torch.BoolTensor` of shape `(batch_size,)`, *optional*): The samples whose video the data

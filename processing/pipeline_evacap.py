@@ -1,3 +1,16 @@
+# Copyright 2026 The EVACap authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """The task "audio-visual-captioning": from files of any length to captions of what is heard."""
 
 import math
@@ -15,8 +28,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from transformers import BatchFeature
 from transformers.pipelines.base import ChunkPipeline
 from transformers.pipelines.pt_utils import KeyDataset
-from transformers.utils import ModelOutput
 
+from .captioning_evacap import caption_batch, require_gate
 from .known_answer_evacap import write_known_answer
 from .media_evacap import MediaError, file_source, is_file, open_media, probe_media
 from .processing_evacap import NEGLIGIBLE_SECONDS, EVACapProcessor, is_still
@@ -336,6 +349,8 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
                 f"`chunk_length_s` must be between {NEGLIGIBLE_SECONDS} and {longest:g} s, which one caption covers, got "
                 f"{chunk_length_s!r}."
             )
+        if return_gate:
+            require_gate(self.model.config)
         groups = (
             {"chunk_length_s": chunk_length_s},
             {"return_gate": return_gate},
@@ -400,38 +415,17 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
         return read_windows(inputs, **self._reading(**preprocess_params))
 
     def _forward(self, model_inputs: BatchFeature | dict, return_gate: bool = False, **generate_kwargs) -> dict:
-        inputs = {
-            name: value.to(self.model.dtype) if value.is_floating_point() else value
-            for name, value in model_inputs.items()
-        }
         if "max_new_tokens" in generate_kwargs:
             # Otherwise `generate` warns of the default `max_length` at every call.
             generate_kwargs.setdefault("max_length", None)
-        encoder_outputs = self.model.get_encoder()(**inputs, return_dict=True)
-        tokens = self.model.generate(encoder_outputs=encoder_outputs, **generate_kwargs)
-        if isinstance(tokens, ModelOutput):
-            tokens = tokens.sequences
-        batch_size = len(next(iter(inputs.values())))
-        outputs = {"tokens": tokens.unflatten(0, (batch_size, -1))}
-        if return_gate:
-            if encoder_outputs.fusion_gate is None:
-                raise ValueError(
-                    f"`return_gate=True`, but a model with fusion_type={self.model.config.fusion_type!r} has no gate."
-                )
-            steps = inputs["input_features"].shape[1] // self.model.config.audio_config.patch_size
-            for name, value in (("gate", "fusion_gate"), ("entropy", "attention_entropy")):
-                outputs[name] = encoder_outputs[value].float().unflatten(1, (-1, steps)).mean(dim=1)
-        return outputs
+        batch = caption_batch(self.model, self.processor, model_inputs, return_gate, **generate_kwargs)
+        outputs = {"texts": batch.texts}
+        return outputs | ({"gate": batch.gate, "entropy": batch.entropy} if return_gate else {})
 
     def postprocess(self, windows: list[dict[str, Any]], return_timestamps: bool | None = None) -> dict | list[dict]:
         """The result of one input from its windows."""
-        tokenizer = self.processor.tokenizer
-        captions = [
-            [text.strip() for text in tokenizer.batch_decode(window["tokens"], skip_special_tokens=True)]
-            for window in windows
-        ]
         results = []
-        for texts in zip(*captions):
+        for texts in zip(*(window["texts"] for window in windows)):
             result = {"text": ". ".join(filter(None, texts))}
             if return_timestamps or (return_timestamps is None and len(windows) > 1):
                 result["chunks"] = [

@@ -6,6 +6,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ..modeling_evacap.loss_evacap import label_smoothed_kl
+from ..processing.captioning_evacap import caption_batch
 from ..processing.processing_evacap import EVACapProcessor
 from .data.collator import EVACapDataCollator
 from .run_config import RunConfig
@@ -74,11 +75,13 @@ class Validation:
             labels = batch.pop("labels")
             with accelerator.autocast():
                 logits = captioner(**batch, labels=labels).logits
-                generated = None
+                captioned = None
                 if self.section.metrics:
                     # With FSDP every process takes part in every step, until the last one has its captions.
                     synced = accelerator.distributed_type == DistributedType.FSDP
-                    generated = captioner.generate(**batch, num_beams=self.section.num_beams, synced_gpus=synced)
+                    captioned = caption_batch(
+                        captioner, self.processor, batch, num_beams=self.section.num_beams, synced_gpus=synced
+                    )
             counted = (labels != -100).sum(1)
             losses = [
                 label_smoothed_kl(row[None], label[None], captioner.config.label_smoothing, 1)
@@ -88,8 +91,8 @@ class Validation:
             gathered = accelerator.gather_for_metrics((torch.stack(losses), counted))
             sums.append(gathered[0].double().sum())
             tokens.append(gathered[1].sum())
-            if generated is not None:
-                texts = self.processor.batch_decode(generated, skip_special_tokens=True)
+            if captioned is not None:
+                texts = [sequences[0] for sequences in captioned.texts]
                 predictions += accelerator.gather_for_metrics(texts, use_gather_object=True)
         model.train()
         figures = {"loss": (sum(sums) / sum(tokens)).item()}

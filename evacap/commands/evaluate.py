@@ -70,7 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
     from ..training.data.prepared_clips import PreparedClips
     from ..training.data.worker_pool import usable_cores
     from ..training.evaluation.evaluate import evaluate
-    from ..training.evaluation.report import as_text, has_matplotlib, write_report
+    from ..training.evaluation.plots import has_matplotlib
+    from ..training.evaluation.report import write_report
+    from ..training.evaluation.tables import as_text
 
     workers = arguments.workers
     if workers is None:

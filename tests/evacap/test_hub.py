@@ -9,7 +9,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForMultimodalLM,
     AutoModelForSeq2SeqLM,
     AutoProcessor,
     pipeline,
@@ -44,7 +43,6 @@ def test_the_folder_names_its_classes_and_its_task(folder):
     assert config["auto_map"] == {
         "AutoConfig": "configuration_evacap.EVACapConfig",
         "AutoModel": model,
-        "AutoModelForMultimodalLM": model,
         "AutoModelForSeq2SeqLM": model,
     }
     pipelines = config["custom_pipelines"]
@@ -58,7 +56,7 @@ def test_the_folder_names_its_classes_and_its_task(folder):
 
 def test_with_the_package_no_remote_code_is_needed(folder, clip):
     assert type(AutoConfig.from_pretrained(folder)) is evacap.EVACapConfig
-    for auto_class in (AutoModel, AutoModelForSeq2SeqLM, AutoModelForMultimodalLM):
+    for auto_class in (AutoModel, AutoModelForSeq2SeqLM):
         assert type(auto_class.from_pretrained(folder)) is evacap.EVACapForConditionalGeneration
     assert type(AutoProcessor.from_pretrained(folder)) is evacap.EVACapProcessor
     captioner = pipeline(evacap.TASK, model=str(folder))

@@ -1,4 +1,5 @@
 import copy
+import inspect
 import logging
 
 import pytest
@@ -678,6 +679,41 @@ def test_sdpa_and_eager_agree(fusion_type, attention):
         assert model.model.encoder.joint.config._attn_implementation == implementation
         outputs.append(model(**inputs).logits)
     torch.testing.assert_close(*outputs, **TOLERANCE)
+
+
+def test_kernels_that_cannot_share_a_prefix_are_refused_and_the_towers_take_them():
+    model = build()
+    with pytest.raises(ValueError, match="does not support .*flex"):
+        model.set_attn_implementation("flex_attention")
+    model.set_attn_implementation({"audio_config": "flex_attention"})
+    assert model.model.encoder.audio_tower.config._attn_implementation == "flex_attention"
+    assert model.model.decoder.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_class", [EVACapModel, EVACapForConditionalGeneration])
+def test_features_of_each_stream(model_class):
+    model, inputs = build(model_class=model_class), tiny_inputs()
+    encoder = model.get_encoder()
+    audio = model.get_audio_features(inputs["input_features"], output_hidden_states=True)
+    expected = encoder.audio_tower(inputs["input_features"]).last_hidden_state
+    assert torch.equal(audio.last_hidden_state, expected) and torch.equal(audio.hidden_states[-1], expected)
+    video = model.get_video_features(inputs["pixel_values_videos"], return_dict=False)[0]
+    assert torch.equal(video, encoder.video_tower(inputs["pixel_values_videos"]).last_hidden_state)
+
+
+def test_there_are_no_features_of_a_stream_without_a_tower():
+    with pytest.raises(ValueError, match="no video tower"):
+        build(fusion_type="audio_only").get_video_features(tiny_inputs()["pixel_values_videos"])
+    with pytest.raises(ValueError, match="no audio tower"):
+        build(fusion_type="video_only").get_audio_features(tiny_inputs()["input_features"])
+
+
+@pytest.mark.parametrize("model_class", [EVACapModel, EVACapForConditionalGeneration])
+def test_every_argument_of_the_forward_pass_is_documented(model_class):
+    parameters = inspect.signature(model_class.forward).parameters.keys() - {"self", "kwargs"}
+    undocumented = [name for name in parameters if f"    {name} (" not in model_class.forward.__doc__]
+    assert not undocumented
 
 
 @torch.no_grad()

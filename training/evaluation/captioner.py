@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ...modeling_evacap.configuration_evacap import EVACapConfig
 from ...modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
+from ...processing.captioning_evacap import CaptionedBatch, caption_batch, has_gate
 from ...processing.processing_evacap import EVACapProcessor
 from ..data.collator import EVACapDataCollator
 from ..data.prepared_clips import PreparedClips
@@ -251,8 +252,11 @@ class Captioner:
                         raise inputs
                     inputs = send_to_device(inputs, accelerator.device, non_blocking=True)
                     with accelerator.autocast():
-                        captions = caption_batch(model, self.processor, inputs, num_beams)
-                    lines = (_to_line(pair, caption, clips) for pair, caption in zip(pairs, captions, strict=True))
+                        batch = caption_batch(
+                            model, self.processor, inputs, has_gate(self.config), num_beams=num_beams
+                        )
+                    captions = zip(pairs, _to_captions(batch), strict=True)
+                    lines = (_to_line(pair, caption, clips) for pair, caption in captions)
                     file.write("".join(lines))
                     file.flush()
                     if progress is not None:
@@ -308,26 +312,14 @@ class Captioner:
         return captions
 
 
-@torch.no_grad()
-def caption_batch(
-    model: EVACapForConditionalGeneration, processor: EVACapProcessor, inputs: dict[str, torch.Tensor], num_beams: int
-) -> list[Caption]:
-    """Captions a batch of the model's inputs, on its device."""
-    encoded = model.get_encoder()(**inputs)
-    texts = processor.batch_decode(
-        model.generate(encoder_outputs=encoded, num_beams=num_beams), skip_special_tokens=True
-    )
-    if encoded.fusion_gate is None:
+def _to_captions(batch: CaptionedBatch) -> list[Caption]:
+    texts = [sequences[0] for sequences in batch.texts]
+    if batch.gate is None:
         return [Caption(text) for text in texts]
-    steps = inputs["input_features"].shape[1] // model.config.audio_config.patch_size
-    # Tokens are numbered by mel row, then by time.
-    over_time = [
-        curve.double().unflatten(1, (-1, steps)).mean(1).cpu()
-        for curve in (encoded.fusion_gate, encoded.attention_entropy)
-    ]
-    means = [curve.mean(1).tolist() for curve in over_time]
-    curves = [[[round(value, 4) for value in row] for row in curve.tolist()] for curve in over_time]
-    return [Caption(*fields) for fields in zip(texts, *means, *curves, strict=True)]
+    curves = (batch.gate, batch.entropy)
+    means = [curve.mean(1).tolist() for curve in curves]
+    rounded = [[[round(value, 4) for value in row] for row in curve.tolist()] for curve in curves]
+    return [Caption(*fields) for fields in zip(texts, *means, *rounded, strict=True)]
 
 
 def make_batches(stages: Iterable[Sequence[Pair]], batch_size: int) -> list[list[Pair]]:
@@ -398,9 +390,7 @@ class _Batches(Dataset):
                 return ValueError(
                     f"clip {' with the video of '.join(map(repr, names))} cannot be read ({error}): prepare it again"
                 )
-        batch = self.collator(features)
-        # The places within the batch, which say nothing here.
-        return {name: value for name, value in batch.items() if name not in ("shuffled", "video_index")}
+        return self.collator(features)
 
 
 def _view(processor: EVACapProcessor, modalities: str, frames: int | None = None) -> EVACapProcessor:

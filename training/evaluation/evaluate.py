@@ -31,7 +31,7 @@ from ..metrics.bootstrap import (
     ratio,
     roc_auc,
 )
-from ..metrics.compute import METRICS, compute_metrics
+from ..metrics.compute import METRIC_TITLES, METRICS, compute_metrics
 from ..metrics.java import find_java
 from ..metrics.ptb_tokenizer import tokenize, tokenize_without_java
 from ..procedural.kinds import KINDS
@@ -41,15 +41,6 @@ from .captioner import Caption, Captioner, Clip, Condition, MakeClips, Pair, lis
 
 SHARES = (0.0, 0.05, 0.5, 1.0)
 """The shares of shuffled test videos of the paper's Table 3."""
-TITLES = {
-    **{f"bleu_{order}": f"B{order}" for order in range(1, 5)},
-    "meteor": "METEOR",
-    "rouge_l": "ROUGE-L",
-    "cider_d": "CIDEr",
-    "spice": "SPICE",
-    "spider": "SPIDEr",
-}
-"""The metrics under the paper's names, in its order."""
 SCORED_AT_ONCE = 2000
 """Captions after which slow scores are kept."""
 
@@ -286,7 +277,7 @@ def score_set(
     }
     if "spice" in clips and "cider_d" in clips:
         clips["spider"] = [sum(pair) / 2 for pair in zip(clips["cider_d"], clips["spice"])]
-    wanted = [name for name in TITLES if ("bleu" if name.startswith("bleu") else name) in metrics]
+    wanted = [name for name in METRIC_TITLES if ("bleu" if name.startswith("bleu") else name) in metrics]
     clips = {name: clips[name] for name in wanted if name in clips}
     statistics = {name: mean(values) for name, values in clips.items()}
     if "bleu_1" in clips:
@@ -460,7 +451,9 @@ def card(checkpoint: Mapping[str, Any], dataset: str, dataset_id: str) -> dict[s
     results = [
         {
             "setting": condition["setting"],
-            "metrics": {TITLES.get(name, name): figure["value"] for name, figure in condition["metrics"].items()},
+            "metrics": {
+                METRIC_TITLES.get(name, name): figure["value"] for name, figure in condition["metrics"].items()
+            },
         }
         for condition in checkpoint["conditions"]
     ]

@@ -11,6 +11,15 @@ from .spice import spice
 
 
 METRICS = ("bleu", "meteor", "rouge_l", "cider_d", "spice", "spider")
+METRIC_TITLES = {
+    **{f"bleu_{order}": f"B{order}" for order in range(1, 5)},
+    "meteor": "METEOR",
+    "rouge_l": "ROUGE-L",
+    "cider_d": "CIDEr",
+    "spice": "SPICE",
+    "spider": "SPIDEr",
+}
+"""The metrics under the paper's names, in its order."""
 
 # What `evaluate.load` takes.
 EVALUATE_MODULE = str(Path(__file__).with_name("hub_module") / "caption_metrics.py")

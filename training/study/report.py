@@ -9,18 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..evaluation.evaluate import TITLES as METRICS
-from ..evaluation.report import (
-    COLORS,
-    MARKERS,
-    as_percent,
-    clean_axes,
-    has_matplotlib,
-    markdown_table,
-    new_figure,
-    save_figure,
-)
+from ..evaluation.plots import COLORS, MARKERS, clean_axes, has_matplotlib, new_figure, save_figure
+from ..evaluation.tables import as_percent, markdown_table
 from ..files import write_text
+from ..metrics.compute import METRIC_TITLES
 from ..procedural.scores import COLUMNS
 from .listeners import LISTENERS
 from .mismatch_detectors import BINS, CROSSED, FITTED, SUBSETS
@@ -37,7 +29,7 @@ PRETRAINED, LISTENING = "pretraining", "listeners"
 """The names of the results that are no runs: of the shared start, and of listeners that err in one way alone."""
 REPORT = "tables.md"
 
-TITLES = {
+VARIANT_TITLES = {
     "audio-only": "audio only",
     "avcap": "AVCap",
     "evacap": "EVACap (SMS 5 %)",
@@ -61,9 +53,8 @@ TABLES = {
     "Further variants": ("evacap", "gate-stability", "semantic-consistency", "closed-gate"),
 }
 SHUFFLED = ("audio-only", "avcap", "evacap", "without-s", "without-e", "without-se", "without-g")
-NAMING = tuple(column for column in COLUMNS if "gate" not in column)
 RIGHT = ("set", "sound-alikes", "off screen", "distinct")
-"""Of `NAMING`, what should be high: the others say how it goes wrong."""
+"""Of `COLUMNS`, what should be high: the others say how it goes wrong."""
 
 
 def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
@@ -77,13 +68,13 @@ def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
     for path in Path(folder, "runs").glob("*.json"):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            if result["variant"] not in (*TITLES, PRETRAINED, LISTENING):
+            if result["variant"] not in (*VARIANT_TITLES, PRETRAINED, LISTENING):
                 raise ValueError(f"it is of {result['variant']!r}")
             result["seed"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is no result of the study ({error!r}): remove it, and run it again.") from error
         results.append(result)
-    order = list(TITLES)
+    order = list(VARIANT_TITLES)
     return sorted(
         results, key=lambda result: (order.index(result["variant"]) if is_run(result) else -1, result["seed"])
     )
@@ -91,7 +82,7 @@ def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
 
 def is_run(result: Result) -> bool:
     """Whether it is that of a variant."""
-    return result["variant"] in TITLES
+    return result["variant"] in VARIANT_TITLES
 
 
 def write_report(folder: str | os.PathLike) -> list[Path]:
@@ -120,7 +111,7 @@ def write_report(folder: str | os.PathLike) -> list[Path]:
 def as_markdown(results: Sequence[Result], plots: Sequence[str] = ()) -> str:
     """All tables, and links to the plots of these names."""
     runs = _by_variant(results)
-    metrics = [name for name in METRICS if any(name in _metrics(group[0], 0.0) for group in runs.values())]
+    metrics = [name for name in METRIC_TITLES if any(name in _metrics(group[0], 0.0) for group in runs.values())]
     some = next(iter(runs.values()))[0]
     parts = [
         "# The study of mismatch: tables",
@@ -131,15 +122,15 @@ def as_markdown(results: Sequence[Result], plots: Sequence[str] = ()) -> str:
         "one seed. What the choice of the test clips adds to it, as a bootstrap interval, is in the result files.",
     ]
     if some["skipped"]:
-        missing = ", ".join(METRICS.get(metric, metric) for metric in some["skipped"])
+        missing = ", ".join(METRIC_TITLES.get(metric, metric) for metric in some["skipped"])
         parts += ["", f"Without {missing}, which were not to be had where the runs were judged."]
     for heading, names in TABLES.items():
         present = [name for name in names if name in runs]
         if len(present) > 1:
-            head = ["model", "seeds", "params", *(METRICS[name] for name in metrics), *RIGHT]
+            head = ["model", "seeds", "params", *(METRIC_TITLES[name] for name in metrics), *RIGHT]
             rows = [
                 [
-                    TITLES[name],
+                    VARIANT_TITLES[name],
                     str(len(runs[name])),
                     f"{runs[name][0]['parameters'] / 1e6:.1f} M",
                     *(_cell(_values(runs[name], 0.0, metric)) for metric in metrics),
@@ -148,7 +139,7 @@ def as_markdown(results: Sequence[Result], plots: Sequence[str] = ()) -> str:
                 for name in present
             ]
             parts += ["", f"## {heading}", "", *markdown_table(head, rows)]
-    parts += ["", *(f"* {column}: {COLUMNS[column]}" for column in NAMING)]
+    parts += ["", *(f"* {column}: {COLUMNS[column]}" for column in COLUMNS)]
     parts += _shuffled(runs, metrics)
     parts += _differences(runs)
     parts += _listeners(results, metrics)
@@ -167,11 +158,11 @@ def _shuffled(runs: Mapping[str, list[Result]], metrics: Sequence[str]) -> list[
     # A model that does not look says the same always.
     rows = [(share, name) for share in shares for name in names if share == 0 or runs[name][0]["mismatch"] is not None]
     parts = ["", "## Shuffled test videos (layout of the paper's Table 3)", ""]
-    head = ["videos shuffled", "model", *(METRICS[name] for name in metrics)]
+    head = ["videos shuffled", "model", *(METRIC_TITLES[name] for name in metrics)]
     parts += markdown_table(
         head,
         [
-            [_setting(share), TITLES[name], *(_cell(_values(runs[name], share, metric)) for metric in metrics)]
+            [_setting(share), VARIANT_TITLES[name], *(_cell(_values(runs[name], share, metric)) for metric in metrics)]
             for share, name in rows
         ],
     )
@@ -181,7 +172,7 @@ def _shuffled(runs: Mapping[str, list[Result]], metrics: Sequence[str]) -> list[
         [
             [
                 _setting(share),
-                TITLES[name],
+                VARIANT_TITLES[name],
                 *(_cell(_values(runs[name], share, metric, "retention"), percent=True) for metric in metrics),
             ]
             for share, name in rows
@@ -190,12 +181,12 @@ def _shuffled(runs: Mapping[str, list[Result]], metrics: Sequence[str]) -> list[
     )
     parts += ["", "## Sources named", ""]
     parts += markdown_table(
-        ["videos shuffled", "model", *NAMING],
+        ["videos shuffled", "model", *COLUMNS],
         [
             [
                 _setting(share),
-                TITLES[name],
-                *(_cell(_values(group, share, column), percent=True) for column in NAMING),
+                VARIANT_TITLES[name],
+                *(_cell(_values(group, share, column), percent=True) for column in COLUMNS),
             ]
             for share in shares
             for name, group in runs.items()
@@ -234,7 +225,7 @@ def _differences(runs: Mapping[str, list[Result]]) -> list[str]:
         for claim in CLAIMS.values():
             values = [(claim(one), claim(other)) for one, other in pairs]
             cells.append(" ".join("–" if None in pair else f"{pair[0] - pair[1]:+.3f}" for pair in values))
-        rows.append([TITLES[name], *cells])
+        rows.append([VARIANT_TITLES[name], *cells])
     if not rows:
         return []
     return [
@@ -267,7 +258,7 @@ def _listeners(results: Sequence[Result], metrics: Sequence[str]) -> list[str]:
         "",
         "## What listeners get that err in one way alone",
         "",
-        *markdown_table(["listener", *(METRICS[metric] for metric in metrics)], rows),
+        *markdown_table(["listener", *(METRIC_TITLES[metric] for metric in metrics)], rows),
         "",
         *(f"* {listener}: {what}" for listener, what in LISTENERS.items()),
         "",
@@ -289,9 +280,9 @@ def _detectors(runs: Mapping[str, list[Result]]) -> list[str]:
             heads = [[value for figure, value in area.items() if figure.startswith("entropy, head")] for area in areas]
             cells = {figure: _cell([area[figure] for area in areas if figure in area]) for figure in named}
             best = _cell([max(max(value, 1 - value) for value in values) for values in heads if values])
-            rows.append([subset, TITLES[name], *cells.values(), best])
+            rows.append([subset, VARIANT_TITLES[name], *cells.values(), best])
     paired = [
-        f"{TITLES[name]} {_cell([result['mismatch']['paired'] for result in group], percent=True, plain=True)}"
+        f"{VARIANT_TITLES[name]} {_cell([result['mismatch']['paired'] for result in group], percent=True, plain=True)}"
         for name, group in looking.items()
         if group[0]["mismatch"]["paired"] is not None
     ]
@@ -335,7 +326,12 @@ def _crossed(runs: Mapping[str, list[Result]]) -> list[str]:
             ]
             shares = [_cell([entry[column] for entry in found], percent=True) for column in columns[:3]]
             rows.append(
-                [figure, TITLES[name], *shares, *(_cell([entry[column] for entry in found]) for column in columns[3:])]
+                [
+                    figure,
+                    VARIANT_TITLES[name],
+                    *shares,
+                    *(_cell([entry[column] for entry in found]) for column in columns[3:]),
+                ]
                 + [_cell(heads)]
             )
     if not rows:
@@ -362,7 +358,9 @@ def _gates(runs: Mapping[str, list[Result]]) -> list[str]:
     rows = []
     for variant, group in gated.items():
         gates = [result["mismatch"]["gate"] for result in group]
-        rows.append([TITLES[variant], *(_cell([gate[name] for gate in gates if name in gate]) for name in names)])
+        rows.append(
+            [VARIANT_TITLES[variant], *(_cell([gate[name] for gate in gates if name in gate]) for name in names)]
+        )
     return ["", "## The gate, own videos", "", *markdown_table(["model", *names], rows)]
 
 
@@ -373,7 +371,7 @@ def _provenance(results: Sequence[Result]) -> list[str]:
         commit, seconds = result["starts"][-1]["git_commit"] or "–", result["seconds"]
         rows.append(
             [
-                TITLES.get(result["variant"], "the shared start"),
+                VARIANT_TITLES.get(result["variant"], "the shared start"),
                 str(result["seed"]),
                 *(f"{seconds[part] / 60:.1f}" if part in seconds else "–" for part in ("training", "evaluation")),
                 result["start"] or "–",
@@ -415,7 +413,7 @@ def make_plots(results: Sequence[Result]) -> dict[str, "Figure"]:
 
 
 def _curves(runs: Mapping[str, list[Result]]) -> "Figure":
-    wanted = ("bleu_4", "meteor", "rouge_l", "cider_d", "spider", *NAMING)
+    wanted = ("bleu_4", "meteor", "rouge_l", "cider_d", "spider", *COLUMNS)
     some = next(iter(runs.values()))[0]
     names = [name for name in wanted if name in _metrics(some, 0.0)]
     shares = _shares(runs)
@@ -443,9 +441,9 @@ def _curves(runs: Mapping[str, list[Result]]) -> "Figure":
                 linewidth=1.1,
                 elinewidth=0.8,
                 capsize=2,
-                label=TITLES[name],
+                label=VARIANT_TITLES[name],
             )
-        axes.set_title(METRICS.get(metric, metric), fontsize=9)
+        axes.set_title(METRIC_TITLES.get(metric, metric), fontsize=9)
         axes.set_xticks(range(len(shares)), ["none" if share is None else as_percent(share) for share in shares])
         axes.grid(axis="y", color="0.9", linewidth=0.6)
         clean_axes(axes)
@@ -481,7 +479,7 @@ def _histograms(runs: Mapping[str, list[Result]]) -> "Figure":
                 axes.stairs(np.sum(counts, 0), edges, color=color, label=title)
             area = _cell([result["mismatch"]["auc"]["all"][f"entropy, by {unit}"] for result in group], plain=True)
             axes.set_xlim(edges[min(filled)], 1)
-            axes.set_title(f"{TITLES[name]}\nby {unit}: AUC {area}", fontsize=7)
+            axes.set_title(f"{VARIANT_TITLES[name]}\nby {unit}: AUC {area}", fontsize=7)
             clean_axes(axes)
             axes.tick_params(labelsize=7)
     for axes in panels[:, len(runs) :].ravel():

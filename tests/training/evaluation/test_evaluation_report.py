@@ -15,8 +15,11 @@ from PIL import Image
 import evacap
 from evacap.model_card import fill_model_card
 from evacap.processing.processing_evacap import EVACapProcessor
-from evacap.training.evaluation.evaluate import TITLES, evaluate
-from evacap.training.evaluation.report import as_markdown, as_text, make_plots, make_sample_plots, write_report
+from evacap.training.evaluation.evaluate import evaluate
+from evacap.training.evaluation.plots import make_plots, make_sample_plots
+from evacap.training.evaluation.report import write_report
+from evacap.training.evaluation.tables import as_markdown, as_text
+from evacap.training.metrics.compute import METRIC_TITLES
 from evacap.training.procedural.dataset import ProceduralClips
 
 
@@ -55,7 +58,7 @@ def tables(text: str) -> dict[str, list[list[str]]]:
 
 def test_markdown_has_the_papers_tables(evaluation):
     found = tables(as_markdown(evaluation))
-    names = [TITLES[name] for name in ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")]
+    names = [METRIC_TITLES[name] for name in ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")]
     first = found["Own videos (layout of the paper's Table 1)"]
     assert first[0] == ["model", "params", *names]
     assert [row[0] for row in first[2:]] == ["looks", "listens"]
@@ -156,7 +159,8 @@ def test_without_matplotlib_there_are_tables(evaluation, tmp_path):
     code = """
 import json, sys
 sys.modules["matplotlib"] = None
-from evacap.training.evaluation.report import has_matplotlib, write_report
+from evacap.training.evaluation.plots import has_matplotlib
+from evacap.training.evaluation.report import write_report
 assert not has_matplotlib()
 print(*(file.name for file in write_report(json.load(open("in.json")), "out")))
 """

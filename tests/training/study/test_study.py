@@ -39,7 +39,7 @@ from evacap.training.study.report import (
     NAMING,
     PRETRAINED,
     TABLES,
-    TITLES,
+    VARIANT_TITLES,
     as_markdown,
     read_results,
     write_report,
@@ -110,8 +110,8 @@ def load_section(name: str):
 
 
 def test_every_variant_has_a_place_in_the_report():
-    assert TITLES.keys() == (VARIANTS | EXTRA).keys()
-    assert {name for names in TABLES.values() for name in names} == TITLES.keys()
+    assert VARIANT_TITLES.keys() == (VARIANTS | EXTRA).keys()
+    assert {name for names in TABLES.values() for name in names} == VARIANT_TITLES.keys()
 
 
 def test_the_large_size_fits_its_clips():
@@ -481,7 +481,7 @@ def test_all_of_the_study_in_minutes(tmp_path, capsys):
     assert {result["start"] for result in results} == {results[0]["start"], None}
     found = tables((tmp_path / "study" / "tables.md").read_text())
     for heading, names in TABLES.items():
-        rows = [TITLES[name] for name in names]
+        rows = [VARIANT_TITLES[name] for name in names]
         assert [row[0] for row in found.get(heading, [])[2:]] == (rows if set(names) <= VARIANTS.keys() else [])
     looking = {result["variant"] for result in results if result.get("mismatch")}
     assert looking == VARIANTS.keys() - {"audio-only"}

@@ -1,0 +1,106 @@
+# Copyright 2026 The EVACap authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""From a batch of inputs to captions, and to the gate over time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .processing_evacap import EVACapProcessor
+
+
+STREAMS = ("input_features", "input_features_mask", "pixel_values_videos", "pixel_values_videos_mask")
+"""What the encoder reads of a batch."""
+
+
+@dataclass(frozen=True)
+class CaptionedBatch:
+    """
+    What a model says of a batch.
+
+    Args:
+        texts (`list[list[str]]`): The captions of each clip, `num_return_sequences` of them.
+        gate, entropy (`torch.Tensor` of shape `(batch_size, steps)`, *optional*): Fusion gate and attention entropy of
+            each audio time step, means over the mel rows; float64, on the CPU. `None` where they were not asked for.
+    """
+
+    texts: list[list[str]]
+    gate: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+
+
+def has_gate(config: PreTrainedConfig) -> bool:
+    """Whether a model of this configuration has a fusion gate."""
+    return config.fusion_type == "gated_cross_attention"
+
+
+def require_gate(config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        ValueError: If a model of this configuration has no fusion gate.
+    """
+    if not has_gate(config):
+        raise ValueError(f"`return_gate=True`, but a model with fusion_type={config.fusion_type!r} has no gate.")
+
+
+@torch.no_grad()
+def caption_batch(
+    model: PreTrainedModel,
+    processor: EVACapProcessor,
+    inputs: Mapping[str, torch.Tensor],
+    return_gate: bool = False,
+    **generate_kwargs: Any,
+) -> CaptionedBatch:
+    """
+    Captions a batch: encodes it, generates, decodes the tokens, and averages the gate of each time step.
+
+    Args:
+        model ([`EVACapForConditionalGeneration`]): The captioner.
+        processor ([`EVACapProcessor`]): Its processor.
+        inputs (`Mapping[str, torch.Tensor]`): A batch on the model's device, of which `STREAMS` are read.
+        return_gate (`bool`, *optional*, defaults to `False`): Whether gate and entropy are wanted.
+        generate_kwargs: Arguments of `generate`.
+
+    Raises:
+        ValueError: If the gate of a model without one is asked for. The model does not run then.
+    """
+    inputs = {name: inputs[name] for name in STREAMS if name in inputs}
+    if return_gate:
+        require_gate(model.config)
+        encoder_outputs = model.get_encoder()(**inputs, return_dict=True)
+        tokens = model.generate(encoder_outputs=encoder_outputs, **generate_kwargs)
+    else:
+        tokens = model.generate(**inputs, **generate_kwargs)
+    if isinstance(tokens, ModelOutput):
+        tokens = tokens.sequences
+    texts = [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+    batch_size = len(next(iter(inputs.values())))
+    sequences = len(texts) // batch_size
+    texts = [texts[first : first + sequences] for first in range(0, len(texts), sequences)]
+    if not return_gate:
+        return CaptionedBatch(texts)
+    steps = inputs["input_features"].shape[1] // model.config.audio_config.patch_size
+    gate, entropy = (
+        # Tokens are numbered by mel row, then by time step.
+        curve.cpu().double().unflatten(1, (-1, steps)).mean(1)
+        for curve in (encoder_outputs.fusion_gate, encoder_outputs.attention_entropy)
+    )
+    return CaptionedBatch(texts, gate, entropy)
+
+
+__all__ = ["CaptionedBatch", "caption_batch", "has_gate", "require_gate"]
