@@ -13,26 +13,30 @@
 # limitations under the License.
 """A media file in, its sound and its picture out: one waveform and a few frames on one time line.
 
-Header fields lie (durations, frame counts, rates), so nothing here depends on them: the packets of the wanted window are
-read once for their time stamps, and the sound is decoded on the way; then only the wanted frames are decoded, each after
-a jump to the key frame before it. The time line starts at 0, where the first stream of the file starts.
+A file is read once, in the order in which it is written, and windows are cut from it as they fill. Header fields lie
+(durations, frame counts, rates), and so do indexes, so nothing here depends on them; only a window that begins later is
+entered by a jump, in the containers that say the time with every packet, and the first packets there must agree. The time
+line starts at 0, where the first stream of the file starts. Where the clock of a broadcast breaks (it wraps, leaps or
+starts again), the seconds are counted on.
 """
 
-import bisect
 import errno
 import http.client
 import io
 import math
 import os
 import re
-import shutil
 import tempfile
+import threading
+import time
 import urllib.parse
 import urllib.request
+import zlib
+from bisect import insort
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -47,20 +51,46 @@ except ImportError:
 # Below transformers' own logger, so that its verbosity holds here too.
 logger = logging.get_logger(f"transformers.{__name__}")
 
+CHANNELS = ("average", "first")
+FRAME_SAMPLING = ("uniform", "middle")
+SILENCE = 1e-4
+"""Sound that never exceeds this (80 dB below full scale) is silence."""
+MAX_SAMPLE = 1000.0
+"""A sample beyond this is damage, or a file of floats on another scale than ±1."""
+SECONDS_A_WINDOW = 60.0
+"""Processor time that reading one window may take."""
+DOWNLOAD_BYTES, DOWNLOAD_SECONDS = 2**32, 600.0
+"""The largest download, or stream that cannot be read twice, and the longest time that a download may take."""
+
 # Play lists, concatenation scripts and picture sequences are left out: they would read other files than the one asked for.
 _FORMATS = (
     "mov,matroska,avi,mpegts,mpeg,flv,asf,mxf,ogg,wav,w64,aiff,au,caf,flac,mp3,aac,ac3,eac3,amr,wv,"
-    "gif,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"
+    "gif,apng,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"
 )
+# Every packet of these has a time that does not depend on where reading began. Elsewhere a jump is a guess.
+_SEEKABLE = ("mov,", "matroska,")
+# The length of these is estimated from the bytes of the first seconds.
+_ESTIMATED = ("mp3", "aac", "ac3", "eac3", "amr")
 _PREROLL = 0.5  # seconds a sound decoder gets to settle before the window starts
-_INTERLEAVE = 10.0  # seconds by which the streams of one file may lag behind each other
+_REACH = 2.0  # seconds by which a jump aims before the window starts
+_INTERLEAVE = 10.0  # seconds by which the streams of one file may lag behind each other …
+_LAG_BYTES = 2**25  # … and may at any rate where no more bytes than these lie between
+_QUEUE_BYTES = 2**28  # pictures of a window that are kept as they are coded until its end is known
+_SKIP = 2.0  # seconds; where wanted pictures lie further apart, what lies between is not decoded
 _MAX_JITTER = 0.05  # seconds a time stamp may stray from the count of samples before it is believed
+_BACKWARD = 1.0  # seconds; a clock that runs back by more has begun anew
+_PAUSE, _LONE_PAUSE = 10.0, 100.0  # seconds; a clock that leaps further has begun anew (the second: pictures alone)
 _MAX_JUMP = 3600.0  # seconds; a time stamp that leaps further ahead is damage, not a pause
 _MAX_SOUND_PACKET = 10.0  # seconds; a packet of sound that claims to last longer is damaged
 _MIN_BYTES_A_SECOND = 10  # what lies beyond the seconds that a file of its size can last is damage
 _MAX_PIXELS = 2**26  # twice 8K; a picture with more is damaged
+_MAX_FRAME_BYTES = 2**29  # pictures of one window; larger ones are shrunk to fit
+_MAX_SOUND_BYTES = 2**30  # of one window
 _TOLERANCE = 0.25  # seconds by which a file may be shorter than announced without being called truncated
 _CLOCK = 1e-6  # seconds lost when time stamps become floats
+_PLACEHOLDER = 0x7FFF0000  # bytes; what a WAV file announces while it is still being written
+_LONGEST_NAME = 4096
+_AGENT = "Mozilla/5.0 (compatible; EVACap)"  # some servers refuse programs that they do not know
 
 
 class MediaError(ValueError):
@@ -83,6 +113,7 @@ class Media:
             a frame that was already on display then.
         start: Start of the window, in seconds from the start of the file.
         duration: Seconds of the window that the file really has; 0 for a still image.
+        name: What messages call the file.
     """
 
     waveform: np.ndarray | None
@@ -91,6 +122,12 @@ class Media:
     timestamps: np.ndarray | None
     start: float
     duration: float
+    name: str = ""
+
+    @property
+    def silent(self) -> bool:
+        """Whether there is a sound track, and nothing to hear in it."""
+        return self.waveform is not None and is_silent(self.waveform)
 
 
 @dataclass
@@ -103,10 +140,7 @@ class MediaInfo:
 
 
 class MediaFile:
-    """A source that is open and can be read from any place, with the name that messages give it.
-
-    It carries no `name` attribute on purpose: FFmpeg would guess the format from the extension, which may be wrong.
-    """
+    """A source that is open and can be read from any place, with the name that messages give it."""
 
     def __init__(self, file: BinaryIO, label: str):
         self.label = label
@@ -160,7 +194,7 @@ def open_media(source: str | os.PathLike | bytes | BinaryIO | MediaFile) -> Iter
         if isinstance(source, (bytes, bytearray, memoryview)):
             file = io.BytesIO(source)
         elif hasattr(source, "read"):
-            file = source if _can_seek(source) else io.BytesIO(source.read())
+            file = source if _can_seek(source) else _read_stream(source, label)
         elif not isinstance(source, (str, os.PathLike)):
             raise TypeError(
                 f"`source` is a {type(source).__name__}; it must be a path, URL, bytes or binary file object"
@@ -171,20 +205,25 @@ def open_media(source: str | os.PathLike | bytes | BinaryIO | MediaFile) -> Iter
         else:
             file = opened.enter_context(_open_path(source))
             if not _can_seek(file):
-                file = io.BytesIO(file.read())
+                file = _read_stream(file, label)
         file.seek(0)
         head = file.read(64)
         if not head:
             raise MediaError(f"{label}: the file is empty; get it again")
         if head.startswith(b"version https://git-lfs"):
             raise MediaError(f"{label}: a git-LFS pointer, not the media it stands for; run `git lfs pull`")
+        if head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and head[20] & 2:
+            raise MediaError(f"{label}: an animated WebP, which cannot be read; convert it to GIF, APNG or MP4")
+        if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
+            _check_chunks(file, label)
         yield MediaFile(file, label)
 
 
 def probe_media(source: str | os.PathLike | bytes | BinaryIO | MediaFile) -> MediaInfo:
     """How long a file lasts and which tracks it has, without decoding it.
 
-    The announced duration is checked against the last packets; only where they disagree is the whole file read.
+    The announced duration is checked against the last packets; only where they disagree, or cannot be jumped to, is the
+    whole file read.
 
     Args:
         source: See [`open_media`].
@@ -192,8 +231,8 @@ def probe_media(source: str | os.PathLike | bytes | BinaryIO | MediaFile) -> Med
     Raises:
         MediaError: See [`load_media`].
     """
-    with _reading(source) as reader:
-        return MediaInfo(reader.length(), reader.audio is not None, reader.video is not None)
+    with read_media(source) as reader:
+        return MediaInfo(reader.length(), reader.has_audio, reader.has_video)
 
 
 def load_media(
@@ -208,20 +247,25 @@ def load_media(
     duration: float | None = None,
     audio: bool = True,
     video: bool = True,
+    audio_track: int | None = None,
     backend: str = "pyav",
 ) -> Media:
     """Read the sound and some frames of a file, or of a window of it.
 
     A frame is chosen by time, never by number: the one on display at that time, which is the last one with a time stamp
     at or before it. So a clip with fewer frames than asked for repeats them, a picture that ends before the sound stays,
-    and before its first frame a picture that starts late shows that first frame. A still image is a clip of one frame,
-    repeated as often as asked for. A sound that starts late, pauses, or is over before the window starts, is silent
-    there; silence is not added where the sound merely ends earlier than the picture. (ours)
+    and before its first frame a picture that starts late shows that first frame. A still image (a file with one picture
+    and no sound) has no clock: it is on display at any time, and repeated as often as asked for. A sound that starts
+    late, pauses, or is over before the window starts, is silent there; silence is not added where the sound merely ends
+    earlier than the picture. (ours)
 
     Sound is resampled channel by channel, then reduced to one. (Not FFmpeg's mix to mono, (L + R)/√2, which is louder.)
 
     A track of which nothing can be decoded counts as missing. Where a file is damaged or shorter than it announces, what
-    can be read is returned, with one warning. Digital silence is returned as it is.
+    can be read is returned, with one warning. Digital silence is returned as it is, and `Media.silent` says so.
+
+    A window may cost 60 s of processor time, 1 GiB of sound and 512 MiB of pictures, which are shrunk where they would
+    take more. Pictures that are animated are read from GIF and APNG files, not from WebP.
 
     Args:
         source: See [`open_media`].
@@ -231,255 +275,232 @@ def load_media(
         frame_sampling: `"uniform"`: the window is cut into `num_frames` equal parts (paper), or parts of 1/`fps` seconds,
             and each gives the frame in its middle. `"middle"`: as with `fps`, which must be given, but of these only the
             middle run of `num_frames` (AVCap's evaluation), all of them if they are fewer.
-        channels: `"average"` of all channels (ours) or the `"first"` (AVCap).
+        channels: `"average"` of all channels (ours) or the `"first"` (AVCap). Where channels cancel each other, so that
+            their average is far below what it would be of unrelated ones, the loudest is taken instead, with a warning.
         start: Start of the window, in seconds.
         duration: Length of the window, in seconds; up to the end of the file by default, and never beyond it.
         audio: Whether to read the sound.
         video: Whether to read the picture. Cover art of a sound file is not a picture in this sense.
+        audio_track: Which of the sound tracks to read, counted from 0; FFmpeg's choice by default.
         backend: Reader of the frames: `"pyav"`, or `"decord"`, which picks wrong frames in files with an edit list, and
             can hang or end the process on others. The sound is PyAV's in either case: decord's stereo is not sound.
 
     Raises:
         MediaError: The source is missing, a directory, empty, damaged beyond reading, no media file, has neither sound
-            nor picture, or ends before the window starts.
+            nor picture, or ends before the window starts; its sound holds a sample that is not finite or beyond ±1000;
+            or it takes more time or memory than a window may.
         ValueError: An argument is out of range.
         ImportError: The package of the backend is not installed.
     """
-    _check_arguments(sampling_rate, num_frames, fps, frame_sampling, channels, start, duration, audio, video, backend)
-    stop = math.inf if duration is None else start + duration
-    with _reading(source) as reader:
-        for reach in (2.0, 20.0, math.inf):
-            waveform = _Waveform(sampling_rate, channels) if audio and reader.audio else None
-            scan = reader.scan(start - reach, start, stop, waveform)
-            if scan.complete:
-                break
-        end = 0.0 if reader.still else min(scan.end, stop)
-        if end < start + _CLOCK and not (reader.still and start == 0):
-            raise MediaError(
-                f"{reader.label}: nothing to read from {start:g} s on, the file ends at {reader.length():g} s; "
-                "choose an earlier start"
-            )
-        announced = min(reader.announced, stop)
-        if announced - end > _TOLERANCE and reader.announced < math.inf:
-            reader.note(f"{announced - start:.6g} s announced, {end - start:.6g} s found")
-        media = Media(None, sampling_rate, None, None, start, end - start)
-        if waveform is not None:
-            media.waveform = waveform.cut(start, end)
-            if scan.undecodable and not waveform.pieces:
-                media.waveform = None
-                reader.note("its sound cannot be decoded")
-        if video and reader.video:
-            read = reader.read_frames if backend == "pyav" else reader.read_frames_with_decord
-            times = [start + time for time in frame_times(end - start, num_frames, fps, frame_sampling)]
-            media.frames, timestamps = read(times, scan.keys)
-            if media.frames is None:
-                reader.note("its picture cannot be decoded")
-            else:
-                media.timestamps = timestamps - start
-        if reader.problems and media.waveform is None and media.frames is None:
-            raise MediaError(f"{reader.label}: {'; '.join(reader.problems)}; get it again")
-        return media
+    with read_media(
+        source,
+        sampling_rate=sampling_rate,
+        num_frames=num_frames,
+        fps=fps,
+        frame_sampling=frame_sampling,
+        channels=channels,
+        start=start,
+        audio=audio,
+        video=video,
+        audio_track=audio_track,
+        backend=backend,
+    ) as reader:
+        return reader.read(duration)
 
 
 @contextmanager
-def _reading(source) -> Iterator["_Reader"]:
-    """Open a reader; what went wrong becomes a `MediaError` or, where there is a result, one warning."""
+def read_media(source: str | os.PathLike | bytes | BinaryIO | MediaFile, **options) -> Iterator["MediaReader"]:
+    """Open a file to read one window after the other, in one pass. What went wrong becomes a `MediaError` or, where there
+    are results, one warning at the end.
+
+    Args:
+        source: See [`open_media`].
+        options: Those of [`load_media`] but `duration`.
+
+    Raises:
+        MediaError, ValueError, ImportError: See [`load_media`]; also from the methods of the reader.
+    """
     if av is None:
         raise ImportError("Reading media needs PyAV: `pip install av`")
     with open_media(source) as file:
+        reader = None
         try:
-            reader = _Reader(file)
-            try:
-                yield reader
-            finally:
-                reader.container.close()
+            reader = MediaReader(file, **options)
+            yield reader
         except av.FFmpegError as error:
             found = "the file breaks off" if _breaks_off(file) else error.strerror
             raise MediaError(
                 f"{file.label}: cannot be read as sound or picture ({found}); check that it is a complete media file"
             ) from error
+        except MemoryError as error:
+            raise MediaError(f"{file.label}: reading it takes more memory than there is; leave it out") from error
+        finally:
+            if reader is not None:
+                reader.close()
         if reader.problems:
             logger.warning(f"{file.label}: {'; '.join(reader.problems)}; using what could be read")
 
 
-class _Reader:
-    """An open container: its sound and its picture on a time line in seconds from the start of the file."""
+class MediaReader:
+    """Windows of an open file, one after the other; see [`read_media`].
 
-    def __init__(self, file: MediaFile):
-        self.file, self.label = file, file.label
+    Attributes:
+        label: What messages call the file.
+        has_audio, has_video: Which tracks there are.
+        still: Whether the file is one picture.
+        position: Where the next window starts, in seconds.
+    """
+
+    def __init__(
+        self,
+        file: MediaFile,
+        *,
+        sampling_rate: int = 16000,
+        num_frames: int = 18,
+        fps: float | None = None,
+        frame_sampling: str = "uniform",
+        channels: str = "average",
+        start: float = 0.0,
+        audio: bool = True,
+        video: bool = True,
+        audio_track: int | None = None,
+        backend: str = "pyav",
+    ):
+        check_sampling(num_frames, fps, frame_sampling)
+        check_options(
+            ("sampling_rate", sampling_rate, sampling_rate > 0, "above 0"),
+            ("channels", channels, channels in CHANNELS, " or ".join(map(repr, CHANNELS))),
+            ("start", start, 0 <= start < math.inf, "at least 0"),
+            ("audio_track", audio_track, audio_track is None or audio_track >= 0, "at least 0 or None"),
+            ("backend", backend, backend in ("pyav", "decord"), "'pyav' or 'decord'"),
+        )
+        if not (audio or video):
+            raise ValueError("`audio` and `video` are both False; ask for at least one")
+        self.file, self.label, self.position = file, file.label, start
+        self.sampling_rate, self.channels, self.backend = sampling_rate, channels, backend
+        self.sampling = (num_frames, fps, frame_sampling)
         self.problems = ["the file breaks off"] if _breaks_off(file) else []
-        file.seek(0, os.SEEK_END)
-        self.longest = 1.0 + file.tell() / _MIN_BYTES_A_SECOND
-        self._open()
-        if self.audio is None and self.video is None:
-            raise MediaError(f"{self.label}: has no readable sound or picture; check that it is a complete media file")
-        self.still = self.container.format.name.endswith("_pipe")
-        self.announced = math.inf if self.container.duration is None else self.container.duration * 1e-6
-        if "matroska" in self.container.format.name:  # counts from 0, the others from their first time stamp
-            self.announced -= self.origin
+        self.budget = _Budget(file.label)
+        self.wanted = {"audio": audio, "video": video, "audio_track": audio_track}
+        self.source = self._open(start)
+        self.has_audio, self.has_video = self.source.sound is not None, self.source.picture is not None
+        self.still = self.source.is_still()
+        self.announced = self.source.announced
+        self.sound = _Sound(self.source, sampling_rate, channels) if audio and self.has_audio else None
+        self.pictures = _Pictures(self.source) if video and self.has_video else None
+        self.sources = [self.source]
 
-    def _open(self):
-        self.file.seek(0)
-        self.container = av.open(self.file, metadata_errors="replace", options={"format_whitelist": _FORMATS})
-        cover = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
-        self.audio = self.container.streams.best("audio")
-        self.video = next((s for s in self.container.streams.video if not s.disposition & cover), None)
-        if self.video is not None and self.video.codec_context is not None:
-            self.video.codec_context.options = {"max_pixels": str(_MAX_PIXELS)}
-        self.origin = max(0, self.container.start_time or 0) * 1e-6
-        # AVI stores no display times, and FFmpeg's guesses are wrong for pictures that are not coded in order.
-        self.decoding_times = self.container.format.name == "avi"
-        self.fresh = True
+    def _open(self, start: float, **changes) -> "_Demuxer":
+        return _Demuxer(self.file, start, self.note, self.budget, **{**self.wanted, **changes})
+
+    def close(self):
+        for source in self.sources:
+            source.close()
 
     def note(self, problem: str):
         if problem not in self.problems:
             self.problems.append(problem)
 
-    def go_to(self, time: float):
-        """Read on from a key frame at or before `time`, as far as the container knows, or from the beginning."""
-        if time > 0:
-            self.fresh = False
-            try:
-                return self.container.seek(round((time + self.origin) * 1e6))
-            except (av.FFmpegError, OverflowError):
-                pass
-        if not self.fresh:
-            self.container.close()
-            self._open()
+    def read(self, duration: float | None = None) -> Media:
+        """The next `duration` seconds, or all that follow.
 
-    def packets(self, streams: list) -> Iterator[tuple]:
-        """Yield `(time, packet)` up to the end of the file, or to damage that nothing can be read beyond."""
-        self.fresh = False
-        clocks = {stream.index: float(stream.time_base) for stream in streams}
-        while True:
-            try:
-                for packet in self.container.demux(streams):
-                    stamp = packet.dts if packet.pts is None or self.decoding_times else packet.pts
-                    yield None if stamp is None else stamp * clocks[packet.stream.index] - self.origin, packet
-                return
-            except IndexError:  # a packet of a stream that PyAV does not know, as it came up after opening
-                continue
-            except av.FFmpegError:
-                self.note("data damaged up to the end")
-                return
+        Raises:
+            MediaError: See [`load_media`].
+        """
+        check_options(("duration", duration, duration is None or 0 < duration < math.inf, "above 0 or None"))
+        self.budget.begin()
+        start, stop = self.position, math.inf if duration is None else self.position + duration
+        self.source.needed = start
+        if self.sound is not None:
+            self.sound.hear(stop)
+        end = 0.0 if self.still else self._end(stop)
+        if end < start + _CLOCK and not self.still:
+            for track in self.source.tracks.values():
+                self.source.leave_out(track)
+            last = self._end(math.inf)
+            if last < _CLOCK:
+                raise MediaError(f"{self.label}: there is nothing in its tracks; get it again")
+            raise MediaError(
+                f"{self.label}: nothing to read from {start:g} s on, the file ends at {last:g} s; choose an earlier start"
+            )
+        announced = min(self.announced, stop)
+        if announced - end > _TOLERANCE and self.announced < math.inf and not self.still:
+            self.note(f"{announced - start:.6g} s announced, {end - start:.6g} s found")
+        media = Media(None, self.sampling_rate, None, None, start, max(0.0, end - start), self.label)
+        if self.sound is not None:
+            media.waveform = self.sound.cut(start, end)
+            if media.waveform is None:
+                self.note("its sound cannot be decoded")
+        if self.pictures is not None:
+            times = [start + time for time in frame_times(media.duration, *self.sampling)]
+            media.frames, timestamps = self._frames([0.0] * len(times) if self.still else times)
+            if media.frames is None:
+                self.note("its picture cannot be decoded")
+            else:
+                media.timestamps = timestamps - (0.0 if self.still else start)
+        if self.problems and media.waveform is None and media.frames is None:
+            raise MediaError(f"{self.label}: {'; '.join(self.problems)}; get it again")
+        if not self.still:
+            self.position = stop
+        return media
 
-    def decode(self, packet, time: float | None) -> Iterator[tuple]:
-        """Yield `(time, frame)`; a frame without a time stamp gets `time`."""
-        for frame in packet.decode():
-            yield time if frame.time is None else frame.time - self.origin, frame
-
-    def scan(self, since: float, start: float, stop: float, waveform: "_Waveform | None" = None) -> "_Scan":
-        """Read the packets from `since` to `stop`, and decode the sound from `start` on."""
-        self.go_to(since)
-        streams = [stream for stream in (self.audio, self.video) if stream is not None]
-        reached = {stream.index: max(since, 0.0) for stream in streams}
-        missing = {} if since <= 0 else {s.index: max(start, self._starts(s)) for s in streams}
-        scan = _Scan()
-        for time, packet in self.packets(streams):
-            index, is_sound = packet.stream.index, packet.stream.type == "audio"
-            if time is not None:
-                length = float((packet.duration or 0) * packet.time_base)
-                jump = time - reached[index]
-                if (
-                    jump > _MAX_JUMP
-                    or (jump > 1.0 and time > self.announced + 1.0)
-                    or time > self.longest
-                    or (is_sound and length > _MAX_SOUND_PACKET)
-                ):
-                    self.note("some time stamps damaged")
-                    scan.undecodable = scan.undecodable or is_sound
-                    continue
-                if (is_sound or packet.is_keyframe) and time <= missing.get(index, -math.inf) + _CLOCK:
-                    del missing[index]
-                if packet.is_keyframe and not is_sound:
-                    scan.keys.append(time)
-                if not packet.is_discard:
-                    reached[index] = max(reached[index], time + (length if length < _MAX_JUMP else 0.0))
-                    scan.end = max(scan.end, reached[index])
-            if is_sound and waveform is not None and start - _PREROLL < reached[index] and (time or 0.0) < stop:
-                try:
-                    for time_heard, frame in self.decode(packet, time):
-                        waveform.add(frame, time_heard)
-                except av.FFmpegError:
-                    scan.undecodable = True
-                    self.note("some sound damaged")
-            if time is not None and (min(reached.values()) >= stop or time > stop + _INTERLEAVE):
-                break
-        scan.complete = not missing
-        scan.keys.sort()
-        return scan
-
-    def _starts(self, stream) -> float:
-        return -math.inf if stream.start_time is None else float(stream.start_time * stream.time_base) - self.origin
+    def goes_on(self, seconds: float) -> bool:
+        """Whether more than `seconds` follow after what has been read."""
+        return not self.still and self._end(self.position + seconds + _CLOCK) > self.position + seconds
 
     def length(self) -> float:
-        """Seconds up to the end of the last packet."""
+        """Seconds up to the end of the last packet of the file; no window can be read afterwards."""
         if self.still:
             return 0.0
-        if self.announced < math.inf:
-            end = self.scan(self.announced - _INTERLEAVE, 0.0, math.inf).end
-            if abs(end - self.announced) <= _TOLERANCE:
+        self.budget.begin()
+        if self.announced < math.inf and self.source.seekable:
+            self._replace(self.announced - _INTERLEAVE)
+            end = self._end(math.inf)
+            if abs(end - self.announced) <= _TOLERANCE or not self.source.entered:
                 return end
-        return max(0.0, self.scan(0.0, 0.0, math.inf).end)
+            self._replace(0.0)
+        return self._end(math.inf)
 
-    def read_frames(self, times: list[float], keys: list[float]) -> tuple[np.ndarray | None, np.ndarray]:
-        """The frames on display at `times`, which ascend, and their time stamps; `keys` are the times of key frames."""
-        frames, stamps, last = None, np.zeros(len(times)), None
-        for i, (stamp, frame) in enumerate(self._shown(times, keys)):
-            stamps[i] = stamp
-            if frames is None:
-                first = frame
-            if frame is last:
-                frames[i] = frames[i - 1]
-                continue
-            picture = frame.to_ndarray(format="rgb24", width=first.width, height=first.height)
-            picture = np.rot90(picture, round(first.rotation / 90) % 4)
-            if frames is None:
-                frames = np.empty((len(times), *picture.shape), dtype=np.uint8)
-            frames[i], last = picture, frame
-            if frame.is_corrupt:
-                self.note("some pictures damaged")
-        return frames, stamps
+    def _replace(self, start: float):
+        self.source = self._open(start, audio=False, video=False)
+        self.sources.append(self.source)
 
-    def _shown(self, times: list[float], keys: list[float]) -> Iterator[tuple]:
-        pictures = shown = ahead = None
-        jumps = True
-        for time in times:
-            here = ahead or shown
-            key = keys[bisect.bisect(keys, time + _CLOCK) - 1] if keys and keys[0] <= time + _CLOCK else -math.inf
-            if pictures is None or (jumps and key > here[0] + _CLOCK):
-                for since in (key, key - 2.0, key - 20.0, -math.inf):
-                    pictures, shown = self._pictures(since), None
-                    ahead = next(pictures, None)
-                    if since <= 0 or (ahead is not None and ahead[0] <= time + _CLOCK):
-                        break
-                jumps = since > 0 or key <= 0
-            while ahead is not None and (shown is None or ahead[0] <= time + _CLOCK):
-                shown, ahead = ahead, next(pictures, None)
-            if shown is None:
-                return
-            yield shown
+    def _end(self, stop: float) -> float:
+        """Where the window up to `stop` ends."""
+        while self.source.end < stop and self.source.read():
+            self._bound_queue()
+        return max(0.0, min(self.source.end, stop))
 
-    def _pictures(self, since: float) -> Iterator[tuple]:
-        """Decode from a key frame at or before `since`."""
-        self.go_to(since)
-        started, last, waiting = since <= 0, 0.0, deque()
-        for time, packet in self.packets([self.video]):
-            started = started or packet.is_keyframe
-            if not started:
-                continue
-            if self.decoding_times and time is not None:
-                waiting.append(time)
+    def _bound_queue(self):
+        """Read the pictures in a pass of their own where those of a window are too many bytes to be kept."""
+        if self.pictures is None or self.pictures.source is not self.source:
+            return
+        if self.source.picture.bytes > _QUEUE_BYTES:
+            self.source.leave_out(self.source.picture)
+            self.sources.append(self._open(self.position, audio=False))
+            self.pictures = _Pictures(self.sources[-1])
+
+    def _frames(self, times: list[float]) -> tuple[np.ndarray | None, np.ndarray]:
+        """The frames on display at `times`, which ascend, and their time stamps."""
+        if self.backend == "decord":
+            return self._frames_by_decord(times)
+        pictures, stamps = [], np.zeros(len(times))
+        for i, moment in enumerate(times):
             try:
-                for shown, frame in self.decode(packet, last if time is None else time):
-                    # Pictures come out in display order: each takes the earliest time that is not taken yet.
-                    last = waiting.popleft() if waiting else shown
-                    yield last, frame
-            except av.FFmpegError:
-                self.note("some pictures damaged")
+                shown = self.pictures.at(moment)
+            except _CannotSkip:
+                self.sources.append(self._open(0.0, audio=False))
+                self.pictures = _Pictures(self.sources[-1], skip=math.inf)
+                shown = self.pictures.at(moment)
+            if shown is None:
+                return None, stamps
+            stamps[i] = shown.time
+            pictures.append(self.pictures.to_array(shown, 1 if self.still else len(times)))
+        if all(picture is pictures[0] for picture in pictures):
+            return np.broadcast_to(pictures[0], (len(times), *pictures[0].shape)), stamps
+        return np.stack(pictures), stamps
 
-    def read_frames_with_decord(self, times: list[float], keys: list[float]) -> tuple[np.ndarray | None, np.ndarray]:
-        """As `read_frames`, by decord."""
+    def _frames_by_decord(self, times: list[float]) -> tuple[np.ndarray | None, np.ndarray]:
         try:
             import decord
         except ImportError as error:
@@ -495,67 +516,672 @@ class _Reader:
             raise MediaError(f"{self.label}: decord cannot read it; try backend='pyav'") from error
 
 
-@dataclass
-class _Scan:
-    """What the packets of a window tell."""
+class _Budget:
+    """The processor time that a window may take, asked about wherever FFmpeg comes back."""
 
-    end: float = -math.inf
-    """When the last packet ends."""
-    keys: list[float] = field(default_factory=list)
-    """When the pictures come that can be decoded without others before them."""
-    undecodable: bool = False
-    """Whether some of the sound could not be decoded, or not be placed."""
-    complete: bool = True
-    """Whether the reading began early enough to have seen every track at the start of the window."""
+    def __init__(self, label: str):
+        self.label = label
+        self.begin()
+
+    def begin(self):
+        self.limit = time.thread_time() + SECONDS_A_WINDOW
+
+    def check(self):
+        if time.thread_time() > self.limit:
+            raise MediaError(
+                f"{self.label}: reading it takes more than {SECONDS_A_WINDOW:g} s of processor time a window; leave it out"
+            )
+
+
+class _Cursor:
+    """A file for one container: several may read the same one.
+
+    It carries no `name` attribute on purpose: FFmpeg would guess the format from the extension, which may be wrong.
+    """
+
+    def __init__(self, file: MediaFile, budget: _Budget):
+        self.file, self.budget, self.position = file, budget, 0
+
+    def read(self, size: int) -> bytes:
+        self.budget.check()
+        self.file.seek(self.position)
+        data = self.file.read(size)
+        self.position += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.budget.check()
+        if whence == os.SEEK_CUR:
+            offset, whence = self.position + offset, os.SEEK_SET
+        position = self.file.seek(offset, whence)
+        if position >= 0:
+            self.position = position
+        return position
+
+    def tell(self) -> int:
+        return self.position
+
+
+@dataclass(slots=True)
+class _Packet:
+    """A packet on the time line of the file, in seconds: when it is on display (or heard), and when it is decoded."""
+
+    data: Any
+    time: float
+    order: float
+    counted: bool
+    """Whether the time is counted, as the packet has none that could be believed."""
+    after_gap: bool = False
+    """Whether packets before it were left out."""
+
+
+class _Track:
+    """A track of an open container: its packets that wait to be decoded, and its clock."""
+
+    def __init__(self, stream, wanted: bool):
+        self.stream, self.wanted = stream, wanted
+        self.is_sound = stream.type == "audio"
+        self.tick = float(stream.time_base)
+        self.queue: deque[_Packet] = deque()
+        self.bytes = 0
+        self.first: _Packet | None = None  # of the file: it may say what no later one repeats
+        self.seen = 0
+        self.offset = 0.0  # seconds that its stamps are off since the clock broke
+        self.since = 0.0  # time that a jump aimed at
+        self.entry = -math.inf  # … and that of the first packet after it
+        self.damaged = False
+        self.stamp: int | None = None
+        self.order = -math.inf  # decoding time of the last packet
+        self.next = -math.inf  # … and of the one expected after it
+        self.before_leap: float | None = None
+        self.end = -math.inf
+        self.gap = False
+
+    def length(self, data) -> float:
+        return float((data.duration or 0) * self.tick)
+
+    def put(self, packet: _Packet):
+        packet.after_gap, self.gap = self.gap, False
+        self.queue.append(packet)
+        self.bytes += packet.data.size
+
+    def take(self) -> _Packet:
+        packet = self.queue.popleft()
+        self.bytes -= packet.data.size
+        return packet
+
+    def drop(self, count: int):
+        for _ in range(count):
+            self.take()
+        if count:
+            if self.queue:
+                self.queue[0].after_gap = True
+            else:
+                self.gap = True
+
+
+class _Demuxer:
+    """The packets of a file in their order, from the beginning or, where the container can be trusted, from `start`."""
+
+    def __init__(
+        self, file: MediaFile, start: float, note, budget: _Budget, audio: bool, video: bool, audio_track: int | None
+    ):
+        self.file, self.note, self.budget = file, note, budget
+        self.wanted = {"audio": audio, "video": video, "audio_track": audio_track}
+        self.needed = start
+        self.skipping = True  # whether pictures before a key frame that is on display by then are left out
+        self._open()
+        self.entered = start > 0 and self.seekable and self._enter(start)
+
+    def _open(self):
+        self.container = av.open(
+            _Cursor(self.file, self.budget),
+            metadata_errors="replace",
+            # The second for what FFmpeg decodes while it opens a file, such as cover art.
+            options={"format_whitelist": _FORMATS, "max_pixels": str(_MAX_PIXELS)},
+        )
+        container, label = self.container, self.file.label
+        name = container.format.name
+        cover = av.stream.Disposition.attached_pic | av.stream.Disposition.timed_thumbnails
+        audio = self._choose_sound(container.streams, self.wanted["audio_track"])
+        video = next((s for s in container.streams.video if not s.disposition & cover), None)
+        if audio is None and video is None:
+            raise MediaError(f"{label}: has no readable sound or picture; check that it is a complete media file")
+        if video is not None and video.codec_context is not None:
+            video.codec_context.options = {"max_pixels": str(_MAX_PIXELS)}
+        self.sound = None if audio is None else _Track(audio, self.wanted["audio"])
+        self.picture = None if video is None else _Track(video, self.wanted["video"])
+        self.tracks = {track.stream.index: track for track in (self.sound, self.picture) if track is not None}
+        start_time = (container.start_time or 0) * 1e-6
+        # Just below 0 lies what a sound codec needs to get going; further below, a clock that wraps within the file.
+        self.origin = 0.0 if -1.0 < start_time < 0 else start_time
+        self.is_picture_format = name.endswith("_pipe")
+        self.seekable = name.startswith(_SEEKABLE)
+        self.restarts = bool(container.format.flags & av.format.Flags.ts_discont.value)  # its clock may begin anew
+        # AVI stores no display times, and FFmpeg's guesses are wrong for pictures that are not coded in order.
+        self.decoding_times = name == "avi"
+        self.announced = self._announced(name)
+        self.file.seek(0, os.SEEK_END)
+        self.longest = 1.0 + self.file.tell() / _MIN_BYTES_A_SECOND
+        self.offset = 0.0  # of the clock that broke last
+        self.ended = False
+        self.packets = container.demux([track.stream for track in self.tracks.values()])
+
+    def _choose_sound(self, streams, number: int | None):
+        if number is None:
+            return streams.best("audio")
+        if number >= len(streams.audio):
+            raise MediaError(
+                f"{self.file.label}: has {len(streams.audio)} sound tracks, counted from 0, and no number {number}; "
+                "choose another `audio_track`"
+            )
+        return streams.audio[number]
+
+    def _announced(self, name: str) -> float:
+        """Seconds that the file claims to last; infinity where it does not say."""
+        duration = self.container.duration
+        if duration is None or self.restarts or name in _ESTIMATED and not _has_length_header(self.file):
+            return math.inf
+        # Matroska counts from 0, the others from their first time stamp.
+        return duration * 1e-6 - (self.origin if name.startswith("matroska") else 0.0)
+
+    def close(self):
+        self.container.close()
+
+    @property
+    def end(self) -> float:
+        return max(track.end for track in self.tracks.values())
+
+    def is_still(self) -> bool:
+        """Whether the file is one picture."""
+        if self.is_picture_format:
+            return True
+        if self.sound is not None or self.entered:
+            return False
+        while self.picture.seen < 2 and self.read():
+            pass
+        return self.picture.seen == 1
+
+    def leave_out(self, track: _Track):
+        """Keep none of the packets of a track, of which only the times are needed."""
+        track.wanted = False
+        track.drop(len(track.queue))
+
+    def _enter(self, start: float) -> bool:
+        """Jump to where `start` can be read from; where that cannot be, the container is at its beginning."""
+        tracks = self.tracks.values()
+        for _ in range(100):
+            if not self.read() or all(track.first for track in tracks):
+                break
+        entered = not self.ended and all(track.first for track in tracks) and self._jump(start)
+        if not entered:
+            self.container.close()
+            self._open()
+        return entered
+
+    def _jump(self, start: float) -> bool:
+        """Read on from before `start`; whether that is where the first packets of all tracks lie."""
+        tracks = self.tracks.values()
+        try:
+            self.container.seek(round((start - _REACH + self.origin) * 1e6))
+        except (av.FFmpegError, OverflowError):
+            return False
+        for track in tracks:
+            first = track.first
+            track.__init__(track.stream, track.wanted)
+            track.first, track.gap, track.entry, track.since = first, True, math.inf, start - _REACH
+        self.packets = self.container.demux([track.stream for track in tracks])
+        while any(track.entry == math.inf for track in tracks) and self.read():
+            if max(track.order for track in tracks) > start + _INTERLEAVE:
+                return False
+        latest = {True: start - _PREROLL, False: start}
+        return all(track.entry <= latest[track.is_sound] + _CLOCK for track in tracks)
+
+    def read(self) -> bool:
+        """Put the next packet behind the others of its track; `False` at the end of the file."""
+        self.budget.check()
+        if self.ended:
+            return False
+        try:
+            packet = next(self.packets, None)
+        except IndexError:  # a packet of a stream that PyAV does not know, as it came up after opening
+            self.note("a track that begins within the file is left out")
+            self.packets = self.container.demux([track.stream for track in self.tracks.values()])
+            return True
+        except av.FFmpegError:
+            self.note("data damaged up to the end")
+            packet = None
+        if packet is None:
+            self.ended = True
+            return False
+        # An empty one without a time ends the stream of packets.
+        if packet.size or packet.dts is not None or packet.pts is not None:
+            self._file(packet, self.tracks[packet.stream.index])
+        return True
+
+    def _file(self, data, track: _Track):
+        """Put a packet behind the others of its track, if it is needed."""
+        packet = self._place(data, track)
+        if packet is None:
+            return
+        is_key = track.is_sound or data.is_keyframe
+        if track.entry == math.inf:
+            if not is_key:
+                return
+            track.entry = packet.time
+        track.seen += 1
+        if track.first is None:
+            track.first = packet
+        if not track.wanted or not data.size:
+            return
+        if track.is_sound:
+            if packet.time + track.length(data) > self.needed - _PREROLL:
+                track.put(packet)
+            return
+        track.put(packet)
+        if is_key and self.skipping:
+            self.skip()
+
+    def skip(self):
+        """Leave out the pictures before the last key frame that is on display at the time that is needed."""
+        queue = self.picture.queue
+        for number in range(len(queue) - 1, 0, -1):
+            if queue[number].data.is_keyframe and queue[number].time <= self.needed + _CLOCK:
+                return self.picture.drop(number)
+
+    def _place(self, data, track: _Track) -> _Packet | None:
+        """A packet on the time line of the file; `None` for one whose time stamps are damaged."""
+        stamp = data.pts if data.dts is None else data.dts
+        length = track.length(data)
+        if stamp is None or (track.is_sound and stamp == track.stamp):
+            time = order = track.next if track.next > -math.inf else max(0.0, self.needed)
+            counted, data.pts, data.dts = True, None, None
+        else:
+            order, counted = stamp * track.tick - self.origin + track.offset, False
+            order = self._follow(track, order)
+            time = order
+            if data.pts is not None and not self.decoding_times:
+                time += (data.pts - stamp) * track.tick
+            if track.offset:
+                shift = round(track.offset / track.tick)
+                data.pts, data.dts = (None if value is None else value + shift for value in (data.pts, data.dts))
+        if self._is_damaged(track, time, length):
+            self.note("some time stamps damaged")
+            return None
+        track.stamp, track.order, track.next = stamp, order, order + length
+        if not data.is_discard:
+            track.end = max(track.end, time + (length if length < _MAX_JUMP else 0.0))
+        return _Packet(data, time, order, counted)
+
+    def _is_damaged(self, track: _Track, time: float, length: float) -> bool:
+        if track.is_sound and length > _MAX_SOUND_PACKET:
+            track.damaged = True
+            return True
+        if self.restarts:
+            return False
+        leap = time - max(track.end, track.since)
+        damaged = leap > _MAX_JUMP or (leap > 1.0 and time > self.announced + 1.0) or time > self.longest
+        track.damaged = track.damaged or damaged
+        return damaged
+
+    def _follow(self, track: _Track, order: float) -> float:
+        """Count on where the clock of the file has begun anew."""
+        if track.order == -math.inf:
+            return order
+        latest = max(other.next for other in self.tracks.values())
+        if order < track.order - _BACKWARD:
+            if track.before_leap is not None and order >= track.before_leap - _BACKWARD:
+                return order  # back from a leap that was damage
+        elif order > latest + (_LONE_PAUSE if self.sound is None else _PAUSE):
+            if not self.restarts:
+                track.before_leap = track.order
+                return order
+        else:
+            return order
+        raw = order - track.offset
+        # The other track may have begun anew before: its clock is the same.
+        if not -_BACKWARD <= raw + self.offset - track.next <= _PAUSE:
+            self.offset = latest - raw
+        track.offset = round(self.offset / track.tick) * track.tick
+        return raw + track.offset
+
+
+class _CannotSkip(Exception):
+    """Decoding that began at a key frame does not give what it should."""
+
+
+@dataclass(slots=True, eq=False)
+class _Picture:
+    time: float
+    frame: Any
+    array: np.ndarray | None = None
+
+
+class _Pictures:
+    """The pictures of a file, decoded as they are asked for."""
+
+    def __init__(self, source: _Demuxer, skip: float = _SKIP):
+        self.source, self.track = source, source.picture
+        codec = self.track.stream.codec_context
+        if source.decoding_times:
+            skip = math.inf  # the times of pictures follow from their number
+        elif codec is not None and codec.codec.intra_only:
+            skip = min(skip, 0.0)
+        self.skip = skip
+        source.skipping = skip < math.inf
+        self.shown: _Picture | None = None
+        self.ahead: _Picture | None = None
+        self.decoded: deque[_Picture] = deque()
+        self.position = -math.inf  # time of the last picture that was decoded
+        self.waiting: list[float] = []  # times that no picture has taken yet, where they go by number
+        self.last = 0.0
+        self.primed = self.drained = self.unproven = False
+        self.size: tuple[int, int] | None = None
+
+    def at(self, time: float) -> _Picture | None:
+        """The picture on display at `time`, which is not before the one that was asked for last."""
+        self.source.needed = time
+        if self.ahead is None:
+            self.ahead = self._next()
+        while self.ahead is not None and (self.shown is None or self.ahead.time <= time + _CLOCK):
+            self.shown, self.ahead = self.ahead, self._next()
+        return self.shown
+
+    def _next(self) -> _Picture | None:
+        while not self.decoded:
+            if self.drained:
+                return None
+            self.source.skipping = self.source.needed - self.position > self.skip
+            if self.source.skipping:
+                self.source.skip()
+                self._read_up_to(self.source.needed)
+            packet = self._take()
+            if packet is None and not self.source.ended:
+                return None
+            self._decode(packet)
+        picture = self.decoded.popleft()
+        self.position = max(self.position, picture.time)
+        if self.unproven:
+            self.unproven = False
+            if not picture.frame.key_frame or picture.time > self.source.needed + _CLOCK:
+                raise _CannotSkip
+        return picture
+
+    def _read_up_to(self, time: float):
+        """Read on until the last key frame before `time` is there."""
+        while (not self.track.queue or self.track.queue[-1].order <= time) and self.source.read():
+            pass
+
+    def _take(self) -> _Packet | None:
+        """The next packet; `None` at the end, or where the picture lags too far behind the sound."""
+        since = None
+        while not self.track.queue:
+            others = self.source.sound
+            if self.shown is not None and others is not None and others.order > self.source.needed + _INTERLEAVE:
+                since = others.bytes if since is None else since
+                if others.bytes - since > _LAG_BYTES:
+                    return None
+            if not self.source.read():
+                return None
+        return self.track.take()
+
+    def _decode(self, packet: _Packet | None):
+        codec = self.track.stream.codec_context
+        if codec is None:
+            self.drained = packet is None
+            return
+        if not self.primed:
+            self.primed = True
+            if packet is not None and packet.data is not self.track.first.data:
+                self._feed(self.track.first.data)
+                codec.flush_buffers()
+                self.unproven = True
+        if packet is not None and packet.after_gap and self.position > -math.inf:
+            codec.flush_buffers()
+            self.unproven = True
+        if packet is None:
+            self.drained = True
+        elif self.source.decoding_times:
+            insort(self.waiting, packet.time)
+        frames = self._feed(None if packet is None else packet.data)
+        if frames is None:
+            if packet is not None and packet.time in self.waiting:
+                self.waiting.remove(packet.time)
+            return
+        for frame in frames:
+            if self.source.decoding_times:
+                # Pictures come out in display order: each takes the earliest time that is not taken yet.
+                self.last = self.waiting.pop(0) if self.waiting else self.last
+            elif frame.pts is not None:
+                self.last = frame.pts * self.track.tick - self.source.origin
+            elif packet is not None:
+                self.last = packet.time
+            self.decoded.append(_Picture(self.last, frame))
+
+    def _feed(self, data) -> list | None:
+        """The frames that come out for a packet, `None` if it is damaged."""
+        self.source.budget.check()
+        try:
+            return self.track.stream.codec_context.decode(data)
+        except EOFError:
+            return []
+        except av.FFmpegError:
+            self.source.note("some pictures damaged")
+            return None
+
+    def to_array(self, picture: _Picture, count: int) -> np.ndarray:
+        """The picture (height, width, 3), in the size of the first one of the file, so small that `count` fit."""
+        if picture.array is None:
+            frame = picture.frame
+            if self.size is None:
+                fraction = min(1.0, math.sqrt(_MAX_FRAME_BYTES / (3 * frame.width * frame.height * count)))
+                self.size = max(1, int(frame.width * fraction)), max(1, int(frame.height * fraction))
+                self.rotation = round(frame.rotation / 90) % 4
+            width, height = self.size
+            how = {} if (width, height) == (frame.width, frame.height) else {"interpolation": "AREA"}
+            array = frame.to_ndarray(format="rgb24", width=width, height=height, **how)
+            picture.array = np.rot90(array, self.rotation)
+            if frame.is_corrupt:
+                self.source.note("some pictures damaged")
+        return picture.array
+
+
+class _Sound:
+    """The sound of a file, decoded as far as it is asked for."""
+
+    def __init__(self, source: _Demuxer, sampling_rate: int, channels: str):
+        self.source, self.track = source, source.sound
+        self.waveform = _Waveform(sampling_rate, channels, source)
+        self.primed = self.drained = self.undecodable = False
+
+    def hear(self, stop: float):
+        """Decode up to `stop`, as far as there is sound."""
+        while not self.drained and self.waveform.due < stop + _MAX_JITTER:
+            packet = self._peek(stop)
+            if packet is None:
+                if not self.source.ended:
+                    return
+                self.drained = True
+                self._decode(None)
+            elif packet.time > stop + _PREROLL:
+                return
+            else:
+                self._decode(self.track.take())
+            if self.waveform.bytes > _MAX_SOUND_BYTES:
+                raise MediaError(
+                    f"{self.source.file.label}: lasts more than {self.waveform.due:,.0f} s, which is too much sound for "
+                    "one window; give a `duration`"
+                )
+
+    def _peek(self, stop: float) -> _Packet | None:
+        """The next packet; `None` at the end, or where the sound lags too far behind the picture."""
+        since = None
+        while not self.track.queue:
+            others = self.source.picture
+            if others is not None and others.order > stop + _INTERLEAVE:
+                since = others.bytes if since is None else since
+                if others.bytes - since > _LAG_BYTES:
+                    return None
+            if not self.source.read():
+                return None
+        return self.track.queue[0]
+
+    def _decode(self, packet: _Packet | None):
+        codec = self.track.stream.codec_context
+        if codec is None:
+            self.undecodable = True
+            return
+        if not self.primed:
+            self.primed = True
+            if packet is not None and packet.data is not self.track.first.data:
+                self._feed(self.track.first.data)
+                codec.flush_buffers()
+        for frame in self._feed(None if packet is None else packet.data):
+            if frame.pts is not None:
+                self.waveform.add(frame, frame.pts * self.track.tick - self.source.origin)
+            else:
+                fallback = 0.0 if packet is None else packet.time
+                self.waveform.add(frame, self.waveform.due if self.waveform.due > -math.inf else fallback)
+
+    def _feed(self, data) -> list:
+        self.source.budget.check()
+        try:
+            return self.track.stream.codec_context.decode(data)
+        except EOFError:
+            return []
+        except av.FFmpegError:
+            self.undecodable = True
+            self.source.note("some sound damaged")
+            return []
+
+    def cut(self, start: float, end: float) -> np.ndarray | None:
+        """The sound from `start` to `end`, silent where there is none, up to the last there is; `None` where none of
+        the track can be decoded."""
+        if self.drained:
+            self.waveform.flush()
+        if (self.undecodable or self.track.damaged) and not self.waveform.has_sound:
+            return None
+        return self.waveform.cut(start, end)
 
 
 class _Waveform:
     """Decoded sound in pieces, each continuous and placed by time stamp."""
 
-    def __init__(self, sampling_rate: int, channels: str):
-        self.sampling_rate, self.channels = sampling_rate, channels
-        self.pieces: list[tuple[float, list[np.ndarray]]] = []
-        self.resampler = self.layout = self.due = None
+    def __init__(self, sampling_rate: int, channels: str, source: _Demuxer):
+        self.sampling_rate, self.channels, self.source = sampling_rate, channels, source
+        # Of each piece: where it starts, and the chunks, each with the number of samples before it in the piece.
+        self.chunks: deque[tuple[float, int, _Chunk]] = deque()
+        self.resampler = self.layout = None
+        self.due, self.start, self.count = -math.inf, 0.0, 0
+        self.has_sound = False
+        self.bytes = 0
+        self.loudest = 0
 
-    def add(self, frame, time: float | None):
-        time = (self.due or 0.0) if time is None else time
+    def add(self, frame, time: float):
+        length = frame.samples / frame.sample_rate
         layout = (frame.format.name, frame.layout.name, frame.sample_rate)
         if layout != self.layout or abs(time - self.due) > _MAX_JITTER:
-            self._flush()
+            if time + length <= self.due:
+                return  # The clock has run back: what was read earlier stays.
+            self.flush()
             # Not the planar "fltp": PyAV reads beyond the planes of a frame with more than eight channels.
             self.resampler = av.AudioResampler(format="flt", rate=self.sampling_rate)
-            self.layout, self.due = layout, time
-            self.pieces.append((time, []))
-        self.due += frame.samples / frame.sample_rate
+            self.layout, self.due, self.start, self.count = layout, time, time, 0
+        self.due += length
         self._keep(self.resampler.resample(frame))
 
-    def _flush(self):
+    def flush(self):
         if self.resampler is not None:
             self._keep(self.resampler.resample(None))
             self.resampler = self.layout = None
 
     def _keep(self, frames: list):
         for frame in frames:
-            if frame is not None:
-                samples = frame.to_ndarray().reshape(frame.samples, -1)
-                self.pieces[-1][1].append(samples.mean(axis=1) if self.channels == "average" else samples[:, 0].copy())
+            if frame is None or not frame.samples:
+                continue
+            samples = frame.to_ndarray().reshape(frame.samples, -1).T
+            largest = np.abs(samples).max()
+            if not largest <= MAX_SAMPLE:
+                raise MediaError(
+                    f"{self.source.file.label}: its sound holds a sample of {largest:g} at about {self.due:.1f} s, where "
+                    "samples lie within ±1; scale it, or get it again"
+                )
+            chunk = _Chunk(samples, self.channels, self.loudest)
+            self.loudest = chunk.loudest
+            self.chunks.append((self.start, self.count, chunk))
+            self.count += len(chunk)
+            self.bytes += chunk.bytes
+            self.has_sound = True
 
     def cut(self, start: float, end: float) -> np.ndarray:
-        """The sound from `start` to `end`, silent where there is none, up to the last there is."""
-        self._flush()
+        """The sound from `start` to `end`, after which what lies before `end` is forgotten."""
         total = round((end - start) * self.sampling_rate)
+        places = [round((piece - start) * self.sampling_rate) + count for piece, count, _ in self.chunks]
+        inside = [
+            chunk for place, (_, _, chunk) in zip(places, self.chunks) if place < total and place + len(chunk) > 0
+        ]
+        cancels = _cancel(sum(c.mixed for c in inside), sum(c.unmixed for c in inside))
+        if cancels:
+            self.source.note("the channels of its sound cancel each other, the loudest is used")
         waveform, last = np.zeros(total, dtype=np.float32), 0
-        # The last piece goes first: where time stamps run back, what was read earlier stays.
-        for time, chunks in reversed(self.pieces):
-            first = round((time - start) * self.sampling_rate)
-            for chunk in chunks:
-                part = chunk[max(0, -first) : max(0, total - first)]
-                at = max(0, first)
+        # The last goes first: where time stamps run back, what was read earlier stays.
+        for place, (_, _, chunk) in zip(reversed(places), reversed(self.chunks)):
+            part = chunk.samples(cancels)[max(0, -place) : max(0, total - place)]
+            if len(part):
+                at = max(0, place)
                 waveform[at : at + len(part)] = part
-                first += len(chunk)
-                if len(part):
-                    last = max(last, at + len(part))
+                last = max(last, at + len(part))
+        while self.chunks and places and places[0] + len(self.chunks[0][2]) <= total:
+            places.pop(0)
+            self.bytes -= self.chunks.popleft()[2].bytes
         return waveform[:last] if last else waveform
+
+
+class _Chunk:
+    """A little of the sound as one channel, and the loudest one beside it where the channels cancel each other."""
+
+    def __init__(self, samples: np.ndarray, channels: str, loudest: int):
+        self.loudest = loudest
+        self.mixed = self.unmixed = 0.0
+        self.other = None
+        if channels == "first" or len(samples) == 1:
+            self.one = samples[0].copy()
+        else:
+            self.one = samples.mean(axis=0)
+            energies = np.square(samples, dtype=np.float64).sum(axis=1)
+            self.mixed = float(np.square(self.one, dtype=np.float64).sum())
+            self.unmixed = float(energies.sum()) / len(samples) ** 2
+            if _cancel(self.mixed, self.unmixed):
+                # Two channels that cancel are as loud as each other: no change from one to the other and back.
+                if loudest >= len(energies) or energies.max() > 4 * energies[loudest]:
+                    self.loudest = int(energies.argmax())
+                self.other = samples[self.loudest].copy()
+
+    def __len__(self) -> int:
+        return len(self.one)
+
+    @property
+    def bytes(self) -> int:
+        return self.one.nbytes + (0 if self.other is None else self.other.nbytes)
+
+    def samples(self, cancels: bool) -> np.ndarray:
+        return self.other if cancels and self.other is not None else self.one
+
+
+def _cancel(mixed: float, unmixed: float) -> bool:
+    """Whether an average of channels has a hundredth of the energy that it would have of unrelated ones."""
+    return mixed < 0.01 * unmixed
+
+
+def mix_down(samples: Any, channels: str) -> Any:
+    """One channel `(samples,)` of an array or tensor `(channels, samples)`, by the rule of [`load_media`]."""
+    if channels == "first" or len(samples) == 1:
+        return samples[0]
+    mean = samples.mean(axis=0)
+    energies = (samples**2).sum(axis=1)
+    if _cancel(float((mean**2).sum()), float(energies.sum()) / len(samples) ** 2):
+        return samples[int(energies.argmax())]
+    return mean
 
 
 def _breaks_off(file: MediaFile) -> bool:
@@ -566,7 +1192,7 @@ def _breaks_off(file: MediaFile) -> bool:
     head = file.read(12)
     if head[:4] == b"RIFF":
         length = int.from_bytes(head[4:8], "little")
-        return length != 0xFFFFFFFF and length + 8 > size
+        return length < _PLACEHOLDER and length + 8 > size
     if head[4:8] != b"ftyp":
         return False
     position = 0
@@ -582,6 +1208,36 @@ def _breaks_off(file: MediaFile) -> bool:
     return position > size
 
 
+def _check_chunks(file: BinaryIO, label: str):
+    """Refuse a WAV file in which a chunk before the sound is longer than the file: FFmpeg would take memory for it."""
+    size = file.seek(0, os.SEEK_END)
+    position = 12
+    while position + 8 <= size:
+        file.seek(position)
+        name, length = file.read(4), int.from_bytes(file.read(4), "little")
+        if name == b"data":
+            return
+        position += 8 + length + length % 2
+        if position > size + 1:
+            raise MediaError(f"{label}: a chunk of its header has {length:,} bytes, the file {size:,}; get it again")
+
+
+def _has_length_header(file: MediaFile) -> bool:
+    """Whether the first frame of an MP3 file says how many there are."""
+    file.seek(0)
+    head = file.read(10)
+    if head[:3] == b"ID3":
+        file.seek(10 + sum((byte & 127) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0))))
+        head = b""
+    head += file.read(2048)
+    return any(name in head for name in (b"Xing", b"Info", b"VBRI"))
+
+
+def is_silent(samples: Any) -> bool:
+    """Whether no sample of an array or tensor exceeds [`SILENCE`]."""
+    return not bool((abs(samples) > SILENCE).any())
+
+
 def frame_times(duration: float, num_frames: int, fps: float | None, frame_sampling: str) -> list[float]:
     """The centres of equal parts of `duration` seconds; see `load_media`."""
     count = num_frames if fps is None else max(1, round(duration * fps))
@@ -593,28 +1249,29 @@ def frame_times(duration: float, num_frames: int, fps: float | None, frame_sampl
     return times
 
 
-def _check_arguments(sampling_rate, num_frames, fps, frame_sampling, channels, start, duration, audio, video, backend):
-    for name, value, ok, expected in (
-        ("sampling_rate", sampling_rate, sampling_rate > 0, "above 0"),
-        ("num_frames", num_frames, num_frames > 0, "above 0"),
-        ("fps", fps, fps is None or 0 < fps < math.inf, "above 0 or None"),
-        ("frame_sampling", frame_sampling, frame_sampling in ("uniform", "middle"), "'uniform' or 'middle'"),
-        ("channels", channels, channels in ("average", "first"), "'average' or 'first'"),
-        ("start", start, 0 <= start < math.inf, "at least 0"),
-        ("duration", duration, duration is None or 0 < duration < math.inf, "above 0 or None"),
-        ("backend", backend, backend in ("pyav", "decord"), "'pyav' or 'decord'"),
-    ):
+def check_options(*options: tuple[str, Any, bool, str]):
+    """Raise a `ValueError` for the first of `(name, value, whether it is right, what it must be)` that is wrong."""
+    for name, value, ok, expected in options:
         if not ok:
             raise ValueError(f"`{name}` is {value!r}; it must be {expected}")
+
+
+def check_sampling(num_frames: int, fps: float | None, frame_sampling: str):
+    """Raise a `ValueError` for options by which no frames can be chosen; see [`load_media`]."""
+    check_options(
+        ("num_frames", num_frames, num_frames > 0, "above 0"),
+        ("fps", fps, fps is None or 0 < fps < math.inf, "above 0 or None"),
+        ("frame_sampling", frame_sampling, frame_sampling in FRAME_SAMPLING, " or ".join(map(repr, FRAME_SAMPLING))),
+    )
     if frame_sampling == "middle" and fps is None:
-        raise ValueError("`frame_sampling='middle'` needs `fps`")
-    if not (audio or video):
-        raise ValueError("`audio` and `video` are both False; ask for at least one")
+        raise ValueError("`frame_sampling='middle'` needs `fps`: frames are taken 1 / `fps` seconds apart")
 
 
 def _label(source) -> str:
     if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source)
+        name = os.fspath(source)
+        # A `data:` address holds the whole file.
+        return name if len(name) <= _LONGEST_NAME else f"{name[:64]}… ({len(name)} characters)"
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"<{len(source)} bytes>"
     name = getattr(source, "name", None)
@@ -625,34 +1282,94 @@ def _can_seek(file: BinaryIO) -> bool:
     return hasattr(file, "seek") and (not hasattr(file, "seekable") or file.seekable())
 
 
+def is_url(source: Any) -> bool:
+    """Whether a string is read as an address (`http:`, `https:`, `file:`, and those that are refused), not as a path."""
+    return isinstance(source, str) and _scheme(source) is not None
+
+
 def _scheme(source: str | os.PathLike) -> str | None:
     """The scheme of a URL in lower case; `None` for a path."""
-    match = re.match(r"(file):|([a-z][a-z0-9+.-]+)://", source, re.IGNORECASE) if isinstance(source, str) else None
+    match = (
+        re.match(r"(file|data):|([a-z][a-z0-9+.-]+)://", source, re.IGNORECASE) if isinstance(source, str) else None
+    )
     return match and (match[1] or match[2]).lower()
 
 
 def _open_path(source: str | os.PathLike) -> BinaryIO:
-    path, scheme = source, _scheme(source)
+    path, scheme, label = source, _scheme(source), _label(source)
     if scheme == "file":
         path = urllib.request.url2pathname(urllib.parse.urlsplit(source).path)
     elif scheme is not None:
-        raise MediaError(f"{source}: {scheme} addresses are not supported; open it and pass the file object")
+        raise MediaError(f"{label}: {scheme} addresses are not supported; open it and pass the bytes or file object")
     if os.path.isdir(path):
-        raise MediaError(f"{source}: is a directory; pass one of its files")
+        raise MediaError(f"{label}: is a directory; pass one of its files")
     try:
         return open(path, "rb")
     except FileNotFoundError as error:
-        raise MediaNotFoundError(f"{source}: there is no such file; check the path") from error
+        raise MediaNotFoundError(f"{label}: there is no such file; check the path") from error
     except (OSError, ValueError) as error:
-        raise MediaError(f"{source}: cannot be opened ({error})") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MediaError(f"{label}: cannot be opened ({reason})") from error
+
+
+def _read_stream(stream: BinaryIO, label: str) -> BinaryIO:
+    """What cannot be read twice, in memory."""
+    data = stream.read(DOWNLOAD_BYTES + 1)
+    if len(data) > DOWNLOAD_BYTES:
+        raise MediaError(f"{label}: holds more than {DOWNLOAD_BYTES:,} bytes; store it in a file first")
+    return io.BytesIO(data)
 
 
 def _download(url: str, file: BinaryIO):
-    try:
-        with urllib.request.urlopen(url, timeout=10) as response:
-            shutil.copyfileobj(response, file)
-            expected = int(response.headers.get("Content-Length") or file.tell())
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise MediaError(f"{url}: cannot be downloaded ({error}); check the address") from error
-    if file.tell() < expected:
-        raise MediaError(f"{url}: the download broke off after {file.tell()} of {expected} bytes; try again")
+    label, problems = _label(url), []
+
+    def fetch():
+        try:
+            problems.append(_fetch(url, file))
+        except (OSError, ValueError, http.client.HTTPException, zlib.error) as error:
+            problems.append(f"cannot be downloaded ({' '.join(str(error).split())}); check the address, or try again")
+
+    # In a thread, as a server that sends a byte now and then can hold up any single call.
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(DOWNLOAD_SECONDS)
+    problem = problems[0] if problems else f"takes more than {DOWNLOAD_SECONDS:g} s to download; download it yourself"
+    if problem is not None:
+        raise MediaError(f"{label}: {problem}")
+
+
+def _fetch(url: str, file: BinaryIO) -> str | None:
+    """Write what is at an address to a file; what is wrong with it, if anything is."""
+    # Those of `http` and `https` alone: the default ones let a server redirect to `ftp`.
+    opener = urllib.request.OpenerDirector()
+    for handler in ("Proxy", "HTTP", "HTTPS", "HTTPDefaultError", "HTTPRedirect", "Unknown"):
+        opener.add_handler(getattr(urllib.request, f"{handler}Handler")())
+    opener.add_handler(urllib.request.HTTPErrorProcessor())
+    request = urllib.request.Request(_quoted(url), headers={"User-Agent": _AGENT, "Accept-Encoding": "identity"})
+    received, limit = 0, time.monotonic() + DOWNLOAD_SECONDS
+    with opener.open(request, timeout=10) as response:
+        expected = response.headers.get("Content-Length")
+        coding = response.headers.get("Content-Encoding", "identity").lower()
+        if coding not in ("identity", "gzip", "x-gzip", "deflate"):
+            return f"comes in the coding {coding!r}, which cannot be read; download it yourself"
+        unpack = None if coding == "identity" else zlib.decompressobj(wbits=47)
+        while data := response.read1(2**16):
+            received += len(data)
+            file.write(data if unpack is None else unpack.decompress(data))
+            if file.tell() > DOWNLOAD_BYTES:
+                return f"has more than {DOWNLOAD_BYTES:,} bytes; download it yourself"
+            if time.monotonic() > limit:
+                return None  # nobody waits for it any more
+    if received < int(expected or 0):
+        return f"the download broke off after {received} of {expected} bytes; try again"
+    return None
+
+
+def _quoted(url: str) -> str:
+    """An address with escapes for blanks and letters beyond ASCII, in the way of browsers."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.netloc
+    if not host.isascii():
+        host = host.encode("idna").decode()
+    path, query = (urllib.parse.quote(part, safe="%/:?#[]@!$&'()*+,;=~") for part in (parts.path, parts.query))
+    return urllib.parse.urlunsplit((parts.scheme, host, path, query, ""))
