@@ -31,6 +31,7 @@ setup(
     package_data={
         "evacap": ["model_card.md", "tiny/*", "tiny_audio_only/*"],
         "evacap.training": ["configs/*.yaml", "configs/accelerate/*.yaml", "configs/study/*.yaml"],
+        "evacap.training.metrics": ["spice_json/*.*", "spice_json/META-INF/services/*"],
     },
     install_requires=[
         "torch>=2.11",

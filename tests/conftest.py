@@ -1,6 +1,7 @@
 """What every test needs: no network, the right `evacap`, and the way to known answers that are not in the repository."""
 
 import os
+import shutil
 import sys
 
 
@@ -38,3 +39,19 @@ def shared() -> Callable[[str], Path]:
         pytest.skip(message)
 
     return find
+
+
+@pytest.fixture(scope="session")
+def spice_parser() -> None:
+    """Skips a test of SPICE where `evacap install-spice` has not been run; on CI with Maven, which fetches its parser by
+    `make spice`, such a test fails."""
+    from evacap.training.metrics.spice import JARS, jar_folder
+
+    if all((jar_folder() / name).is_file() for name in JARS):
+        return
+    message = (
+        f"SPICE's parser is not in {jar_folder()}: `make spice` fetches it by Maven, `evacap install-spice` without"
+    )
+    if os.environ.get("CI") == "true" and shutil.which("mvn"):
+        pytest.fail(message)
+    pytest.skip(message)

@@ -8,18 +8,22 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from http import HTTPStatus
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
-from urllib.request import urlopen
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 from zipfile import BadZipFile, ZipFile
 
 from tqdm import tqdm
 
-from ..training.metrics.spice import JARS, find_spice_java, jar_folder
+from ..training.metrics.java import find_java
+from ..training.metrics.spice import JARS, jar_folder
 
 
 ARCHIVE = "https://nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip"
+MAVEN_FOLDER = "edu/stanford/nlp/stanford-corenlp/3.6.0"
 CHUNK = 2**20
 
 
@@ -27,17 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from",
         dest="source",
-        metavar="ARCHIVE",
+        metavar="SOURCE",
         default=ARCHIVE,
-        help="the CoreNLP archive of 2015-12-09 as a file or URL, or a folder with its two jars (default: %(default)s)",
+        help="the CoreNLP archive of 2015-12-09 as a file or URL, a folder with its two jars, or a local Maven "
+        "repository that has them, such as ~/.m2 (default: %(default)s)",
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
+    size = sum(size for size, _ in JARS.values())
+    print(f"SPICE's parser: {len(JARS)} files of Stanford CoreNLP 3.6.0, {size / 1e6:.0f} MB, to {jar_folder()}")
     install_spice(arguments.source)
-    print(f"SPICE's parser is in {jar_folder()}")
+    print("SPICE's parser is there")
     try:
-        print(f"SPICE runs on {find_spice_java().path}")
+        print(f"SPICE runs on {find_java().path}")
     except RuntimeError as error:
         print(f"Not ready yet: {error}")
 
@@ -50,8 +57,11 @@ def install_spice(
     """
     Puts the jars that SPICE needs into a folder, after a check of their size and checksum, if they are not there yet.
 
+    A download that breaks off is kept beside them, and the same call goes on from there.
+
     Args:
-        source (`str`, *optional*, defaults to Stanford's): A zip archive with the jars, its URL, or a folder with them.
+        source (`str`, *optional*, defaults to Stanford's): A zip archive with the jars, its URL, a folder with them, or
+            a local Maven repository or the folder of one.
         folder (`str`, *optional*): Where they go, by default where the metrics look for them.
         jars (`Mapping[str, tuple[int, str]]`, *optional*, defaults to those of CoreNLP 3.6.0): Size in bytes and SHA-256
             of each file.
@@ -69,38 +79,60 @@ def install_spice(
         folder.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that moving a jar there is one step.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".install-") as partial:
+        download = None
         if str(source).startswith(("http://", "https://")):
-            archive = Path(partial, "archive.zip")
-            _download(str(source), archive)
-        else:
-            archive = Path(source)
-        for name, (size, checksum) in jars.items():
-            with _open_jar(archive, name, str(source)) as jar:
-                _copy(jar, Path(partial, name), size)
-            _check(Path(partial, name), size, checksum)
+            # Another source is another file.
+            download = folder / f"{hashlib.sha256(str(source).encode()).hexdigest()[:8]}.partial"
+            _download(str(source), download)
+        archive = download or Path(source)
+        try:
+            for name, (size, checksum) in jars.items():
+                with _open_jar(archive, name, str(source)) as jar:
+                    _copy(jar, Path(partial, name), size, name)
+                _check(Path(partial, name), size, checksum)
+        except ValueError:
+            # It will not get better.
+            if download:
+                download.unlink()
+            raise
         for name in jars:
             Path(partial, name).replace(folder / name)
+        if download:
+            download.unlink()
 
 
 def _download(url: str, path: Path) -> None:
+    """Fetches what is missing of `path`."""
+    here = path.stat().st_size if path.exists() else 0
+    request = Request(url, headers={"Range": f"bytes={here}-"} if here else {})
     try:
-        with urlopen(url, timeout=60) as answer:
-            size = int(answer.headers["Content-Length"]) if answer.headers["Content-Length"] else None
-            _copy(answer, path, size)
+        with urlopen(request, timeout=60) as answer:
+            here = here if answer.status == HTTPStatus.PARTIAL_CONTENT else 0
+            length = answer.headers["Content-Length"]
+            size = here + int(length) if length else None
+            _copy(answer, path, size, url.split("/")[-1], here)
     except (OSError, HTTPException) as error:
+        if isinstance(error, HTTPError) and error.code == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            # Nothing is missing.
+            return
         raise OSError(
-            f"{url} cannot be fetched ({error}): fetch it elsewhere, then pass the file by --from"
+            f"{url} cannot be fetched ({error}): try again, or fetch it elsewhere, or by Maven, and pass the file or the "
+            "folder by --from"
         ) from error
     if size and path.stat().st_size != size:
-        raise OSError(f"{url} broke off after {path.stat().st_size} of {size} bytes: try again")
+        raise OSError(
+            f"{url} broke off after {path.stat().st_size} of {size} bytes: the same command goes on from there"
+        )
 
 
 @contextmanager
 def _open_jar(source: Path, name: str, called: str) -> Iterator[BinaryIO]:
     if source.is_dir():
-        if not (source / name).is_file():
-            raise ValueError(f"{called} holds no {name}")
-        with open(source / name, "rb") as jar:
+        places = [source / place / name for place in ("", MAVEN_FOLDER, f"repository/{MAVEN_FOLDER}")]
+        path = next((path for path in places if path.is_file()), None)
+        if path is None:
+            raise ValueError(f"{called} holds no {name}, nor does it as a Maven repository ({MAVEN_FOLDER})")
+        with open(path, "rb") as jar:
             yield jar
         return
     try:
@@ -114,8 +146,12 @@ def _open_jar(source: Path, name: str, called: str) -> Iterator[BinaryIO]:
         raise ValueError(f"{called} is no whole zip archive: {error}") from error
 
 
-def _copy(source: BinaryIO, target: Path, size: int | None) -> None:
-    with open(target, "wb") as file, tqdm.wrapattr(source, "read", total=size, desc=target.name) as bytes_read:
+def _copy(source: BinaryIO, target: Path, size: int | None, name: str, here: int = 0) -> None:
+    """Copies `source` to `target`, behind the `here` bytes that it has."""
+    with (
+        open(target, "ab" if here else "wb") as file,
+        tqdm.wrapattr(source, "read", total=size, initial=here, desc=name) as bytes_read,
+    ):
         shutil.copyfileobj(bytes_read, file, CHUNK)
 
 

@@ -9,7 +9,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 import pytest
 
 from evacap.cli import main
-from evacap.commands.install_spice import install_spice
+from evacap.commands.install_spice import MAVEN_FOLDER, install_spice
 from evacap.training.metrics.spice import JARS, jar_folder
 
 
@@ -33,14 +33,21 @@ def target(tmp_path) -> Path:
     return tmp_path / "cache" / "spice"
 
 
-class BrokenOff(BaseHTTPRequestHandler):
-    """Promises more than it sends."""
+class Resuming(BaseHTTPRequestHandler):
+    """Sends `content`, the first time no more than the half of it."""
+
+    content = b""
+    asked: list[str | None] = []
 
     def do_GET(self):
-        self.send_response(200)
-        self.send_header("Content-Length", "1000000")
+        span = self.headers["Range"]
+        first = int(span.removeprefix("bytes=").removesuffix("-")) if span else 0
+        self.asked.append(span)
+        left = self.content[first:]
+        self.send_response(206 if left and span else 200 if left else 416)
+        self.send_header("Content-Length", str(len(left)))
         self.end_headers()
-        self.wfile.write(b"PK")
+        self.wfile.write(left if len(self.asked) > 1 else left[: len(left) // 2])
 
 
 def serve(handler: type) -> Iterator[str]:
@@ -53,11 +60,6 @@ def serve(handler: type) -> Iterator[str]:
 @pytest.fixture
 def server(archive) -> Iterator[str]:
     yield from serve(partial(SimpleHTTPRequestHandler, directory=archive.parent))
-
-
-@pytest.fixture
-def breaking_server() -> Iterator[str]:
-    yield from serve(BrokenOff)
 
 
 def assert_installed(folder: Path) -> None:
@@ -81,6 +83,24 @@ def test_from_a_folder(tmp_path, target):
     assert_installed(target)
 
 
+@pytest.mark.parametrize("repository", ["repository", "."])
+def test_from_a_maven_repository(tmp_path, target, repository):
+    folder = tmp_path / "m2" / repository / MAVEN_FOLDER
+    folder.mkdir(parents=True)
+    for name, data in CONTENT.items():
+        (folder / name).write_bytes(data)
+    install_spice(tmp_path / "m2", target, SMALL_JARS)
+    assert_installed(target)
+
+
+def test_the_command_says_what_it_fetches_and_where_it_goes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert main(["install-spice", "--from", str(tmp_path)]) == 1
+    assert capsys.readouterr().out == (
+        f"SPICE's parser: 2 files of Stanford CoreNLP 3.6.0, 385 MB, to {tmp_path}/cache/evacap/spice\n"
+    )
+
+
 def test_from_a_server(server, target, capsys):
     install_spice(f"{server}/archive.zip", target, SMALL_JARS)
     assert_installed(target)
@@ -93,10 +113,28 @@ def test_a_server_without_it(server, target):
     assert not any(target.iterdir())
 
 
-def test_a_download_that_breaks_off(breaking_server, target):
-    with pytest.raises(OSError, match="broke off after 2 of 1000000 bytes|IncompleteRead"):
-        install_spice(f"{breaking_server}/archive.zip", target, SMALL_JARS)
-    assert not any(target.iterdir())
+def test_a_download_that_breaks_off_goes_on(archive, target):
+    handler = type("Handler", (Resuming,), {"content": archive.read_bytes(), "asked": []})
+    for url in serve(handler):
+        with pytest.raises(OSError, match="broke off after|IncompleteRead"):
+            install_spice(f"{url}/archive.zip", target, SMALL_JARS)
+        (partial,) = target.iterdir()
+        here = partial.stat().st_size
+        assert 0 < here < len(handler.content)
+        install_spice(f"{url}/archive.zip", target, SMALL_JARS)
+        assert handler.asked == [None, f"bytes={here}-"]
+    assert_installed(target)
+
+
+def test_a_download_that_is_whole_but_not_unpacked_is_not_fetched_again(archive, target):
+    handler = type("Handler", (Resuming,), {"content": archive.read_bytes(), "asked": []})
+    for url in serve(handler):
+        name = hashlib.sha256(f"{url}/archive.zip".encode()).hexdigest()[:8]
+        target.mkdir(parents=True)
+        (target / f"{name}.partial").write_bytes(handler.content)
+        install_spice(f"{url}/archive.zip", target, SMALL_JARS)
+        assert handler.asked == [f"bytes={len(handler.content)}-"]
+    assert_installed(target)
 
 
 def test_another_jar_is_refused_and_none_is_placed(archive, target):

