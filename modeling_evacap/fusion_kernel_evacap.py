@@ -41,12 +41,22 @@ if triton is not None:
     _LOG2_E, _LN_2 = tl.constexpr(LOG2_E), tl.constexpr(LN_2)
 
     @triton.jit
-    def _tile(tensor, clip, head, rows, num_rows, num_heads, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-        """Pointers to `rows` of one head in a tensor (clips, num_rows, num_heads, HEAD_DIM), and which of them exist."""
+    def _places(clip, head, rows, num_rows, num_heads, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+        """Where `rows` of one head are in a tensor (clips, num_rows, num_heads, HEAD_DIM), and which of them exist."""
         columns = tl.arange(0, WIDTH)
         start = (clip.to(tl.int64) * num_rows * num_heads + head) * HEAD_DIM
-        pointers = tensor + start + rows[:, None] * (num_heads * HEAD_DIM) + columns[None, :]
-        return pointers, (rows < num_rows)[:, None] & (columns < HEAD_DIM)[None, :]
+        places = start + rows[:, None] * (num_heads * HEAD_DIM) + columns[None, :]
+        return places, (rows < num_rows)[:, None] & (columns < HEAD_DIM)[None, :]
+
+    @triton.jit
+    def _load(tensor, clip, head, rows, num_rows, num_heads, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+        places, exist = _places(clip, head, rows, num_rows, num_heads, HEAD_DIM, WIDTH)
+        return tl.load(tensor + places, mask=exist, other=0.0)
+
+    @triton.jit
+    def _store(tensor, tile, clip, head, rows, num_rows, num_heads, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
+        places, exist = _places(clip, head, rows, num_rows, num_heads, HEAD_DIM, WIDTH)
+        tl.store(tensor + places, tile.to(tensor.dtype.element_ty), mask=exist)
 
     @triton.jit
     def _visible(mask, clip, columns, num_keys, MASKED: tl.constexpr):
@@ -86,8 +96,7 @@ if triton is not None:
         clip, head = pair // num_heads, pair % num_heads
         rows = tl.program_id(0) % num_blocks * QUERIES + tl.arange(0, QUERIES)
 
-        pointers, exist = _tile(query, clip, head, rows, num_queries, num_heads, HEAD_DIM, WIDTH)
-        queries = tl.load(pointers, mask=exist, other=0.0)
+        queries = _load(query, clip, head, rows, num_queries, num_heads, HEAD_DIM, WIDTH)
         # Finite, as differences of it are taken before a block with a visible key comes.
         peak = tl.full([QUERIES], -1e38, tl.float32)
         total = tl.zeros([QUERIES], tl.float32)
@@ -96,8 +105,7 @@ if triton is not None:
         for start in range(0, num_keys, KEYS):
             columns = start + tl.arange(0, KEYS)
             visible = _visible(mask, clip, columns, num_keys, MASKED)[None, :]
-            pointers, exist = _tile(key, clip, head, columns, num_keys, num_heads, HEAD_DIM, WIDTH)
-            keys = tl.load(pointers, mask=exist, other=0.0)
+            keys = _load(key, clip, head, columns, num_keys, num_heads, HEAD_DIM, WIDTH)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scaling * _LOG2_E)
             new_peak = tl.maximum(peak, tl.max(tl.where(visible, scores, -1e38), 1))
             scores -= new_peak[:, None]
@@ -106,13 +114,11 @@ if triton is not None:
             shrink = tl.exp2(drop)
             products = shrink * (products + drop * total) + tl.sum(weights * scores, 1)
             total = shrink * total + tl.sum(weights, 1)
-            pointers, exist = _tile(value, clip, head, columns, num_keys, num_heads, HEAD_DIM, WIDTH)
-            values = tl.load(pointers, mask=exist, other=0.0)
+            values = _load(value, clip, head, columns, num_keys, num_heads, HEAD_DIM, WIDTH)
             mixed = tl.dot(weights.to(values.dtype), values, mixed * shrink[:, None], input_precision=PRECISION)
             peak = new_peak
 
-        pointers, exist = _tile(context, clip, head, rows, num_queries, num_heads, HEAD_DIM, WIDTH)
-        tl.store(pointers, (mixed / total[:, None]).to(context.dtype.element_ty), mask=exist)
+        _store(context, (mixed / total[:, None]), clip, head, rows, num_queries, num_heads, HEAD_DIM, WIDTH)
         places = pair.to(tl.int64) * num_queries + rows
         exist = rows < num_queries
         tl.store(entropy + places, (tl.log2(total) - products / total) * _LN_2, mask=exist)
@@ -150,12 +156,9 @@ if triton is not None:
         clip, head = pair // num_heads, pair % num_heads
         rows = tl.program_id(0) % num_blocks * QUERIES + tl.arange(0, QUERIES)
 
-        pointers, exist = _tile(query, clip, head, rows, num_queries, num_heads, HEAD_DIM, WIDTH)
-        queries = tl.load(pointers, mask=exist, other=0.0)
-        pointers, exist = _tile(of_context, clip, head, rows, num_queries, num_heads, HEAD_DIM, WIDTH)
-        of_contexts = tl.load(pointers, mask=exist, other=0.0)
-        pointers, exist = _tile(context, clip, head, rows, num_queries, num_heads, HEAD_DIM, WIDTH)
-        contexts = tl.load(pointers, mask=exist, other=0.0)
+        queries = _load(query, clip, head, rows, num_queries, num_heads, HEAD_DIM, WIDTH)
+        of_contexts = _load(of_context, clip, head, rows, num_queries, num_heads, HEAD_DIM, WIDTH)
+        contexts = _load(context, clip, head, rows, num_queries, num_heads, HEAD_DIM, WIDTH)
         places = pair.to(tl.int64) * num_queries + rows
         exist = rows < num_queries
         of_entropies = tl.load(of_entropy + places, mask=exist, other=0.0)
@@ -169,10 +172,8 @@ if triton is not None:
         for start in range(0, num_keys, KEYS):
             columns = start + tl.arange(0, KEYS)
             visible = _visible(mask, clip, columns, num_keys, MASKED)[None, :]
-            pointers, exist = _tile(key, clip, head, columns, num_keys, num_heads, HEAD_DIM, WIDTH)
-            keys = tl.load(pointers, mask=exist, other=0.0)
-            pointers, exist = _tile(value, clip, head, columns, num_keys, num_heads, HEAD_DIM, WIDTH)
-            values = tl.load(pointers, mask=exist, other=0.0)
+            keys = _load(key, clip, head, columns, num_keys, num_heads, HEAD_DIM, WIDTH)
+            values = _load(value, clip, head, columns, num_keys, num_heads, HEAD_DIM, WIDTH)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scaling * _LOG2_E)
             log_weights = (scores - peak[:, None]) - logs[:, None]
             weights = tl.exp2(tl.where(visible, log_weights, float("-inf")))
@@ -180,8 +181,7 @@ if triton is not None:
             of_scores = of_weights - means[:, None] - (of_entropies * _LN_2)[:, None] * log_weights
             of_scores = (weights * of_scores).to(keys.dtype)
             gradient = tl.dot(of_scores, keys, gradient, input_precision=PRECISION)
-        pointers, exist = _tile(of_query, clip, head, rows, num_queries, num_heads, HEAD_DIM, WIDTH)
-        tl.store(pointers, (gradient * scaling).to(of_query.dtype.element_ty), mask=exist)
+        _store(of_query, (gradient * scaling), clip, head, rows, num_queries, num_heads, HEAD_DIM, WIDTH)
 
     @triton.jit
     def _key_value_gradient_kernel(
@@ -214,18 +214,14 @@ if triton is not None:
         columns = tl.program_id(0) % num_blocks * KEYS + tl.arange(0, KEYS)
         visible = _visible(mask, clip, columns, num_keys, MASKED)[:, None]
 
-        pointers, exist = _tile(key, clip, head, columns, num_keys, num_heads, HEAD_DIM, WIDTH)
-        keys = tl.load(pointers, mask=exist, other=0.0)
-        pointers, exist = _tile(value, clip, head, columns, num_keys, num_heads, HEAD_DIM, WIDTH)
-        values = tl.load(pointers, mask=exist, other=0.0)
+        keys = _load(key, clip, head, columns, num_keys, num_heads, HEAD_DIM, WIDTH)
+        values = _load(value, clip, head, columns, num_keys, num_heads, HEAD_DIM, WIDTH)
         key_gradient = tl.zeros([KEYS, WIDTH], tl.float32)
         value_gradient = tl.zeros([KEYS, WIDTH], tl.float32)
         for start in range(0, num_queries, QUERIES):
             rows = start + tl.arange(0, QUERIES)
-            pointers, exist = _tile(query, clip, head, rows, num_queries, num_heads, HEAD_DIM, WIDTH)
-            queries = tl.load(pointers, mask=exist, other=0.0)
-            pointers, exist = _tile(of_context, clip, head, rows, num_queries, num_heads, HEAD_DIM, WIDTH)
-            of_contexts = tl.load(pointers, mask=exist, other=0.0)
+            queries = _load(query, clip, head, rows, num_queries, num_heads, HEAD_DIM, WIDTH)
+            of_contexts = _load(of_context, clip, head, rows, num_queries, num_heads, HEAD_DIM, WIDTH)
             places = pair.to(tl.int64) * num_queries + rows
             exist = rows < num_queries
             peak = tl.load(highest + places, mask=exist, other=0.0)
@@ -240,10 +236,8 @@ if triton is not None:
             of_scores = of_weights - means[None, :] - (of_entropies * _LN_2)[None, :] * log_weights
             of_scores = (weights * of_scores).to(keys.dtype)
             key_gradient = tl.dot(of_scores, queries, key_gradient, input_precision=PRECISION)
-        pointers, exist = _tile(of_key, clip, head, columns, num_keys, num_heads, HEAD_DIM, WIDTH)
-        tl.store(pointers, (key_gradient * scaling).to(of_key.dtype.element_ty), mask=exist)
-        pointers, exist = _tile(of_value, clip, head, columns, num_keys, num_heads, HEAD_DIM, WIDTH)
-        tl.store(pointers, value_gradient.to(of_value.dtype.element_ty), mask=exist)
+        _store(of_key, (key_gradient * scaling), clip, head, columns, num_keys, num_heads, HEAD_DIM, WIDTH)
+        _store(of_value, value_gradient, clip, head, columns, num_keys, num_heads, HEAD_DIM, WIDTH)
 
 
 def _options(query: torch.Tensor, mask: torch.Tensor | None) -> dict:
