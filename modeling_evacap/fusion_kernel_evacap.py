@@ -14,6 +14,7 @@
 """Attention and its entropy in one pass over the keys: the kernels that the fusion takes on a GPU, in Triton."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -29,6 +30,14 @@ except ImportError:
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 MAX_HEAD_DIM = 128
+# Queries, keys, warps and pipeline stages of the three kernels, by (float32, head_dim above 64): what spills few or no
+# registers on compute capability 9.0 and fits in the 99 KB of shared memory of 8.6 and 8.9.
+BLOCKS = {
+    (False, False): ((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 8, 2)),
+    (False, True): ((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
+    (True, False): ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+    (True, True): ((32, 32, 4, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+}
 
 
 def has_kernel(query: torch.Tensor) -> bool:
@@ -253,14 +262,10 @@ def _options(query: torch.Tensor, mask: torch.Tensor | None) -> dict:
     }
 
 
-def _blocks(query: torch.Tensor, backward: bool) -> dict[str, int]:
-    """Block sizes that fit in a multiprocessor's shared memory and registers."""
-    wide = query.shape[-1] > 64
-    if query.dtype == torch.float32:
-        return {"QUERIES": 64, "KEYS": 32, "num_warps": 8 if wide else 4, "num_stages": 2}
-    if backward:
-        return {"QUERIES": 64, "KEYS": 64, "num_warps": 8 if wide else 4, "num_stages": 2}
-    return {"QUERIES": 128, "KEYS": 64, "num_warps": 8 if wide else 4, "num_stages": 3}
+def _blocks(query: torch.Tensor) -> Iterator[dict[str, int]]:
+    """The sizes of the blocks: of the forward kernel, of the queries' gradient, of the keys' and values'."""
+    for sizes in BLOCKS[query.dtype == torch.float32, query.shape[-1] > 64]:
+        yield dict(zip(("QUERIES", "KEYS", "num_warps", "num_stages"), sizes, strict=True))
 
 
 def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
@@ -283,7 +288,7 @@ class _AttentionAndEntropy(torch.autograd.Function):
         entropy, highest, log_total = (
             query.new_empty(clips, num_heads, num_queries, dtype=torch.float32) for _ in range(3)
         )
-        blocks = _blocks(query, backward=False)
+        blocks, _, _ = _blocks(query)
         grid = (clips * num_heads * triton.cdiv(num_queries, blocks["QUERIES"]),)
         with _on(query):
             _forward_kernel[grid](
@@ -304,21 +309,22 @@ class _AttentionAndEntropy(torch.autograd.Function):
         sizes = (ctx.scaling, num_heads, num_queries, num_keys)
         of_query, of_key, of_value = (torch.empty_like(tensor) for tensor in (query, key, value))
         mean = torch.empty_like(entropy)
-        options, blocks = _options(query, mask), _blocks(query, backward=True)
+        options = _options(query, mask)
+        _, query_blocks, key_blocks = _blocks(query)
         with _on(query):
-            grid = (clips * num_heads * triton.cdiv(num_queries, blocks["QUERIES"]),)
+            grid = (clips * num_heads * triton.cdiv(num_queries, query_blocks["QUERIES"]),)
             _query_gradient_kernel[grid](
                 *(query, key, value, mask, context, entropy, highest, log_total, of_context, of_entropy),
                 *(of_query, mean, *sizes),
                 **options,
-                **blocks,
+                **query_blocks,
             )
-            grid = (clips * num_heads * triton.cdiv(num_keys, blocks["KEYS"]),)
+            grid = (clips * num_heads * triton.cdiv(num_keys, key_blocks["KEYS"]),)
             _key_value_gradient_kernel[grid](
                 *(query, key, value, mask, highest, log_total, of_context, of_entropy, mean),
                 *(of_key, of_value, *sizes),
                 **options,
-                **blocks,
+                **key_blocks,
             )
         return of_query, of_key, of_value, None, None
 
