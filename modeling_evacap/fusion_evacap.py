@@ -35,6 +35,7 @@ from torch import nn
 
 from .attention_evacap import at_least_float32, score_blocks
 from .configuration_evacap import EVACapConfig
+from .fusion_kernel_evacap import has_kernel, kernel_attention_and_entropy
 
 
 def _count_visible(video: torch.Tensor, video_mask: torch.Tensor | None) -> torch.Tensor:
@@ -128,13 +129,15 @@ def fused_attention_and_entropy(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor, None]:
     """
-    The same as [`attention_and_entropy`], but it never holds the probabilities of more than one block (ours). PyTorch's
-    kernels do not give the entropy, and finding it beside one would take a second pass over the scores.
+    The same as [`attention_and_entropy`], but it never holds the probabilities of more than one block (ours): by Triton
+    kernels on a GPU, elsewhere block by block. PyTorch's kernels do not give the entropy, and finding it beside one would
+    take a second pass over the scores.
     """
     if mask is not None:
         # A row without any key sees all of its padding: its result is never used, but it must not be NaN.
         mask = mask | ~mask.any(1, keepdim=True)
-    return *_BlockwiseAttentionAndEntropy.apply(query, key, value, mask, scaling), None
+    attend = kernel_attention_and_entropy if has_kernel(query) else _BlockwiseAttentionAndEntropy.apply
+    return *attend(query, key, value, mask, scaling), None
 
 
 class EVACapGatedCrossAttention(nn.Module):

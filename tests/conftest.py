@@ -12,7 +12,12 @@ from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 
+
+# Without a GPU, Triton's interpreter runs the kernels. Triton reads this when Transformers imports it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 TESTS = Path(__file__).resolve().parent
 
