@@ -3,22 +3,27 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install caption test test-slow style tiny study clean
+.PHONY: help install caption test test-slow test-newest test-lowest test-transformers constraints style tiny study clean
 
 help:
-	@echo "make caption    install, then caption a sample clip with the bundled checkpoint"
-	@echo "make test       install, then run the tests (make test-slow: the slow ones)"
-	@echo "make style      format and lint"
-	@echo "make tiny       train the bundled checkpoint and its audio-only twin anew"
-	@echo "make study      run what is missing of the study of mismatch, and write its tables"
+	@echo "make caption            install, caption a sample clip with the bundled checkpoint, and check the installation"
+	@echo "make test               install, then run the tests (make test-slow: the slow ones)"
+	@echo "make test-newest        the tests with the newest libraries (PRE=1: with their pre-releases)"
+	@echo "make test-lowest        the tests with the lowest versions that setup.py allows"
+	@echo "make test-transformers  Transformers' own common tests, from its source distribution"
+	@echo "make constraints        write constraints.txt anew, from the newest versions (TORCH=2.14.1: with that one)"
+	@echo "make style              format and lint"
+	@echo "make tiny               train the bundled checkpoint and its audio-only twin anew"
+	@echo "make study              run what is missing of the study of mismatch, and write its tables"
 
-$(VENV)/.installed: setup.py pyproject.toml
+# The versions of constraints.txt are those that the tests ran with: the commands of the README work in years to come.
+$(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
 install: $(VENV)/.installed
@@ -26,6 +31,7 @@ install: $(VENV)/.installed
 caption: install
 	$(BIN)/evacap sample sample.mp4
 	$(BIN)/evacap caption sample.mp4
+	$(BIN)/evacap check-install
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -34,6 +40,35 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+# Environments of their own, made anew each time.
+test-newest: TESTED = .venv-newest
+test-newest:
+	rm -rf $(TESTED) && $(PYTHON) -m venv $(TESTED)
+	$(TESTED)/bin/python -m pip install --quiet $(if $(PRE),--pre) --editable ".[dev]"
+	$(TESTED)/bin/evacap check-install
+	HF_HUB_OFFLINE=1 $(TESTED)/bin/python -m pytest
+
+test-lowest: TESTED = .venv-lowest
+test-lowest:
+	rm -rf $(TESTED) && $(PYTHON) -m venv $(TESTED)
+	$(PYTHON) tests/lowest_versions.py > $(TESTED)/lowest.txt
+	$(TESTED)/bin/python -m pip install --quiet --constraint $(TESTED)/lowest.txt --editable ".[dev]"
+	$(TESTED)/bin/evacap check-install
+	HF_HUB_OFFLINE=1 $(TESTED)/bin/python -m pytest
+
+# Away from pyproject.toml and tests/conftest.py, as `tests` is Transformers' package here.
+test-transformers: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet parameterized
+	HF_HUB_OFFLINE=1 PYTHONPATH=$$($(BIN)/python tests/transformers_common/fetch.py .transformers) \
+		$(BIN)/python -m pytest -c tests/transformers_common/pytest.ini tests/transformers_common/common_*.py
+
+constraints:
+	rm -rf .venv-constraints && $(PYTHON) -m venv .venv-constraints
+	.venv-constraints/bin/python -m pip install --quiet --editable ".[dev]" $(if $(TORCH),torch==$(TORCH))
+	head -2 constraints.txt > .venv-constraints/constraints.txt
+	.venv-constraints/bin/python -m pip freeze --exclude-editable >> .venv-constraints/constraints.txt
+	mv .venv-constraints/constraints.txt constraints.txt
 
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
@@ -54,4 +89,4 @@ study: $(VENV)/.installed-dev
 	$(BIN)/python -m evacap.training.study
 
 clean:
-	rm -rf $(VENV) sample.mp4
+	rm -rf $(VENV) .venv-newest .venv-lowest .venv-constraints .transformers sample.mp4

@@ -33,6 +33,10 @@ setup(
         "evacap.training": ["configs/*.yaml", "configs/accelerate/*.yaml", "configs/study/*.yaml"],
         "evacap.training.metrics": ["spice_json/*.*", "spice_json/META-INF/services/*"],
     },
+    # Lower bounds are the lowest versions that `make test-lowest` runs on. There are no upper bounds: a package with hard
+    # pins cannot live beside others in one environment, and a saved folder's code has none anyway. A library that
+    # moves shows instead: `import evacap` warns of a Transformers newer than the tested one, the model refuses what it
+    # does not know, and `evacap check-install` says whether the captions are still right.
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
