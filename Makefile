@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install caption test test-slow test-newest test-lowest test-transformers constraints style tiny study clean
+.PHONY: help install caption test test-slow test-newest test-lowest test-transformers constraints gpu-check style tiny study clean
 
 help:
 	@echo "make caption            install, caption a sample clip with the bundled checkpoint, and check the installation"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-lowest        the tests with the lowest versions that setup.py allows"
 	@echo "make test-transformers  Transformers' own common tests, from its source distribution"
 	@echo "make constraints        write constraints.txt anew, from the newest versions (TORCH=2.14.1: with that one)"
+	@echo "make gpu-check          check and measure a GPU in eight minutes, and write runs/gpu_check/gpu_check.md"
 	@echo "make style              format and lint"
 	@echo "make tiny               train the bundled checkpoint and its audio-only twin anew"
 	@echo "make study              run what is missing of the study of mismatch, and write its tables"
@@ -69,6 +70,9 @@ constraints:
 	head -2 constraints.txt > .venv-constraints/constraints.txt
 	.venv-constraints/bin/python -m pip freeze --exclude-editable >> .venv-constraints/constraints.txt
 	mv .venv-constraints/constraints.txt constraints.txt
+
+gpu-check: $(VENV)/.installed-dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.gpu_check
 
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

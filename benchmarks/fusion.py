@@ -1,9 +1,13 @@
-"""Time and peak memory of the entropy-gated cross-attention, against its formula written out."""
+"""
+Time and peak memory of the entropy-gated cross-attention, against its formula written out; on a GPU also against the
+loop over blocks that a CPU takes.
+"""
 
 import argparse
 import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -11,6 +15,7 @@ from torch import nn
 from benchmarks import products
 from benchmarks.measure import DTYPES, Results, argument_parser, markdown, peak_memory, timed
 from benchmarks.subjects import SIZES, make_config
+from evacap.modeling_evacap import fusion_evacap
 from evacap.modeling_evacap.fusion_evacap import EVACapGatedCrossAttention
 from evacap.training.files import write_text
 
@@ -38,7 +43,7 @@ def plain(
 def fusion_calls(
     size: str, dtype: str, batch: int, frames: int, backward: bool, device: str
 ) -> dict[str, Callable[[], Any]]:
-    """The module's way and the plain one, over the same random tokens."""
+    """The module's way and the plain one, on a GPU also the CPU's, over the same random tokens."""
     config = make_config("evacap", frames, size)
     torch.manual_seed(0)
     fusion = EVACapGatedCrossAttention(config)
@@ -61,10 +66,15 @@ def fusion_calls(
                 audio.grad = video.grad = None
             return outputs
 
-    return {
+    @mock.patch.object(fusion_evacap, "has_kernel", new=lambda query: False)
+    def loop() -> tuple[torch.Tensor, ...]:
+        return call(fusion)
+
+    calls = {
         "module": functools.partial(call, fusion),
         "plain": functools.partial(call, functools.partial(plain, fusion)),
     }
+    return {**calls, "loop": loop} if torch.device(device).type == "cuda" else calls
 
 
 def measure(arguments: argparse.Namespace, results: Results, settings: dict[str, Any]) -> None:
@@ -85,8 +95,8 @@ def measure(arguments: argparse.Namespace, results: Results, settings: dict[str,
 def table(results: Results) -> str:
     """The measurements in Markdown."""
     rows = []
-    for row in (row for row in results.rows if row["way"] == "module"):
-        other = results.find(**{**{name: row[name] for name in SETTINGS}, "way": "plain"})
+    for other in (row for row in results.rows if row["way"] != "module"):
+        row = results.find(**{**{name: other[name] for name in SETTINGS}, "way": "module"})
         ours, theirs = row["seconds"], other["seconds"]
         memory = ["–"] * 3
         if row["peak_bytes"] is not None:
@@ -98,14 +108,15 @@ def table(results: Results) -> str:
                 row["batch"],
                 row["frames"],
                 "forward and backward" if row["backward"] else "forward",
+                other["way"],
                 *(f"{t['median'] * 1e3:.3g} ({t['min'] * 1e3:.3g}–{t['max'] * 1e3:.3g})" for t in (ours, theirs)),
                 f"{theirs['median'] / ours['median']:.2f}",
                 *memory,
                 f"{row['difference']:.1e}",
             ]
         )
-    header = ["dtype", "batch", "frames", "pass", "module, ms", "plain, ms", "times faster"]
-    header += ["module, peak MB", "plain, peak MB", "times less", "largest difference"]
+    header = ["dtype", "batch", "frames", "pass", "against", "module, ms", "other, ms", "times faster"]
+    header += ["module, peak MB", "other, peak MB", "times less", "largest difference to plain"]
     return markdown(header, rows) + "\n"
 
 

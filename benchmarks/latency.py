@@ -123,16 +123,22 @@ def captioning_calls(
     arguments: argparse.Namespace, batch: int, frames: int, beams: dict[tuple[str, str], list[int]]
 ) -> dict[tuple[str, str, int], Callable[[], Any]]:
     """The captioning of one batch, for each variant, dtype and number of `beams`, to measure its memory."""
+    subjects = {(variant, dtype): Subject(variant, arguments, dtype, batch, frames) for variant, dtype in beams}
+    return _calls(subjects, beams)
 
+
+def _calls(
+    subjects: dict[tuple[str, str], Subject], beams: dict[tuple[str, str], list[int]]
+) -> dict[tuple[str, str, int], Callable[[], Any]]:
     def call(subject: Subject, number: int) -> None:
         subject.beams = [number]
         subject()
 
-    calls = {}
-    for (variant, dtype), numbers in beams.items():
-        subject = Subject(variant, arguments, dtype, batch, frames)
-        calls.update({(variant, dtype, number): functools.partial(call, subject, number) for number in numbers})
-    return calls
+    return {
+        (*name, number): functools.partial(call, subjects[name], number)
+        for name, numbers in beams.items()
+        for number in numbers
+    }
 
 
 def measure_group(arguments: argparse.Namespace, results: Results, batch: int, frames: int) -> None:
@@ -156,10 +162,12 @@ def measure_group(arguments: argparse.Namespace, results: Results, batch: int, f
     measured = interleave(subjects, arguments.repeats, arguments.budget)
     configs = {name: subject.config for name, subject in subjects.items()}
     beams = {name: subject.beams for name, subject in subjects.items() if name[0] != RECOMPUTED}
-    # The memory is measured in a process of its own, which needs the place.
-    subjects.clear()
     peaks = {}
-    if arguments.memory:
+    if arguments.memory and torch.device(arguments.device).type == "cuda":
+        peaks = peak_memory(_calls, subjects, beams, device=arguments.device)
+    # On a CPU the memory is measured in a process of its own, which needs the place.
+    subjects.clear()
+    if arguments.memory and not peaks:
         peaks = peak_memory(captioning_calls, arguments, batch, frames, beams, device=arguments.device)
     for (variant, dtype), times in measured.items():
         for number in times[0]:

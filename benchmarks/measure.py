@@ -159,13 +159,14 @@ def in_own_process(function: Callable, *args) -> Any:
 
 def peak_memory(setup: Callable, *args, device: str = "cpu", warm_ups: int = 0) -> Any:
     """
-    The bytes that a call needs beside its weights and inputs, measured in a process of its own.
+    The bytes that a call needs beside its weights and inputs.
 
-    On the CPU: the peak of the resident set during the call, less the resident set before it, so the libraries'
-    working buffers are counted too. On CUDA: the peak of the allocated memory less what was allocated before.
+    On the CPU, in a process of its own: the peak of the resident set during the call, less the resident set before it,
+    so the libraries' working buffers are counted too. On CUDA: the peak of the allocated memory less what was
+    allocated before.
 
     Args:
-        setup (`Callable`): A function of a module, called with `args` in that process. It builds weights and inputs
+        setup (`Callable`): A function of a module, called with `args`. It builds weights and inputs
             and returns the call to measure, or several by name, which are measured one after the other.
         device (`str`, defaults to `"cpu"`): Where the call runs.
         warm_ups (`int`, defaults to 0): Calls before the measured one.
@@ -173,6 +174,8 @@ def peak_memory(setup: Callable, *args, device: str = "cpu", warm_ups: int = 0) 
     Returns:
         `int`, or a `dict` of them for several calls; `None` in their place on a CPU whose system is not Linux.
     """
+    if torch.device(device).type == "cuda":
+        return _peaks(setup, args, device, warm_ups)
     return in_own_process(_peaks, setup, args, device, warm_ups)
 
 

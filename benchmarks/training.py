@@ -2,8 +2,9 @@
 Clips a second and peak memory of one optimisation step, by variant, attention and gradient checkpointing; and how long
 the step waits for its data.
 
-Each combination runs in a process of its own, with a data loader as training has it. A batch that does not fit in the
-memory goes through in parts whose gradients add up to the same step; the table names the size of a part.
+On a CPU each combination runs in a process of its own. The data comes from a loader as training has it. A batch that
+does not fit in the memory goes through in parts whose gradients add up to the same step; the table names the size of a
+part.
 """
 
 import argparse
@@ -46,6 +47,8 @@ from evacap.training.run_config import OptimizationSection
 SETTINGS = ("size", "variant", "attention", "checkpointing", "precision", "compiled", "batch", "frames")
 # The side of the square matrix product that stands for the device's peak.
 PEAK_SIDE = {"cpu": 2048, "cuda": 8192}
+# Of which one batch for all steps is made.
+DISTINCT_CLIPS = 8
 
 
 def make_clips(arguments: argparse.Namespace, config, num_clips: int) -> Dataset:
@@ -70,6 +73,14 @@ class Training:
             enable_checkpointing(self.model)
         self.forward = torch.compile(self.model) if arguments.compiled else self.model
         self.optimizer = make_optimizer(self.model, OptimizationSection())
+        if arguments.one_batch:
+            clips = make_clips(arguments, self.config, DISTINCT_CLIPS)
+            clips = [clips[index] for index in range(DISTINCT_CLIPS)]
+            batch = EVACapDataCollator()([clips[index % DISTINCT_CLIPS] for index in range(arguments.batch)])
+            if torch.device(arguments.device).type == "cuda":
+                batch = {name: values.pin_memory() for name, values in batch.items()}
+            self.batches: Iterator[dict[str, torch.Tensor]] = itertools.repeat(batch)
+            return
         # One batch before the first measured wait, and as many after it as there are steps.
         batches = arguments.warm_ups + arguments.repeats + 1
         clips = make_clips(arguments, self.config, batches * arguments.batch)
@@ -82,7 +93,7 @@ class Training:
             # `fork` copies a process that computes with several threads.
             multiprocessing_context="spawn" if arguments.workers else None,
         )
-        self.batches: Iterator[dict[str, torch.Tensor]] = itertools.chain.from_iterable(itertools.repeat(loader))
+        self.batches = itertools.chain.from_iterable(itertools.repeat(loader))
 
     def step(self, batch: dict[str, torch.Tensor], part: int) -> None:
         """Forward and backward in parts of `part` clips, clipping, and the optimiser's step."""
@@ -106,7 +117,7 @@ def measure(arguments: argparse.Namespace, part: int) -> dict[str, Any] | None:
     _limit_memory(arguments.device)
     training = Training(arguments)
     batch = next(training.batches)
-    waits, steps, peaks = [], [], []
+    waits, steps, peak = [], [], None
 
     def step() -> None:
         synchronize(arguments.device)
@@ -116,8 +127,12 @@ def measure(arguments: argparse.Namespace, part: int) -> dict[str, Any] | None:
         steps.append(time.perf_counter() - start)
 
     try:
-        for _ in range(arguments.warm_ups + arguments.repeats):
-            peaks.append(peak_bytes(step, arguments.device))
+        for index in range(arguments.warm_ups + arguments.repeats):
+            if index == 0:
+                # It makes the optimiser's state too.
+                peak = peak_bytes(step, arguments.device)
+            else:
+                step()
             start = time.perf_counter()
             batch = next(training.batches)
             waits.append(time.perf_counter() - start)
@@ -131,8 +146,7 @@ def measure(arguments: argparse.Namespace, part: int) -> dict[str, Any] | None:
         "part": part,
         "step_seconds": summary(steps),
         "wait_share": sum(waits) / (sum(waits) + sum(steps)),
-        # The first step makes the optimiser's state too.
-        "peak_bytes": peaks[0],
+        "peak_bytes": peak,
         "flops": products.training_step(training.config, arguments.batch, arguments.frames, length),
         "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
     }
@@ -208,6 +222,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, help="processes that make the data; 1 on a CPU, 8 on CUDA")
     parser.add_argument("--warm-ups", type=int, help="steps before the measured ones; 0 on a CPU, 3 on CUDA")
     parser.add_argument("--prepared", type=Path, help="a folder of `evacap prepare`; procedural clips without it")
+    parser.add_argument(
+        "--one-batch", action="store_true", help="the same batch in all steps, instead of a data loader's"
+    )
     parser.add_argument("--thorough", action="store_true", help="on a CPU also eager attention with checkpointing")
     # A step of the full size takes a minute on two CPU cores.
     parser.set_defaults(repeats=None)
@@ -233,15 +250,22 @@ def main(argv: list[str] | None = None) -> None:
     print(report)
 
 
+def peak_rate(precision: str, device: str) -> float:
+    """The operations a second of a large square product."""
+    side = PEAK_SIDE[torch.device(device).type]
+    return 2 * side**3 / product_seconds(1, side, side, side, precision, device)
+
+
 def measure_in_parts(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures one combination with the largest part of the batch that fits in the memory."""
-    side = PEAK_SIDE[torch.device(arguments.device).type]
-    peak_rate = 2 * side**3 / product_seconds(1, side, side, side, arguments.precision, arguments.device)
+    rate = peak_rate(arguments.precision, arguments.device)
     part = arguments.batch
     while part:
-        row = in_own_process(measure, arguments, part)
+        # A process that a GPU's memory does not suffice for lives on.
+        on_cpu = torch.device(arguments.device).type == "cpu"
+        row = in_own_process(measure, arguments, part) if on_cpu else measure(arguments, part)
         if row is not None:
-            return {**row, "peak_rate": peak_rate}
+            return {**row, "peak_rate": rate}
         part //= 2
     raise RuntimeError(f"Not even one clip of {arguments.variant} fits in the memory.")
 

@@ -1,5 +1,7 @@
 """The Triton kernels against the formula, on a GPU, or in Triton's interpreter, whose products know no bfloat16."""
 
+from importlib.metadata import version
+
 import pytest
 import torch
 
@@ -11,6 +13,10 @@ from evacap.modeling_evacap.fusion_kernel_evacap import has_kernel, kernel_atten
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and version("triton").startswith("3.6."),
+    reason="the interpreter of Triton 3.6 loops over no range with NumPy 2.4",
+)
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 CASES = [
     (torch.float32, 64, (70, 40), False),
