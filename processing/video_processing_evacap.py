@@ -13,10 +13,13 @@
 # limitations under the License.
 """Frames, or the files that hold them, to the pixels that EVACap looks at."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.utils.data import default_collate
 from transformers import BatchFeature
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
@@ -51,29 +54,49 @@ class EVACapVideosKwargs(VideosKwargs, total=False):
     tubelet_size: int | None
 
 
-def stack_videos(pixels: list[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+def stack_videos(
+    videos: Sequence[torch.Tensor | None],
+    masks: Sequence[torch.Tensor | None] | None = None,
+    num_frames: int | None = None,
+) -> dict[str, torch.Tensor]:
     """
-    One batch of videos (frames, 3, height, width), at least one of which is not `None`: `pixel_values_videos`, with
-    zeros, and `pixel_values_videos_mask` 0, where a clip has fewer frames than others or no picture.
+    Stacks videos into one batch, filled up with zeros.
+
+    Args:
+        videos (`Sequence[torch.Tensor | None]`): The video of each clip, (frames, channels, height, width); `None` for a
+            clip without a picture. One at least is not `None`.
+        masks (`Sequence[torch.Tensor | None]`, *optional*): The frames of each video that exist, (frames,), bool; `None`
+            for all of them.
+        num_frames (`int`, *optional*): Frames of the batch; by default those of the longest video.
+
+    Returns:
+        `pixel_values_videos` (batch_size, num_frames, channels, height, width) and, where a frame is missing,
+        `pixel_values_videos_mask` (batch_size, num_frames), bool, `True` for a frame that exists.
 
     Raises:
-        `ValueError`: for pictures of different sizes.
+        ValueError: If the pictures are of different sizes.
     """
-    sizes = {tuple(video.shape[1:]): f"`videos[{i}]`" for i, video in enumerate(pixels) if video is not None}
+    sizes = {tuple(video.shape[1:]): f"`videos[{i}]`" for i, video in enumerate(videos) if video is not None}
     if len(sizes) > 1:
         found = ", ".join(f"{name} {size}" for size, name in sizes.items())
         raise ValueError(f"The videos of a batch must end up in one size, got {found}: crop them, or pass them alone.")
-    lengths = torch.tensor([0 if video is None else len(video) for video in pixels])
-    first = next(video for video in pixels if video is not None)
-    batch = first.new_zeros(len(pixels), int(lengths.max()), *first.shape[1:])
-    for row, video in zip(batch, pixels):
-        if video is not None:
-            row[: len(video)] = video
-    data = {"pixel_values_videos": batch}
-    mask = torch.arange(batch.shape[1]) < lengths[:, None]
+    first = next(video for video in videos if video is not None)
+    videos = [first.new_empty(0, *first.shape[1:]) if video is None else video for video in videos]
+    masks = [None] * len(videos) if masks is None else masks
+    masks = [torch.ones(len(v), dtype=torch.bool) if m is None else m for v, m in zip(videos, masks, strict=True)]
+    num_frames = max(map(len, videos)) if num_frames is None else num_frames
+    # In a worker of a data loader this writes to shared memory at once, where the other process reads it.
+    data = {"pixel_values_videos": default_collate([_fill_up(video, num_frames) for video in videos])}
+    mask = torch.stack([_fill_up(mask, num_frames) for mask in masks])
     if not mask.all():
-        data["pixel_values_videos_mask"] = mask.to(batch.device, torch.long)
+        data["pixel_values_videos_mask"] = mask.to(first.device)
     return data
+
+
+def _fill_up(frames: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """`num_frames` frames (num_frames, …), missing ones as zeros."""
+    missing = num_frames - len(frames)
+    return F.pad(frames, (0, 0) * (frames.ndim - 1) + (0, missing)) if missing else frames
 
 
 def _ndim(item) -> int:

@@ -6,8 +6,9 @@ from zlib import crc32
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import default_collate
+
+from ...processing.video_processing_evacap import stack_videos
 
 
 class EVACapDataCollator:
@@ -74,7 +75,7 @@ class EVACapDataCollator:
                 * `input_features` (T, M): log-mel frames, as many in every clip; absent in every clip or in none;
                 * `pixel_values_videos` (F, 3, H, W), `None` or absent for a clip without a picture; clips with fewer
                   frames than others are filled up with zeros;
-                * `pixel_values_videos_mask` (F,), optional: 1 for a real frame;
+                * `pixel_values_videos_mask` (F,), optional: true for a frame that exists;
                 * `labels` (L,): token ids, filled up with -100; absent in every clip or in none.
 
                 Whatever else a clip holds is left out.
@@ -87,7 +88,7 @@ class EVACapDataCollator:
             * `video_index` (B,), long: the place in the batch from which the sample's video comes.
 
             With `keep_matched` and at least one swap also `matched_pixel_values_videos` (swapped, F, 3, H, W) and
-            `matched_pixel_values_videos_mask` (swapped, F; under the same condition as the other mask).
+            `matched_pixel_values_videos_mask` (swapped, F; bool, only where one of their frames is missing).
 
             In a batch where no clip has a picture, only `input_features` and `labels` remain, unless there is a
             `video_shape`.
@@ -109,10 +110,12 @@ class EVACapDataCollator:
         if videos:
             video_index = self._draw_video_index(features)
             shuffled = video_index != torch.arange(len(features))
+            num_frames = max(map(len, videos))
             # Each video is copied once, to where it belongs in the batch.
-            batch |= _stack_videos("", videos, masks, video_index)
+            batch |= stack_videos(*_select(video_index, videos, masks), num_frames)
             if self.keep_matched and shuffled.any():
-                batch |= _stack_videos("matched_", videos, masks, shuffled.nonzero().squeeze(1))
+                matched = stack_videos(*_select(shuffled.nonzero().squeeze(1), videos, masks), num_frames)
+                batch |= {f"matched_{name}": value for name, value in matched.items()}
             batch |= {"shuffled": shuffled, "video_index": video_index}
         return batch
 
@@ -129,28 +132,29 @@ class EVACapDataCollator:
         return torch.from_numpy(np.where(swaps, permuted, own))
 
     def _read_videos(self, features: Sequence[Mapping[str, Any]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The videos, all of one length, and their masks (frames,); nothing where no clip has a picture."""
+        """The videos, without frames for a clip without a picture, and their masks; nothing where no clip has one."""
         videos = [clip.get("pixel_values_videos") for clip in features]
         videos = [None if video is None else torch.as_tensor(video) for video in videos]
-        present = [video for video in videos if video is not None]
-        if not present and self.video_shape is None:
-            return [], []
-        sizes = {tuple(video.shape[1:]) for video in present}
-        if len(sizes) > 1:
+        masks = [_frame_mask(place, *pair) for place, pair in enumerate(zip(features, videos, strict=True))]
+        like = next((video for video in videos if video is not None), None)
+        if like is None:
+            if self.video_shape is None:
+                return [], []
+            like = torch.zeros(self.video_shape)
+            videos = [like for _ in videos]
+            masks = [torch.zeros(len(like), dtype=torch.bool) for _ in videos]
+        elif self.video_shape is not None and like.shape[1:] != self.video_shape[1:]:
             raise ValueError(
-                f"pixel_values_videos of one batch hold frames of {sorted(sizes)}; bring them to one size"
-            )
-        if self.video_shape is not None and sizes - {self.video_shape[1:]}:
-            raise ValueError(
-                f"pixel_values_videos hold frames of {sizes.pop()}, but video_shape={self.video_shape} says "
+                f"pixel_values_videos hold frames of {tuple(like.shape[1:])}, but video_shape={self.video_shape} says "
                 f"{self.video_shape[1:]}; give the shape that the video processor makes"
             )
-        like = present[0] if present else torch.empty(self.video_shape)
         nothing = like.new_empty(0, *like.shape[1:])
-        num_frames = max((len(video) for video in present), default=len(like))
-        masks = [_frame_mask(place, *pair) for place, pair in enumerate(zip(features, videos, strict=True))]
-        videos = [_fill_up(nothing if video is None else video, num_frames) for video in videos]
-        return videos, [_fill_up(mask, num_frames) for mask in masks]
+        return [nothing if video is None else video for video in videos], masks
+
+
+def _select(index: torch.Tensor, *lists: Sequence[Any]) -> list[list[Any]]:
+    """The elements of each list at the places of `index`."""
+    return [[values[place] for place in index] for values in lists]
 
 
 def _in_all(features: Sequence[Mapping[str, Any]], name: str) -> bool:
@@ -202,19 +206,3 @@ def _frame_mask(place: int, clip: Mapping[str, Any], video: torch.Tensor | None)
             "frames; give one entry a frame"
         )
     return mask
-
-
-def _fill_up(frames: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """`num_frames` frames (num_frames, …), missing ones as zeros."""
-    missing = num_frames - len(frames)
-    return F.pad(frames, (0, 0) * (frames.ndim - 1) + (0, missing)) if missing else frames
-
-
-def _stack_videos(
-    prefix: str, videos: list[torch.Tensor], masks: list[torch.Tensor], index: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """The videos at the places of `index`, with their mask where any frame of the batch is missing."""
-    batch = {f"{prefix}pixel_values_videos": _stack("pixel_values_videos", [videos[place] for place in index])}
-    if not all(mask.all() for mask in masks):
-        batch[f"{prefix}pixel_values_videos_mask"] = torch.stack([masks[place] for place in index])
-    return batch
