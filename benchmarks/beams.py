@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import products
+from benchmarks import roofline
 from benchmarks.measure import DTYPES, Results, argument_parser, markdown, peak_memory
-from benchmarks.subjects import SIZES, make_config, make_inputs, make_model
+from benchmarks.models import SIZES, make_config, make_inputs, make_model
 from evacap.training.files import write_text
 
 
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def prefix_bytes(config, arguments, dtype: str) -> int:
     """The keys and values of the prefix in all layers, once a clip."""
-    text, tokens = config.text_config, products.prefix_tokens(config, arguments.frames)
+    text, tokens = config.text_config, roofline.prefix_tokens(config, arguments.frames)
     return 2 * text.num_hidden_layers * arguments.batch * tokens * text.hidden_size * DTYPES[dtype].itemsize
 
 

@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from benchmarks.measure import DTYPES, Results, argument_parser, markdown, seconds, timed
-from benchmarks.subjects import SIZES, make_config, make_inputs, make_model
+from benchmarks.models import SIZES, make_config, make_inputs, make_model
 from evacap.training.files import write_text
 
 

@@ -20,7 +20,7 @@ from transformers.utils import is_flash_attn_2_available
 import evacap
 from benchmarks.fusion import fusion_calls
 from benchmarks.measure import Results, argument_parser, bandwidth, markdown, seconds
-from benchmarks.subjects import SIZES, make_config, make_inputs, make_model
+from benchmarks.models import SIZES, make_config, make_inputs, make_model
 from benchmarks.training import peak_rate
 from evacap.modeling_evacap.fusion_evacap import attention_and_entropy, fused_attention_and_entropy
 from evacap.training.data.collator import EVACapDataCollator

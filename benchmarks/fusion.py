@@ -12,9 +12,9 @@ from unittest import mock
 import torch
 from torch import nn
 
-from benchmarks import products
+from benchmarks import roofline
 from benchmarks.measure import DTYPES, Results, argument_parser, markdown, peak_memory, timed
-from benchmarks.subjects import SIZES, make_config
+from benchmarks.models import SIZES, make_config
 from evacap.modeling_evacap import fusion_evacap
 from evacap.modeling_evacap.fusion_evacap import EVACapGatedCrossAttention
 from evacap.training.files import write_text
@@ -51,7 +51,7 @@ def fusion_calls(
     nn.init.constant_(fusion.gate_weight, config.gate_weight_init)
     nn.init.constant_(fusion.gate_bias, config.gate_bias_init)
     fusion = fusion.to(device, DTYPES[dtype])
-    tokens = (products.audio_tokens(config), products.video_tokens(config, frames))
+    tokens = (roofline.audio_tokens(config), roofline.video_tokens(config, frames))
     audio, video = (
         torch.randn(batch, number, width, dtype=DTYPES[dtype], device=device, requires_grad=backward)
         for number, width in zip(tokens, (config.audio_config.hidden_size, config.video_config.hidden_size))

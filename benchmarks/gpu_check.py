@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import device_checks, fusion, latency, training, video_tower
 from benchmarks.measure import Results, default_device, machine, markdown
-from benchmarks.subjects import SIZES
+from benchmarks.models import SIZES
 from evacap.training.files import write_text
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks import products
+from benchmarks import roofline
 from benchmarks.measure import (
     DTYPES,
     Results,
@@ -28,7 +28,7 @@ from benchmarks.measure import (
     summary,
     synchronize,
 )
-from benchmarks.subjects import SIZES, make_config, make_inputs, make_model
+from benchmarks.models import SIZES, make_config, make_inputs, make_model
 from evacap.training.evaluation.plots import new_figure, save_figure
 from evacap.training.files import write_text
 
@@ -187,7 +187,7 @@ def _row(
     times: list[dict[int, dict[str, float]]],
     peak_bytes: int | None,
 ) -> dict[str, Any]:
-    new_tokens, prefix = arguments.new_tokens, products.prefix_tokens(config, frames)
+    new_tokens, prefix = arguments.new_tokens, roofline.prefix_tokens(config, frames)
     row = {
         "size": arguments.size,
         "dtype": dtype,
@@ -202,12 +202,12 @@ def _row(
     if variant == RECOMPUTED:
         return {**row, "measured_tokens": min(arguments.recomputed_tokens, new_tokens)}
     operations = {
-        "encoder": products.flops(products.encoder(config, batch, frames)),
-        "prefill": products.flops(products.prefill(config, batch, beams, prefix)),
-        "decoding": products.flops(products.decoding(config, batch, beams, prefix, new_tokens)),
+        "encoder": roofline.flops(roofline.encoder(config, batch, frames)),
+        "prefill": roofline.flops(roofline.prefill(config, batch, beams, prefix)),
+        "decoding": roofline.flops(roofline.decoding(config, batch, beams, prefix, new_tokens)),
     }
     operations["total"] = sum(operations.values())
-    floor = products.floor(config, batch, frames, beams, new_tokens, dtype, arguments.device)
+    floor = roofline.floor(config, batch, frames, beams, new_tokens, dtype, arguments.device)
     return {**row, "flops": operations, "floor": floor, "ratio": row["seconds"]["total"]["median"] / floor["total"]}
 
 

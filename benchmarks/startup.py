@@ -21,7 +21,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.measure import DTYPES, Results, argument_parser, interleave, markdown, seconds, summary
-from benchmarks.subjects import SIZES, make_config, make_model
+from benchmarks.models import SIZES, make_config, make_model
 from evacap.training.files import write_text
 
 

@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks import products
+from benchmarks import roofline
 from benchmarks.measure import (
     Results,
     argument_parser,
@@ -31,10 +31,10 @@ from benchmarks.measure import (
     summary,
     synchronize,
 )
-from benchmarks.subjects import SIZES, make_config, make_model
+from benchmarks.models import SIZES, make_config, make_model
 from evacap.modeling_evacap.presets import get_preset
 from evacap.processing.model_processor import make_processor
-from evacap.training.building import enable_checkpointing
+from evacap.training.components import enable_checkpointing
 from evacap.training.data.collator import EVACapDataCollator
 from evacap.training.data.prepared_clips import PreparedClips
 from evacap.training.files import write_text
@@ -147,7 +147,7 @@ def measure(arguments: argparse.Namespace, part: int) -> dict[str, Any] | None:
         "step_seconds": summary(steps),
         "wait_share": sum(waits) / (sum(waits) + sum(steps)),
         "peak_bytes": peak,
-        "flops": products.training_step(training.config, arguments.batch, arguments.frames, length),
+        "flops": roofline.training_step(training.config, arguments.batch, arguments.frames, length),
         "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
     }
 

@@ -5,9 +5,9 @@ import itertools
 
 import torch
 
-from benchmarks import products
+from benchmarks import roofline
 from benchmarks.measure import DTYPES, Results, argument_parser, interleave, markdown, seconds, summary
-from benchmarks.subjects import SIZES, make_config, make_inputs, make_model
+from benchmarks.models import SIZES, make_config, make_inputs, make_model
 from evacap.modeling_evacap.configuration_evacap import VIDEO_ATTENTION_TYPES
 from evacap.training.files import write_text
 
@@ -41,7 +41,7 @@ def measure(arguments, results: Results, dtype: str) -> None:
             video = make_inputs(config, 1, frames, arguments.device)["pixel_values_videos"]
             name = tuple(settings.items())
             runs[name] = functools.partial(seconds, functools.partial(tower, video), arguments.device)
-            operations[name] = products.flops(products.video_tower(config.video_config, 1, frames))
+            operations[name] = roofline.flops(roofline.video_tower(config.video_config, 1, frames))
     for name, times in interleave(runs, arguments.repeats, arguments.budget).items():
         results.add({**dict(name), "seconds": summary(times), "flops": operations[name]})
 

@@ -14,11 +14,11 @@ import torch
 from transformers import GitForCausalLM
 from transformers.utils import logging
 
-from .checkpoint_files import read_checkpoint
+from .checkpoint_reader import read_checkpoint
 from .configuration_evacap import EVACapConfig, EVACapVideoConfig
 from .modeling_evacap import EVACapForConditionalGeneration
 from .presets import get_preset
-from .source_names import QKV, NameTable, git_names_to_avcap
+from .weight_names import QKV, NameTable, git_names_to_avcap
 
 
 VIDEO_EMBEDDINGS = ("inflate", "fresh")

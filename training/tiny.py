@@ -7,7 +7,7 @@ from transformers import BertTokenizer
 
 from ..modeling_evacap.configuration_evacap import EVACapConfig
 from ..processing.processing_evacap import EVACapProcessor
-from .building import make_processor_and_config
+from .components import make_processor_and_config
 from .run_config import load_run_config
 
 

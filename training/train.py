@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from .building import (
+from .checkpoints import Checkpoints, Models, TrainingState, remove_partial_folders
+from .components import (
     describe_training,
     make_clips,
     make_collators,
@@ -30,7 +31,6 @@ from .building import (
     make_processor_and_config,
     make_validation_clips,
 )
-from .checkpoints import Checkpoints, Models, TrainingState, remove_partial_folders
 from .data.collator import EVACapDataCollator
 from .optimization import freeze, make_optimizer, make_scheduler
 from .run_config import RunConfig, flatten, load_run_config, shipped_configs

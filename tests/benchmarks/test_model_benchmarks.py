@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import beams, compiling, fusion, latency, training, video_tower
-from benchmarks.subjects import make_config, make_inputs, make_model
+from benchmarks.models import make_config, make_inputs, make_model
 
 
 def run(benchmark, folder, *options: str) -> list[dict]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from training_runs import write_config
 
-from evacap.training.building import make_model, make_processor_and_config
+from evacap.training.components import make_model, make_processor_and_config
 from evacap.training.optimization import freeze, make_optimizer, make_scheduler, parameter_groups
 from evacap.training.run_config import OptimizationSection, load_run_config
 

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 from evacap.cli import main as evacap
 from evacap.model_card import fill_model_card
-from evacap.training.building import make_clips, make_processor_and_config
+from evacap.training.components import make_clips, make_processor_and_config
 from evacap.training.data.manifest import read_manifest
 from evacap.training.data.prepare import prepare
 from evacap.training.procedural.scenes import make_scene, write_clip, write_dataset

@@ -5,7 +5,7 @@ from accelerate.state import AcceleratorState, GradientState
 from training_runs import write_config
 
 import evacap
-from evacap.training.building import make_collators, make_model, make_processor_and_config, make_validation_clips
+from evacap.training.components import make_collators, make_model, make_processor_and_config, make_validation_clips
 from evacap.training.run_config import RunConfig, load_run_config
 from evacap.training.validation import Validation
 

@@ -33,7 +33,7 @@ MakeClips = Callable[[EVACapProcessor], Dataset]
 
 
 @dataclass(frozen=True)
-class Clip:
+class TestedClip:
     """What is known of a test clip besides its sound and picture.
 
     Args:
@@ -86,7 +86,7 @@ class Caption(NamedTuple):
     entropy_over_time: list[float] | None = None
 
 
-def list_clips(clips: Dataset, max_clips: int | None = None) -> list[Clip]:
+def list_clips(clips: Dataset, max_clips: int | None = None) -> list[TestedClip]:
     """
     The clips of a split, or the first of them.
 
@@ -99,12 +99,12 @@ def list_clips(clips: Dataset, max_clips: int | None = None) -> list[Clip]:
         rows = clips.rows.data
         ids = rows.column("id")[:count].to_pylist()
         with_picture = pc.greater(pc.list_value_length(rows.column("frames")[:count]), 0).to_pylist()
-        return [Clip(ids[i], clips.captions(i), clips.extra(i), with_picture[i]) for i in range(count)]
+        return [TestedClip(ids[i], clips.captions(i), clips.extra(i), with_picture[i]) for i in range(count)]
     scenes = [make_scene(clips.seed, clips.split, index) for index in range(count)]
-    return [Clip(scene.id, scene.captions, manifest_entry(scene, ""), True) for scene in scenes]
+    return [TestedClip(scene.id, scene.captions, manifest_entry(scene, ""), True) for scene in scenes]
 
 
-def choose_videos(clips: Sequence[Clip], share: float, seed: int = 0) -> list[int | None]:
+def choose_videos(clips: Sequence[TestedClip], share: float, seed: int = 0) -> list[int | None]:
     """
     Whose video each clip is shown with, where a share of the videos is shuffled (paper, table 3; the choice is ours).
 
@@ -112,7 +112,7 @@ def choose_videos(clips: Sequence[Clip], share: float, seed: int = 0) -> list[in
     a picture; their videos are deranged: each goes to another chosen clip. A smaller share is chosen within a larger.
 
     Args:
-        clips (`Sequence[Clip]`): All n of them.
+        clips (`Sequence[TestedClip]`): All n of them.
         share (`float`): 0 to 1; at 0 every clip has its own video.
         seed (`int`, *optional*, defaults to 0): Other seeds give other choices.
 
@@ -162,7 +162,7 @@ class Captioner:
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.folder} cannot be loaded: {error}") from error
 
-    def pairs(self, condition: Condition, clips: Sequence[Clip], seed: int = 0) -> list[Pair] | None:
+    def pairs(self, condition: Condition, clips: Sequence[TestedClip], seed: int = 0) -> list[Pair] | None:
         """The pairs of all clips under a condition, as far as the checkpoint can tell them apart; `None` if it needs
         the picture that the condition takes away."""
         video = self.processor.video_processor
@@ -186,7 +186,7 @@ class Captioner:
     def caption(
         self,
         batches: Sequence[Sequence[Pair]],
-        clips: Sequence[Clip],
+        clips: Sequence[TestedClip],
         make_clips: MakeClips,
         accelerator: Accelerator,
         data: str = "",
@@ -201,7 +201,7 @@ class Captioner:
 
         Args:
             batches (`Sequence[Sequence[Pair]]`): Those of a batch have one number of frames.
-            clips (`Sequence[Clip]`): What the numbers in the pairs mean.
+            clips (`Sequence[TestedClip]`): What the numbers in the pairs mean.
             make_clips (`MakeClips`): Makes them.
             accelerator (`Accelerator`): Shares the batches out.
             data (`str`): What the clips are called, so that captions of others are not taken for theirs.
@@ -368,7 +368,7 @@ class _Batches(Dataset):
     def __init__(
         self,
         batches: Sequence[Sequence[Pair]],
-        clips: Sequence[Clip],
+        clips: Sequence[TestedClip],
         processor: EVACapProcessor,
         make_clips: MakeClips,
     ):
@@ -405,7 +405,7 @@ def _view(processor: EVACapProcessor, modalities: str, frames: int | None = None
     return processor
 
 
-def _to_line(pair: Pair, caption: Caption, clips: Sequence[Clip]) -> str:
+def _to_line(pair: Pair, caption: Caption, clips: Sequence[TestedClip]) -> str:
     place = {
         "clip": clips[pair.clip].id,
         "video": None if pair.video is None else clips[pair.video].id,

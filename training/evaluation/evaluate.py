@@ -36,7 +36,7 @@ from ..metrics.java import find_java
 from ..metrics.ptb_tokenizer import tokenize, tokenize_without_java
 from ..procedural.kinds import KINDS
 from ..procedural.scores import count_names
-from .captioner import Caption, Captioner, Clip, Condition, MakeClips, Pair, list_clips, make_batches
+from .captioner import Caption, Captioner, Condition, MakeClips, Pair, TestedClip, list_clips, make_batches
 
 
 SHARES = (0.0, 0.05, 0.5, 1.0)
@@ -179,7 +179,7 @@ def _check(
 
 def _judge(
     said: Mapping[str, Mapping[Condition, tuple[list[Pair], list[Caption]]]],
-    clips: Sequence[Clip],
+    clips: Sequence[TestedClip],
     metrics: Sequence[str],
     kept: Path,
 ) -> tuple[dict[str, dict[Condition, Judged]], dict[str, str], str | None]:
@@ -296,7 +296,7 @@ def _tokenize(
     return [known[caption] for caption in captions], [[known[text] for text in clip] for clip in references]
 
 
-def _sounding_sources(clips: Sequence[Clip]) -> list[list[tuple[str, bool]]] | None:
+def _sounding_sources(clips: Sequence[TestedClip]) -> list[list[tuple[str, bool]]] | None:
     """What sounds in procedural clips; `None` for other clips."""
     try:
         sources = [[(event["kind"], event["on_screen"]) for event in clip.extra["events"]] for clip in clips]
@@ -308,7 +308,7 @@ def _sounding_sources(clips: Sequence[Clip]) -> list[list[tuple[str, bool]]] | N
 def _summarise(
     captioners: Sequence[Captioner],
     judged: Mapping[str, Mapping[Condition, Judged]],
-    clips: Sequence[Clip],
+    clips: Sequence[TestedClip],
     draws: np.ndarray,
     settings: dict[str, Any],
     dataset: str,
@@ -396,7 +396,7 @@ def _gate_figures(curve: str, entry: Judged, own: Judged, draws: np.ndarray) -> 
     return figures
 
 
-def _clip_entries(entry: Judged, clips: Sequence[Clip]) -> list[dict[str, Any]]:
+def _clip_entries(entry: Judged, clips: Sequence[TestedClip]) -> list[dict[str, Any]]:
     entries = []
     for place, (clip, pair, caption) in enumerate(zip(clips, entry.pairs, entry.captions, strict=True)):
         entries.append(

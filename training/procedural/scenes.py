@@ -127,7 +127,7 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Clip:
+class RenderedClip:
     """A rendered scene.
 
     Args:
@@ -243,7 +243,7 @@ def render_frames(scene: Scene, timestamps: np.ndarray, size: int = 64) -> np.nd
     return draw(tuple(actors), timestamps, size, scene.rng("picture"))
 
 
-def render(scene: Scene, fps: float = 10.0, size: int = 64) -> Clip:
+def render(scene: Scene, fps: float = 10.0, size: int = 64) -> RenderedClip:
     """Sound and picture of a scene.
 
     Args:
@@ -251,7 +251,7 @@ def render(scene: Scene, fps: float = 10.0, size: int = 64) -> Clip:
         size (`int`): Width and height of the picture in pixels.
     """
     timestamps = np.arange(round(scene.duration * fps)) / fps
-    return Clip(render_waveform(scene), render_frames(scene, timestamps, size), timestamps)
+    return RenderedClip(render_waveform(scene), render_frames(scene, timestamps, size), timestamps)
 
 
 def write_clip(scene: Scene, path: str | os.PathLike, fps: int = 10, size: int = 128) -> None:

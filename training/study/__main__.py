@@ -27,7 +27,7 @@ from accelerate.utils import set_seed
 
 from ...modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from ...processing.processing_evacap import EVACapProcessor
-from ..building import make_model, make_processor_and_config
+from ..components import make_model, make_processor_and_config
 from ..evaluation.evaluate import SHARES, evaluate
 from ..files import write_text
 from ..metrics.compute import METRICS
@@ -35,10 +35,10 @@ from ..procedural.dataset import ProceduralClips
 from ..run_config import RunConfig, flatten, load_run_config
 from ..run_log import SETTLED, check_settings
 from ..train import train
-from .listeners import judge_listeners
 from .mismatch_detectors import detect_mismatch
+from .oracles import judge_oracles
 from .pretraining import pretrain, retrieval
-from .report import LISTENING, PRETRAINED, is_run, read_results, write_report
+from .report import ORACLE_RESULT, PRETRAINED, is_run, read_results, write_report
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def run_study(study: Study, names: Sequence[str], seeds: Sequence[int]) -> int:
         if status:
             say("stopped; the same command goes on from here")
             return status
-    run_listeners(study)
+    run_oracles(study)
     for path in write_report(study.results):
         say(f"{path}")
     return 0
@@ -283,15 +283,15 @@ def run_pretraining(study: Study) -> int:
     return 0
 
 
-def run_listeners(study: Study) -> None:
-    """Judges listeners that err in one way alone, by the metrics and on the clips of the runs."""
-    path = study.results / "runs" / f"{LISTENING}.json"
+def run_oracles(study: Study) -> None:
+    """Scores the oracle captioners by the metrics and on the clips of the runs."""
+    path = study.results / "runs" / f"{ORACLE_RESULT}.json"
     settings = {"test.clips": study.test_clips, "test.seed": TEST_SEED, "metrics": list(study.metrics)}
     if path.exists() and json.loads(path.read_text(encoding="utf-8"))["settings"] == settings:
         return
-    say("listeners that err in one way alone, for comparison")
-    result = {"variant": LISTENING, "seed": TEST_SEED, "settings": settings}
-    write_result(path, result | judge_listeners(study.test_clips, TEST_SEED, study.metrics))
+    say("oracle captioners, for comparison")
+    result = {"variant": ORACLE_RESULT, "seed": TEST_SEED, "settings": settings}
+    write_result(path, result | judge_oracles(study.test_clips, TEST_SEED, study.metrics))
 
 
 def make_start(config: RunConfig, pretrained: Path) -> str:

@@ -15,11 +15,11 @@ from ...modeling_evacap.fusion_evacap import EVACapGatedCrossAttention
 from ...modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from ...processing.processing_evacap import EVACapProcessor
 from ..data.collator import EVACapDataCollator
-from ..evaluation.captioner import Clip, MakeClips, choose_videos, list_clips
+from ..evaluation.captioner import MakeClips, TestedClip, choose_videos, list_clips
 from ..metrics.bootstrap import roc_auc
 
 
-SUBSETS: dict[str, Callable[[Clip], bool]] = {
+SUBSETS: dict[str, Callable[[TestedClip], bool]] = {
     "all": lambda clip: True,
     "all on screen": lambda clip: all(event["on_screen"] for event in clip.extra["events"]),
     "picture needed": lambda clip: any(event["on_screen"] and event["sound_alike"] for event in clip.extra["events"]),

@@ -14,8 +14,8 @@ from ..evaluation.tables import as_percent, markdown_table
 from ..files import write_text
 from ..metrics.compute import METRIC_TITLES
 from ..procedural.scores import COLUMNS
-from .listeners import LISTENERS
 from .mismatch_detectors import BINS, CROSSED, FITTED, SUBSETS
+from .oracles import ORACLES
 
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 Result = Mapping[str, Any]
 """The content of a result file."""
 
-PRETRAINED, LISTENING = "pretraining", "listeners"
-"""The names of the results that are no runs: of the shared start, and of listeners that err in one way alone."""
+PRETRAINED, ORACLE_RESULT = "pretraining", "oracles"
+"""The names of the results that do not come from a run: the shared start, and the oracle captioners."""
 REPORT = "tables.md"
 
 VARIANT_TITLES = {
@@ -68,7 +68,7 @@ def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
     for path in Path(folder, "runs").glob("*.json"):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            if result["variant"] not in (*VARIANT_TITLES, PRETRAINED, LISTENING):
+            if result["variant"] not in (*VARIANT_TITLES, PRETRAINED, ORACLE_RESULT):
                 raise ValueError(f"it is of {result['variant']!r}")
             result["seed"]
         except (ValueError, KeyError, TypeError) as error:
@@ -142,7 +142,7 @@ def as_markdown(results: Sequence[Result], plots: Sequence[str] = ()) -> str:
     parts += ["", *(f"* {column}: {COLUMNS[column]}" for column in COLUMNS)]
     parts += _shuffled(runs, metrics)
     parts += _differences(runs)
-    parts += _listeners(results, metrics)
+    parts += _oracles(results, metrics)
     parts += _detectors(runs)
     parts += _crossed(runs)
     parts += _gates(runs)
@@ -239,32 +239,33 @@ def _differences(runs: Mapping[str, list[Result]]) -> list[str]:
     ]
 
 
-def _listeners(results: Sequence[Result], metrics: Sequence[str]) -> list[str]:
-    found = next((result["listeners"] for result in results if result["variant"] == LISTENING), None)
+def _oracles(results: Sequence[Result], metrics: Sequence[str]) -> list[str]:
+    found = next((result["oracles"] for result in results if result["variant"] == ORACLE_RESULT), None)
     if found is None:
         return []
     metrics = [metric for metric in metrics if found["right"].get(metric)]
     rows = [
         [
-            listener,
+            oracle,
             *(
                 f"{values[metric]:.3f}<br><sub>{100 * values[metric] / found['right'][metric]:.1f} %</sub>"
                 for metric in metrics
             ),
         ]
-        for listener, values in found.items()
+        for oracle, values in found.items()
     ]
     return [
         "",
-        "## What listeners get that err in one way alone",
+        "## Oracle captioners",
         "",
-        *markdown_table(["listener", *(METRIC_TITLES[metric] for metric in metrics)], rows),
+        *markdown_table(["oracle", *(METRIC_TITLES[metric] for metric in metrics)], rows),
         "",
-        *(f"* {listener}: {what}" for listener, what in LISTENERS.items()),
+        *(f"* {oracle}: {what}" for oracle, what in ORACLES.items()),
         "",
-        "No model: captions that the clips' own generator writes from what each listener knows; below each figure its "
-        "share of what `right` gets. A wording drawn at random scores lower than the likeliest one, which a model "
-        "says: compare the shares with what is left of a model's.",
+        "Captions without a model: the generator of the clips writes them from the true sources, and each oracle but "
+        "`right` makes one kind of error. Below each figure is its share of the figure of `right`. A wording drawn at "
+        "random scores lower than the likeliest one, which is what a model says: compare these shares with what is left "
+        "of a model's figures.",
     ]
 
 
@@ -366,7 +367,7 @@ def _gates(runs: Mapping[str, list[Result]]) -> list[str]:
 
 def _provenance(results: Sequence[Result]) -> list[str]:
     rows = []
-    results = [result for result in results if result["variant"] != LISTENING]
+    results = [result for result in results if result["variant"] != ORACLE_RESULT]
     for result in results:
         commit, seconds = result["starts"][-1]["git_commit"] or "–", result["seconds"]
         rows.append(

@@ -14,9 +14,9 @@ from evacap.modeling_evacap.modeling_evacap import EVACapForConditionalGeneratio
 from evacap.processing.processing_evacap import EVACapProcessor
 from evacap.training.evaluation.captioner import (
     Captioner,
-    Clip,
     Condition,
     Pair,
+    TestedClip,
     choose_videos,
     list_clips,
     make_batches,
@@ -65,8 +65,8 @@ def conditions_of(evaluation: dict, name: str) -> dict[tuple[float, int | None],
     return {(condition["shuffle"], condition["frames"]): condition for condition in found}
 
 
-def clips_with_pictures(pictures: list[bool]) -> list[Clip]:
-    return [Clip(f"clip-{number}", ["a"], {}, has) for number, has in enumerate(pictures)]
+def clips_with_pictures(pictures: list[bool]) -> list[TestedClip]:
+    return [TestedClip(f"clip-{number}", ["a"], {}, has) for number, has in enumerate(pictures)]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from training_runs import SMALL
 
 from evacap.modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
-from evacap.training.building import make_processor_and_config
+from evacap.training.components import make_processor_and_config
 from evacap.training.metrics.bootstrap import roc_auc
 from evacap.training.procedural.dataset import ProceduralClips
 from evacap.training.run_config import load_run_config
@@ -35,8 +35,8 @@ from evacap.training.study.__main__ import (
 from evacap.training.study.mismatch_detectors import BINS, SUBSETS, _fitted, cross, own_above
 from evacap.training.study.pretraining import TEMPERATURE, contrast, pretrain
 from evacap.training.study.report import (
-    LISTENING,
     NAMING,
+    ORACLE_RESULT,
     PRETRAINED,
     TABLES,
     VARIANT_TITLES,
@@ -192,9 +192,9 @@ def test_a_run_leaves_its_result_and_is_not_run_again(small, capsys):
     assert run_study(small, ["evacap"], [0]) == 0
     assert path.stat().st_mtime_ns == before and "run 1" not in capsys.readouterr().err
 
-    listeners = json.loads((small.results / "runs" / "listeners.json").read_text())
-    assert listeners["settings"]["test.clips"] == 12 and listeners["listeners"]["right"]["distinct"] == 1
-    assert listeners["listeners"]["right"].keys() == result["conditions"][0]["metrics"].keys()
+    oracles = json.loads((small.results / "runs" / "oracles.json").read_text())
+    assert oracles["settings"]["test.clips"] == 12 and oracles["oracles"]["right"]["distinct"] == 1
+    assert oracles["oracles"]["right"].keys() == result["conditions"][0]["metrics"].keys()
 
     # Without the result file it is judged again, from the captions that are there, and not trained again.
     path.unlink()
@@ -415,7 +415,7 @@ def test_tables_of_known_results(tmp_path):
     assert areas[3][:4] == ["all", "EVACap (SMS 5 %)", "0.550<br><sub>± 0.071</sub>", "0.500<br><sub>± 0.000</sub>"]
     # The head that is furthest from 0.5 stands below it.
     assert areas[3][-1].startswith("0.700")
-    assert not any("listeners" in heading for heading in found)
+    assert "Oracle captioners" not in found
     crossed = found["What they depend on"]
     assert crossed[3][:5] == [
         "entropy",
@@ -427,14 +427,14 @@ def test_tables_of_known_results(tmp_path):
     assert runs[2][:6] == ["audio only", "0", "8.0", "1.0", "abc", "0123456789+"]
 
 
-def test_listeners_stand_beside_the_models(tmp_path):
+def test_oracles_stand_beside_the_models(tmp_path):
     figures = {"right": {"cider_d": 4.0, "distinct": 1.0}, "bare": {"cider_d": 2.5, "distinct": 1.0}}
-    listening = {"variant": LISTENING, "seed": 0, "settings": {}, "listeners": figures}
-    write_result(tmp_path / "runs" / "listeners.json", listening)
+    oracles = {"variant": ORACLE_RESULT, "seed": 0, "settings": {}, "oracles": figures}
+    write_result(tmp_path / "runs" / "oracles.json", oracles)
     assert write_report(tmp_path) == []
     write_all(tmp_path, RESULTS)
     found = tables(as_markdown(read_results(tmp_path)))
-    rows = found["What listeners get that err in one way alone"]
+    rows = found["Oracle captioners"]
     assert rows[2:] == [["right", "4.000<br><sub>100.0 %</sub>"], ["bare", "2.500<br><sub>62.5 %</sub>"]]
     assert len(found["The runs"]) == 2 + len(RESULTS)
 
@@ -475,8 +475,8 @@ def test_all_of_the_study_in_minutes(tmp_path, capsys):
     """Longer than its name says only where the machine is busy."""
     arguments = ["--quick", "--output", str(tmp_path / "runs"), "--results", str(tmp_path / "study")]
     assert main(arguments) == 0
-    listeners, *results = read_results(tmp_path / "study")
-    assert listeners["variant"] == LISTENING and listeners["settings"]["test.clips"] == 20
+    oracles, *results = read_results(tmp_path / "study")
+    assert oracles["variant"] == ORACLE_RESULT and oracles["settings"]["test.clips"] == 20
     assert [result["variant"] for result in results] == [PRETRAINED, *VARIANTS]
     assert {result["start"] for result in results} == {results[0]["start"], None}
     found = tables((tmp_path / "study" / "tables.md").read_text())

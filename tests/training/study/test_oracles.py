@@ -1,16 +1,16 @@
-"""Listeners that err in one way alone do so, and in no other."""
+"""Each oracle makes its own kind of error and no other."""
 
 import pytest
 
 from evacap.training.procedural.scenes import make_scene
-from evacap.training.study.listeners import LISTENERS, caption_of, judge_listeners
+from evacap.training.study.oracles import ORACLES, caption_of, judge_oracles
 
 
 def test_each_errs_in_its_way():
-    judged = judge_listeners(300, metrics=("bleu", "cider_d"))
-    assert judged["skipped"] == [] and judged["listeners"].keys() == LISTENERS.keys()
-    right, bare, guess, twin = judged["listeners"].values()
-    assert all(figures["distinct"] == 1 and figures["invented"] == 0 for figures in judged["listeners"].values())
+    judged = judge_oracles(300, metrics=("bleu", "cider_d"))
+    assert judged["skipped"] == [] and judged["oracles"].keys() == ORACLES.keys()
+    right, bare, guess, twin = judged["oracles"].values()
+    assert all(figures["distinct"] == 1 and figures["invented"] == 0 for figures in judged["oracles"].values())
     assert right["set"] == right["sound-alikes"] == right["off screen"] == 1
     assert (bare["sound-alikes"], bare["bare"], bare["twin"], bare["off screen"]) == (0, 1, 0, 1)
     assert (twin["sound-alikes"], twin["bare"], twin["twin"], twin["off screen"]) == (0, 0, 1, 1)

@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from benchmarks import products
+from benchmarks import roofline
 from benchmarks.fusion import plain
-from benchmarks.subjects import make_config, make_inputs, make_model
+from benchmarks.models import make_config, make_inputs, make_model
 
 
 BATCH, FRAMES, BEAMS = 2, 4, 3
@@ -36,14 +36,14 @@ def test_encoder(variant, attention):
     inputs = make_inputs(config, BATCH, FRAMES)
     if variant == "video-only":
         inputs.pop("input_features")
-    assert products.flops(products.encoder(config, BATCH, FRAMES)) == count(model.get_encoder(), **inputs)
+    assert roofline.flops(roofline.encoder(config, BATCH, FRAMES)) == count(model.get_encoder(), **inputs)
 
 
 @pytest.mark.parametrize("variant", ["evacap", "avcap"])
 def test_encoder_of_clips_without_a_picture(variant):
     config, model = eager_model(variant)
     counted = count(model.get_encoder(), **make_inputs(config, BATCH, 0))
-    assert products.flops(products.encoder(config, BATCH, 0)) == counted
+    assert roofline.flops(roofline.encoder(config, BATCH, 0)) == counted
 
 
 def test_encoder_with_fusion():
@@ -55,13 +55,13 @@ def test_encoder_with_fusion():
         video = encoder.video_tower(inputs["pixel_values_videos"]).last_hidden_state
     counted = count(encoder, **inputs) - count(encoder.fusion, audio, video)
     counted += count(plain, encoder.fusion, audio, video)
-    assert products.flops(products.encoder(config, BATCH, FRAMES)) == counted
+    assert roofline.flops(roofline.encoder(config, BATCH, FRAMES)) == counted
 
 
 @pytest.mark.parametrize("variant", ["audio-only", "avcap", "evacap"])
 def test_decoder(variant):
     config, model = eager_model(variant)
-    prefix = products.prefix_tokens(config, FRAMES)
+    prefix = roofline.prefix_tokens(config, FRAMES)
     with torch.no_grad():
         encoder_outputs = model.get_encoder()(**make_inputs(config, BATCH, FRAMES))
     assert encoder_outputs.last_hidden_state.shape[1] == prefix
@@ -69,8 +69,8 @@ def test_decoder(variant):
     ids = torch.ones(BATCH * BEAMS, 1, dtype=torch.long)
     options = {"decoder_input_ids": ids, "encoder_outputs": encoder_outputs, "cache": cache}
     counted = [count(model, **options, use_cache=True) for _ in range(3)]
-    assert counted[0] == products.flops(products.prefill(config, BATCH, BEAMS, prefix))
-    assert sum(counted[1:]) == products.flops(products.decoding(config, BATCH, BEAMS, prefix, new_tokens=3))
+    assert counted[0] == roofline.flops(roofline.prefill(config, BATCH, BEAMS, prefix))
+    assert sum(counted[1:]) == roofline.flops(roofline.decoding(config, BATCH, BEAMS, prefix, new_tokens=3))
 
 
 @pytest.mark.parametrize("variant", ["audio-only", "avcap"])
@@ -78,17 +78,17 @@ def test_training_step(variant):
     length = 7
     config, model = eager_model(variant)
     inputs = {**make_inputs(config, BATCH, FRAMES), "labels": torch.ones(BATCH, length, dtype=torch.long)}
-    assert products.training_step(config, BATCH, FRAMES, length) == 3 * count(model, **inputs)
+    assert roofline.training_step(config, BATCH, FRAMES, length) == 3 * count(model, **inputs)
 
 
 def test_weight_bytes():
     config, model = eager_model("evacap")
     parts = itertools.chain(model.model.decoder.layers.parameters(), model.lm_head.parameters())
-    assert products.step_weight_bytes(config, "bfloat16") == 2 * sum(parameter.numel() for parameter in parts)
+    assert roofline.step_weight_bytes(config, "bfloat16") == 2 * sum(parameter.numel() for parameter in parts)
 
 
 def test_floor():
     config = make_config("evacap", FRAMES, "small")
-    floor = products.floor(config, 1, FRAMES, 1, 5, "float32", "cpu")
+    floor = roofline.floor(config, 1, FRAMES, 1, 5, "float32", "cpu")
     assert all(seconds > 0 for seconds in floor.values())
     assert floor["total"] == pytest.approx(floor["encoder"] + floor["prefill"] + floor["decoding"])
