@@ -19,6 +19,7 @@ from evacap.modeling_evacap.modeling_evacap import EVACapForConditionalGeneratio
 from evacap.training.components import make_processor_and_config
 from evacap.training.metrics.bootstrap import roc_auc
 from evacap.training.procedural.dataset import ProceduralClips
+from evacap.training.procedural.scores import COLUMNS
 from evacap.training.run_config import load_run_config
 from evacap.training.study.__main__ import (
     EXTRA,
@@ -35,7 +36,6 @@ from evacap.training.study.__main__ import (
 from evacap.training.study.mismatch_detectors import BINS, SUBSETS, _fitted, cross, own_above
 from evacap.training.study.pretraining import TEMPERATURE, contrast, pretrain
 from evacap.training.study.report import (
-    NAMING,
     ORACLE_RESULT,
     PRETRAINED,
     TABLES,
@@ -325,7 +325,7 @@ def made_by_hand(variant: str, seed: int, cider: float, left: float, distinct: f
             "frames": frames,
             "metrics": {
                 "cider_d": {"value": cider * (1 - share * (1 - left)), "retention": 1 - share * (1 - left)},
-                **{name: {"value": distinct - share * lost} for name in NAMING},
+                **{name: {"value": distinct - share * lost} for name in COLUMNS},
             },
         }
 
