@@ -53,8 +53,7 @@ def eager_attention_forward(
 def score_blocks(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
 ) -> Iterator[tuple[tuple[slice, slice], torch.Tensor]]:
-    """
-    The scores of attention, block by block.
+    """The scores of attention, block by block.
 
     Args:
         query (`torch.Tensor` of shape `(batch_size, num_heads, queries, head_dim)`): Already scaled.
@@ -90,8 +89,7 @@ def blockwise_attention_forward(
     scaling: float,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, None]:
-    """
-    Inference in bfloat16 on a CPU: eager attention over blocks of scores, which stay in the cache. PyTorch's fused
+    """Inference in bfloat16 on a CPU: eager attention over blocks of scores, which stay in the cache. PyTorch's fused
     kernel there is no faster in bfloat16 than in float32 (`benchmarks/README.md`).
     """
     output, values = torch.empty_like(query.flatten(0, 1)), value.flatten(0, 1)

@@ -17,8 +17,7 @@ _PREFIXES = ("module.", "_orig_mod.")
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """
-    Reads a state dict. The file stays memory-mapped where its format allows it: nothing is copied before it is used.
+    """Reads a state dict. The file stays memory-mapped where its format allows it: nothing is copied before it is used.
 
     Args:
         path (`str` or `os.PathLike`): A `.safetensors` file or what `torch.save` wrote: a state dict, or a dict of a

@@ -29,8 +29,7 @@ _STANDARD_MEL_BINS = 128
 
 @dataclass
 class ImportReport:
-    """
-    What became of every tensor of the files and of the model. As a string it is a table by module.
+    """What became of every tensor of the files and of the model. As a string it is a table by module.
 
     Args:
         loaded (`list[str]`): Parameters that got a tensor of the same shape.
@@ -87,8 +86,7 @@ def model_from_weights(
     video_embedding: str = "inflate",
     allow_missing: Sequence[str] = (),
 ) -> tuple[EVACapForConditionalGeneration, ImportReport]:
-    r"""
-    Builds a captioner from published weights. Its sizes are those of the tensors.
+    r"""Builds a captioner from published weights. Its sizes are those of the tensors.
 
     Args:
         avcap (`str` or `os.PathLike`, *optional*): A captioner of AVCap. It takes the place of the two others.
@@ -119,7 +117,6 @@ def model_from_weights(
         ValueError: a file is of another kind, a size cannot be told, or names or shapes do not fit.
 
     Example:
-
     ```python
     >>> from evacap.modeling_evacap.import_weights import model_from_weights
 
@@ -431,8 +428,7 @@ def _is_picture(tensors: dict[str, torch.Tensor]) -> bool:
 
 
 def inflate_patch_embedding(weight: torch.Tensor, tubelet_size: int) -> torch.Tensor:
-    """
-    The kernel of a tubelet embedding that answers a still as a picture embedding does (inflation, after I3D).
+    """The kernel of a tubelet embedding that answers a still as a picture embedding does (inflation, after I3D).
 
     Args:
         weight (`torch.Tensor` of shape `(hidden_size, channels, height, width)`): Kernel of the picture embedding.

@@ -16,8 +16,7 @@ AVCAP_PROCESSING = {"window_type": "hanning", "channels": "first", "frame_sampli
 
 @dataclass(frozen=True)
 class Preset:
-    """
-    A variant of the model.
+    """A variant of the model.
 
     Args:
         description (`str`): What it is, in a line.

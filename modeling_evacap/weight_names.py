@@ -73,8 +73,7 @@ def _rename(name: str, rules: list[tuple[str, str]]) -> str | None:
 
 
 class NameTable:
-    """
-    Where each tensor of a checkpoint under AVCap's names goes.
+    """Where each tensor of a checkpoint under AVCap's names goes.
 
     The blocks of a tower use the layer norms without a suffix whatever their modality (CAV-MAE, AVCap). The joint
     blocks have three pairs: `_a` for `"audio_only"`, `_v` for `"video_only"`, and the pair without a suffix for what

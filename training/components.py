@@ -25,8 +25,7 @@ from .run_config import DataSection, ModelSection, RunConfig
 
 
 def make_processor_and_config(section: ModelSection) -> tuple[EVACapProcessor, EVACapConfig]:
-    """
-    The processor and the configuration of the model that is to be trained.
+    """The processor and the configuration of the model that is to be trained.
 
     Raises:
         ValueError: a field of `model.config` is unknown, or `model.start` is another variant than `model.preset`.

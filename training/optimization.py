@@ -13,8 +13,7 @@ from .run_config import OptimizationSection
 
 
 def freeze(model: nn.Module, patterns: Iterable[str], exceptions: Iterable[str] = ()) -> list[str]:
-    """
-    Freezes the parameters whose name fits one of `patterns` and none of `exceptions`.
+    """Freezes the parameters whose name fits one of `patterns` and none of `exceptions`.
 
     Args:
         model (`nn.Module`): The model; tied weights have the first of their names alone.
@@ -49,8 +48,7 @@ def _matches(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """
-    The trained parameters in two groups for AdamW: the weights of linear layers and patch embeddings decay; biases,
+    """The trained parameters in two groups for AdamW: the weights of linear layers and patch embeddings decay; biases,
     norms, tables of words and positions, modality vectors and the gate's scalars do not.
     """
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -71,8 +69,7 @@ def make_optimizer(model: nn.Module, section: OptimizationSection) -> AdamW:
 def make_scheduler(
     optimizer: Optimizer, section: OptimizationSection, steps_per_epoch: float, total_steps: int
 ) -> LRScheduler:
-    """
-    The learning rate of each step: along a line from `warmup_start` to `learning_rate`, then along a cosine down to
+    """The learning rate of each step: along a line from `warmup_start` to `learning_rate`, then along a cosine down to
     `min_learning_rate` in the last step (AVCap).
 
     Args:

@@ -19,8 +19,7 @@ CONFIGS = Path(__file__).with_name("configs")
 
 @dataclass
 class ModelSection:
-    """
-    What is trained.
+    """What is trained.
 
     Args:
         preset (`str`, defaults to `"evacap"`): A key of [`~presets.PRESETS`]: the fusion, its gate and the processing.
@@ -49,8 +48,7 @@ class ModelSection:
 
 @dataclass
 class DataSection:
-    """
-    What it learns from: either `prepared` or `procedural`.
+    """What it learns from: either `prepared` or `procedural`.
 
     Args:
         prepared (`str`, *optional*): A folder that `evacap prepare` made.
@@ -78,8 +76,7 @@ class DataSection:
 
 @dataclass
 class OptimizationSection:
-    """
-    How it learns. The defaults are AVCap's recipe.
+    """How it learns. The defaults are AVCap's recipe.
 
     Args:
         epochs (`int`, defaults to 50): Times that every clip is seen.
@@ -109,8 +106,7 @@ class OptimizationSection:
 
 @dataclass
 class ValidationSection:
-    """
-    How it is judged on the way.
+    """How it is judged on the way.
 
     Args:
         every_steps (`int`, *optional*): Steps from one validation to the next; there is one at the end in any case.
@@ -143,8 +139,7 @@ class ValidationSection:
 
 @dataclass
 class SavingSection:
-    """
-    What is kept on the way.
+    """What is kept on the way.
 
     Args:
         every_steps (`int`, *optional*): Steps from one checkpoint to the next; `null`: one an epoch. There is one at
@@ -160,8 +155,7 @@ class SavingSection:
 
 @dataclass
 class LoggingSection:
-    """
-    What is told on the way.
+    """What is told on the way.
 
     Args:
         every_steps (`int`, defaults to 10): Steps that a line of `log.jsonl` is the mean of.
@@ -176,8 +170,7 @@ class LoggingSection:
 
 @dataclass
 class ResourcesSection:
-    """
-    What it runs on. `accelerate launch` tells how many processes on which machines.
+    """What it runs on. `accelerate launch` tells how many processes on which machines.
 
     Args:
         mixed_precision (`str`, defaults to `"bf16"`): `"bf16"`, `"fp16"` or `"no"`. Weights stay in float32.
@@ -199,8 +192,7 @@ class ResourcesSection:
 
 @dataclass
 class RunConfig:
-    """
-    A training run.
+    """A training run.
 
     Args:
         output (`str`): The folder of the run: checkpoints, models, logs. The same configuration with the same folder
@@ -221,8 +213,7 @@ class RunConfig:
 
 
 def load_run_config(name: str | os.PathLike, overrides: Iterable[str] = ()) -> RunConfig:
-    """
-    Reads a configuration.
+    """Reads a configuration.
 
     Args:
         name (`str` or `os.PathLike`): A YAML file, or the name of a shipped one, such as `"evacap"`. Its key `base`

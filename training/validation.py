@@ -16,8 +16,7 @@ LOWER_IS_BETTER = ("loss",)
 
 
 class Validation:
-    """
-    Captions the same clips whenever it is called.
+    """Captions the same clips whenever it is called.
 
     Args:
         clips (`Dataset`): What [`EVACapDataCollator`] takes, with a method `captions(index) -> list[str]`.

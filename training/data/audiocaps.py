@@ -25,8 +25,7 @@ Key = tuple[str, float | None]
 
 
 def read_audiocaps(csv_file: str | os.PathLike, media: str | os.PathLike) -> list[Entry]:
-    """
-    The clips of one of AudioCaps' CSV files (`audiocap_id, youtube_id, start_time, caption`), with the files that
+    """The clips of one of AudioCaps' CSV files (`audiocap_id, youtube_id, start_time, caption`), with the files that
     belong to them. Rows of the same clip, five in validation and test, become one clip with all their captions.
 
     The folder is searched once, with all its subfolders. A file belongs to a clip if its name without the extension is

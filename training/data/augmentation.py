@@ -7,8 +7,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Augmentation:
-    """
-    AVCap's augmentation of a clip, for training only: a band of mel bins and a stretch of time are masked
+    """AVCap's augmentation of a clip, for training only: a band of mel bins and a stretch of time are masked
     (SpecAugment), noise is added, and the clip is rolled in time, in this order; of the frames a random run is taken.
 
     Args:
@@ -37,8 +36,7 @@ class Augmentation:
                 raise ValueError(f"{name}={getattr(self, name)} is below 0; give the width of the mask, 0 for none")
 
     def __call__(self, features: np.ndarray, rng: np.random.Generator, mask_value: float = 0.0) -> np.ndarray:
-        """
-        Args:
+        """Args:
             features (`np.ndarray` of shape `(frames, mel bins)`): Normalised log-mel filterbank, left as it is.
             rng (`np.random.Generator`): Decides everything.
             mask_value (`float`): What masked values become. AVCap masks with 0 before it normalises: its masked values

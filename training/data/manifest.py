@@ -48,8 +48,7 @@ class Entry:
 
 
 def read_manifest(path: str | os.PathLike) -> list[Entry]:
-    """
-    Reads a manifest of one's own, a `.jsonl` file with an object a line or a `.csv` file with a header.
+    """Reads a manifest of one's own, a `.jsonl` file with an object a line or a `.csv` file with a header.
 
     Its fields: `id`; `media`, or `audio` with `video` or `frames` (relative to the manifest's folder); `captions` (a
     list) or `caption`; optionally `start` and `duration` in seconds. See [`Entry`]. All other fields are kept in

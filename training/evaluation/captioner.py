@@ -29,7 +29,7 @@ from ..procedural.scenes import make_scene, manifest_entry
 
 
 MakeClips = Callable[[EVACapProcessor], Dataset]
-"""Makes the clips as a processor takes them: [`PreparedClips`] or [`ProceduralClips`] but for their `processor`."""
+"""Takes a processor and returns the clips that it makes: [`PreparedClips`] or [`ProceduralClips`]."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TestedClip:
     Args:
         id (`str`): Its name.
         references (`list[str]`): Its captions.
-        extra (`dict`): What else its manifest says.
+        extra (`dict`): All other fields of its manifest.
         has_picture (`bool`): Whether it has a picture.
     """
 
@@ -51,11 +51,12 @@ class TestedClip:
 
 @dataclass(frozen=True)
 class Condition:
-    """Under which clips are captioned.
+    """A condition under which clips are captioned.
 
     Args:
-        shuffle (`float`, *optional*, defaults to 0): Share of the clips whose video is another's.
-        frames (`int`, *optional*): Frames of a video, 0 for none; as many as the checkpoint takes by default.
+        shuffle (`float`, *optional*, defaults to 0): Share of the clips that get the video of another clip.
+        frames (`int`, *optional*): Number of frames of a video, 0 for no video; by default as many as the checkpoint
+            takes.
     """
 
     shuffle: float = 0.0
@@ -68,8 +69,11 @@ class Condition:
 
 
 class Pair(NamedTuple):
-    """A sound and a picture, by the number of their clips; `video` is `None` without a picture, then with 0 `frames`.
-    `frames` is `None` for as many as the checkpoint takes."""
+    """A sound and a picture, by the numbers of their clips.
+
+    Without a picture `video` is `None` and `frames` is 0. Otherwise `frames` is the number of frames, or `None` for as
+    many as the checkpoint takes.
+    """
 
     clip: int
     video: int | None
@@ -77,7 +81,7 @@ class Pair(NamedTuple):
 
 
 class Caption(NamedTuple):
-    """What a captioner says of a pair, its mean gate and mean attention entropy, and both over time; `None` without."""
+    """The caption of a pair, with mean gate and mean attention entropy, and both over time; `None` without a gate."""
 
     text: str
     gate: float | None = None
@@ -87,12 +91,11 @@ class Caption(NamedTuple):
 
 
 def list_clips(clips: Dataset, max_clips: int | None = None) -> list[TestedClip]:
-    """
-    The clips of a split, or the first of them.
+    """The clips of a split, or the first of them.
 
     Args:
         clips ([`PreparedClips`] or [`ProceduralClips`]): The split.
-        max_clips (`int`, *optional*): How many at most.
+        max_clips (`int`, *optional*): The greatest number of clips to list.
     """
     count = len(clips) if max_clips is None else min(max_clips, len(clips))
     if isinstance(clips, PreparedClips):
@@ -105,22 +108,21 @@ def list_clips(clips: Dataset, max_clips: int | None = None) -> list[TestedClip]
 
 
 def choose_videos(clips: Sequence[TestedClip], share: float, seed: int = 0) -> list[int | None]:
-    """
-    Whose video each clip is shown with, where a share of the videos is shuffled (paper, table 3; the choice is ours).
+    """Chooses the video of each clip when a share of the videos is shuffled (paper, table 3; the choice is ours).
 
-    Of n clips `round(share · n)` are chosen, at least two as one video alone has no other place, among those that have
-    a picture; their videos are deranged: each goes to another chosen clip. A smaller share is chosen within a larger.
+    Of n clips, `round(share · n)` with a picture are chosen, but at least two. Their videos are deranged: each goes to
+    another of the chosen clips. The clips chosen for a smaller share are among those chosen for a larger one.
 
     Args:
-        clips (`Sequence[TestedClip]`): All n of them.
-        share (`float`): 0 to 1; at 0 every clip has its own video.
-        seed (`int`, *optional*, defaults to 0): Other seeds give other choices.
+        clips (`Sequence[TestedClip]`): All n clips.
+        share (`float`): 0 to 1; at 0 every clip keeps its own video.
+        seed (`int`, *optional*, defaults to 0): Seed of the choice.
 
     Returns:
-        `list[int | None]`: Numbers of clips, `None` for a clip without a picture.
+        `list[int | None]`: For each clip the number of the clip whose video it gets; `None` for a clip without a picture.
 
     Raises:
-        ValueError: If `share` is not within 0 and 1, or fewer than two clips have a picture to be shuffled.
+        ValueError: If `share` is not between 0 and 1, or if fewer than two clips have a picture.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"a share of {share:g} of the videos cannot be shuffled; choose shares from 0 to 1")
@@ -143,13 +145,15 @@ def choose_videos(clips: Sequence[TestedClip], share: float, seed: int = 0) -> l
 
 
 class Captioner:
-    """
-    A checkpoint that is to caption pairs, and the file of what it has said.
+    """A checkpoint that captions pairs, and the files of its captions.
 
     Args:
-        name (`str`): What the checkpoint is called.
-        folder (`str` or `os.PathLike`): The checkpoint, or its name on the Hub.
-        output (`str` or `os.PathLike`): Where the captions of all checkpoints go; this one's are in a folder in it.
+        name (`str`): Name of the checkpoint.
+        folder (`str` or `os.PathLike`): Its folder, or its name on the Hub.
+        output (`str` or `os.PathLike`): Folder for the captions of all checkpoints, each in a subfolder.
+
+    Raises:
+        ValueError: If the checkpoint cannot be loaded.
     """
 
     def __init__(self, name: str, folder: str | os.PathLike, output: str | os.PathLike):
@@ -163,8 +167,16 @@ class Captioner:
             raise ValueError(f"{self.folder} cannot be loaded: {error}") from error
 
     def pairs(self, condition: Condition, clips: Sequence[TestedClip], seed: int = 0) -> list[Pair] | None:
-        """The pairs of all clips under a condition, as far as the checkpoint can tell them apart; `None` if it needs
-        the picture that the condition takes away."""
+        """The pairs of all clips under a condition.
+
+        Pairs that the checkpoint cannot tell apart are equal, so that each is captioned once.
+
+        Returns:
+            `list[Pair]`, or `None` if the checkpoint needs the picture that the condition takes away.
+
+        Raises:
+            ValueError: If a clip has no picture but the checkpoint captions pictures alone.
+        """
         video = self.processor.video_processor
         if self.processor.modalities == "audio":
             return [Pair(clip, None, 0) for clip in range(len(clips))]
@@ -194,26 +206,26 @@ class Captioner:
         num_workers: int = 0,
         progress: tqdm | None = None,
     ) -> dict[Pair, Caption]:
-        """
-        Captions what is not captioned yet. Every process of `accelerator` takes batches of its own; as a batch is
-        always made of the same pairs, the captions do not depend on the number of processes, nor on whether they were
-        stopped in between.
+        """Captions the pairs that have no caption yet.
+
+        Each process of `accelerator` takes batches of its own. A batch is always made of the same pairs, so the captions
+        depend neither on the number of processes nor on interruptions.
 
         Args:
-            batches (`Sequence[Sequence[Pair]]`): Those of a batch have one number of frames.
-            clips (`Sequence[TestedClip]`): What the numbers in the pairs mean.
-            make_clips (`MakeClips`): Makes them.
-            accelerator (`Accelerator`): Shares the batches out.
-            data (`str`): What the clips are called, so that captions of others are not taken for theirs.
-            num_beams (`int`): Of the search.
-            num_workers (`int`): Processes that read, for each process.
+            batches (`Sequence[Sequence[Pair]]`): Pairs in batches; all pairs of a batch have one number of frames.
+            clips (`Sequence[TestedClip]`): The clips that the numbers in the pairs stand for.
+            make_clips (`MakeClips`): Makes the clips.
+            accelerator (`Accelerator`): Distributes the batches over the processes.
+            data (`str`): Name of the clips. Captions that were made of clips with another name are refused.
+            num_beams (`int`): Number of beams.
+            num_workers (`int`): Reading processes for each process.
             progress (`tqdm`, *optional*): Counts the pairs of this process.
 
         Returns:
             `dict[Pair, Caption]`: The captions of all pairs, in every process.
 
         Raises:
-            ValueError: the folder holds captions of other settings, or a clip cannot be read.
+            ValueError: If the folder holds captions of other settings, or if a clip cannot be read.
         """
         model = EVACapForConditionalGeneration.from_pretrained(self.folder)
         self.parameters = model.num_parameters()
@@ -228,11 +240,11 @@ class Captioner:
         )
         numbers = {clip.id: number for number, clip in enumerate(clips)}
         done = self._read(numbers)
-        # Before any process goes on to write.
+        # All processes have to read before one of them writes more.
         accelerator.wait_for_everyone()
         left = [batch for batch in batches if not all(pair in done for pair in batch)]
         own = left[accelerator.process_index :: accelerator.num_processes]
-        # A bar that is not shown has no such attribute.
+        # A disabled bar has no `initial`.
         progress = None if progress is None or progress.disable else progress
         if progress is not None:
             finished = max(0, sum(map(len, batches)) // accelerator.num_processes - sum(map(len, own)))
@@ -268,7 +280,7 @@ class Captioner:
         return self.output / f"captions-{process}.jsonl"
 
     def _settle(self, settings: dict[str, Any], accelerator: Accelerator) -> None:
-        """Makes the folder fit to go on with these settings, or raises."""
+        """Makes sure that the folder can be continued with these settings."""
         path = self.output / "settings.json"
         if path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -303,10 +315,10 @@ class Captioner:
                         caption = Caption(**fields)
                     except (ValueError, KeyError, TypeError, AttributeError) as error:
                         raise ValueError(
-                            f"{path}: line {number} is no caption that was written here; remove the file to caption "
+                            f"{path}: line {number} is not a caption that was written here; remove the file to caption "
                             "its clips again"
                         ) from error
-                    # Clips that are left out this time may have been there before.
+                    # An earlier call may have captioned clips that this one leaves out.
                     if clip in numbers and (video is None or video in numbers):
                         captions[Pair(numbers[clip], None if video is None else numbers[video], frames)] = caption
         return captions
@@ -338,11 +350,12 @@ def make_batches(stages: Iterable[Sequence[Pair]], batch_size: int) -> list[list
 
 
 class PairReader:
-    """Reads sounds and pictures of clips as a processor takes them.
+    """Reads the sound of one clip and the picture of another as one input.
 
     Args:
-        processor ([`EVACapProcessor`]): The checkpoint's.
+        processor ([`EVACapProcessor`]): The processor of the checkpoint.
         make_clips (`MakeClips`): Makes the clips.
+        frames (`Iterable[int | None]`, *optional*): All numbers of frames that pairs will ask for.
     """
 
     def __init__(self, processor: EVACapProcessor, make_clips: MakeClips, frames: Iterable[int | None] = (None,)):
@@ -353,7 +366,7 @@ class PairReader:
             self.pictures = {n: make_clips(_view(processor, "video", n)) for n in sorted(frames, key=str) if n != 0}
 
     def __call__(self, pair: Pair) -> dict[str, torch.Tensor]:
-        """What the data collator takes, without a caption."""
+        """The input of a pair as the data collator takes it, without a caption."""
         features = {}
         if self.sounds is not None:
             features["input_features"] = self.sounds[pair.clip]["input_features"]
@@ -363,7 +376,7 @@ class PairReader:
 
 
 class _Batches(Dataset):
-    """Ready batches. One that cannot be read is an exception, which says so more clearly than a worker's end."""
+    """Collated batches. One that cannot be read is returned as an exception, whose message a worker would bury."""
 
     def __init__(
         self,
@@ -394,7 +407,7 @@ class _Batches(Dataset):
 
 
 def _view(processor: EVACapProcessor, modalities: str, frames: int | None = None) -> EVACapProcessor:
-    """A processor that takes one stream, and another number of frames."""
+    """A copy of a processor for one stream, with another number of frames."""
     processor = copy.deepcopy(processor)
     processor.modalities = modalities
     if frames is not None:
@@ -415,7 +428,7 @@ def _to_line(pair: Pair, caption: Caption, clips: Sequence[TestedClip]) -> str:
 
 
 def _fingerprint(model: EVACapForConditionalGeneration, processor: EVACapProcessor) -> str:
-    """A name for what a checkpoint computes, wherever it lies."""
+    """A hash of everything that a checkpoint computes with, independent of where it is stored."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("transformers_version", "auto_map")}
     digest = hashlib.sha256(json.dumps([config, processor.to_dict()], sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):

@@ -1,4 +1,4 @@
-"""Captioners judged on test clips, where sound and picture agree and where they do not."""
+"""Evaluation of captioners on test clips with matched and with swapped videos."""
 
 import hashlib
 import itertools
@@ -42,18 +42,19 @@ from .captioner import Caption, Captioner, Condition, MakeClips, Pair, TestedCli
 SHARES = (0.0, 0.05, 0.5, 1.0)
 """The shares of shuffled test videos of the paper's Table 3."""
 SCORED_AT_ONCE = 2000
-"""Captions after which slow scores are kept."""
+"""Slow scores are stored after so many captions."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A checkpoint under a condition.
+    """The captions of a checkpoint under a condition, with their scores.
 
     Args:
-        pairs (`list[Pair]`): What it captioned, a pair for each clip.
-        captions (`list[Caption]`): What it said.
-        scores (`dict[str, list[float]]`): Of the clips, by name of the metric.
-        statistics (`dict[str, Statistic]`): By name of the metric, and of the column of `scores.COLUMNS`.
+        pairs (`list[Pair]`): The pair of each clip.
+        captions (`list[Caption]`): The caption of each pair.
+        scores (`dict[str, list[float]]`): The scores of the clips, by name of the metric.
+        statistics (`dict[str, Statistic]`): The figures of the whole set, by name of the metric or of the column of
+            `scores.COLUMNS`.
     """
 
     pairs: list[Pair]
@@ -78,47 +79,46 @@ def evaluate(
     resamples: int = RESAMPLES,
     dataset_id: str | None = None,
 ) -> dict[str, Any] | None:
-    """
-    Captions test clips by some checkpoints under some conditions, and judges the captions.
+    """Captions test clips with some checkpoints under some conditions, and scores the captions.
 
-    It may be stopped at any moment; the same call goes on. Under `accelerate launch` the processes share the clips, and
-    the captions are the same as of one process. What a model cannot tell apart is captioned once: a clip that keeps its
-    video at another share, and any video for a model that does not look.
+    The call may be stopped at any moment; the same call goes on. Under `accelerate launch` the processes share the clips
+    and produce the captions that one process produces. Pairs that a model cannot tell apart are captioned once: a clip
+    that keeps its video at another share, and any video for a model without a video tower.
 
-    Intervals are those of the percentile bootstrap over the clips, all of the corpus score: BLEU and METEOR are computed
-    anew from the counts of each resample; ROUGE-L, CIDEr-D, SPICE and SPIDEr are means over its clips, where CIDEr-D
-    keeps the document frequencies of the whole set. (ours)
+    Intervals come from a percentile bootstrap of the corpus scores over the clips. BLEU and METEOR are computed from the
+    counts of each resample. ROUGE-L, CIDEr-D, SPICE and SPIDEr are means over its clips; CIDEr-D keeps the document
+    frequencies of the whole set. (ours)
 
     Args:
-        checkpoints (`Mapping[str, str]`): Model folders, or names on the Hub, by what they are called in the tables.
-        make_clips (`MakeClips`): Makes the clips as a processor takes them, such as
+        checkpoints (`Mapping[str, str]`): Model folders, or names on the Hub, by their names in the tables.
+        make_clips (`MakeClips`): Makes the clips for a processor, such as
             `functools.partial(PreparedClips, folder, "test")`.
-        output (`str` or `os.PathLike`): The folder of the captions and scores, made if it is missing.
-        dataset (`str`): What the clips are called.
-        shares (`Sequence[float]`): Of shuffled videos, see [`choose_videos`]; 0 is always among them.
-        frames (`Sequence[int]`): Numbers of frames to be tried besides, with own videos; 0 is no video.
-        num_beams (`int`): Of the search.
-        max_clips (`int`, *optional*): Only the first clips.
-        batch_size (`int`), num_workers (`int`): Clips at a time and processes that read, of each process.
+        output (`str` or `os.PathLike`): Folder of the captions and scores; it is made if it is missing.
+        dataset (`str`): Name of the clips.
+        shares (`Sequence[float]`): Shares of shuffled videos, see [`choose_videos`]; 0 is always added.
+        frames (`Sequence[int]`): Further numbers of frames to evaluate, with matched videos; 0 is no video.
+        num_beams (`int`): Number of beams.
+        max_clips (`int`, *optional*): Takes only so many clips, the first ones.
+        batch_size (`int`): Clips of a batch, in each process.
+        num_workers (`int`): Reading processes for each process.
         metrics (`Sequence[str]`): See [`compute_metrics`].
-        seed (`int`): Of the shuffling and of the bootstrap.
-        resamples (`int`): Of the bootstrap.
-        dataset_id (`str`, *optional*): The name of the clips on the Hub, for model cards; `dataset` by default.
+        seed (`int`): Seed of the shuffling and of the bootstrap.
+        resamples (`int`): Resamples of the bootstrap.
+        dataset_id (`str`, *optional*): Name of the clips on the Hub, for model cards; `dataset` by default.
 
     Returns:
-        The content of `evaluation.json`, see [`report.write_report`]; `None` in all processes but the main
-        one.
+        The content of `evaluation.json`, see [`report.write_report`]; `None` in all processes but the main one.
 
     Raises:
-        ValueError: an argument is wrong, the clips do not fit a checkpoint, or `output` holds captions of other
+        ValueError: If an argument is wrong, if the clips do not fit a checkpoint, or if `output` holds captions of other
             settings.
-        OSError: something cannot be read or written.
+        OSError: If a file cannot be read or written.
     """
     _check(checkpoints, shares, frames, metrics)
     disable_progress_bar()
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
-        # The last checkpoint of a slow process may be far behind.
+        # A slow process may be far behind the others.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
     output = Path(output)
@@ -139,7 +139,7 @@ def evaluate(
             said[captioner.name] = captioner.caption(
                 part, clips, make_clips, accelerator, dataset, num_beams, num_workers, progress
             )
-    # What follows takes one process.
+    # Scoring takes one process.
     accelerator.end_training()
     if not accelerator.is_main_process:
         return None
@@ -183,7 +183,7 @@ def _judge(
     metrics: Sequence[str],
     kept: Path,
 ) -> tuple[dict[str, dict[Condition, Judged]], dict[str, str], str | None]:
-    """The captions with their scores; why metrics are missing; and the tokeniser."""
+    """The scored captions, the reasons for missing metrics, and the name of the tokeniser."""
     references = [clip.references for clip in clips]
     sources = _sounding_sources(clips)
     places = [(name, condition) for name, conditions in said.items() for condition in conditions]
@@ -203,19 +203,19 @@ def _judge(
 def score_singly(
     sets: Sequence[Sequence[str]], references: Sequence[Sequence[str]], metrics: Sequence[str], path: Path
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """
-    The slow scores, which do not depend on the other clips: METEOR's and SPICE's, of each caption of a clip once, kept in
-    a file.
+    """Computes METEOR and SPICE, which are slow and do not depend on the other clips, once for each distinct caption.
+
+    The scores are kept in a file.
 
     Args:
         sets (`Sequence[Sequence[str]]`): Captions of the same clips under several conditions.
-        references (`Sequence[Sequence[str]]`): Those of the clips.
-        metrics (`Sequence[str]`): Those of [`compute_metrics`] that are wanted.
+        references (`Sequence[Sequence[str]]`): The references of the clips.
+        metrics (`Sequence[str]`): The wanted metrics of [`compute_metrics`].
         path (`Path`): The file.
 
     Returns:
-        `tuple`: `{key: {"meteor": score, "meteor_counts": counts, "spice": score}}`, the keys as `score_key` makes them,
-        and why something is missing.
+        `tuple`: `{key: {"meteor": score, "meteor_counts": counts, "spice": score}}` with the keys of `score_key`, and
+        the reasons for missing metrics.
     """
     known: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     pairs = {score_key(text, clip): (text, clip) for texts in sets for text, clip in zip(texts, references)}
@@ -253,20 +253,22 @@ def score_set(
     metrics: Sequence[str],
     single: Mapping[str, Mapping[str, Any]],
 ) -> tuple[dict[str, list[float]], dict[str, Statistic], dict[str, str], str | None]:
-    """
-    The scores of a whole set, equal to those of [`compute_metrics`].
+    """The scores of a whole set, equal to those of [`compute_metrics`].
 
     Args:
-        captions, references, metrics: See [`compute_metrics`].
-        single (`Mapping`): What `score_singly` returned for these captions.
+        captions (`Sequence[str]`): See [`compute_metrics`].
+        references (`Sequence[Sequence[str]]`): See [`compute_metrics`].
+        metrics (`Sequence[str]`): See [`compute_metrics`].
+        single (`Mapping`): The result of `score_singly` for these captions.
 
     Returns:
-        `tuple`: The scores of the clips by name, the statistics of the set, why something is missing, the tokeniser.
+        `tuple`: The scores of the clips by name, the statistics of the set, the reasons for missing metrics, and the
+        name of the tokeniser.
     """
     quick = [metric for metric in ("bleu", "rouge_l", "cider_d") if metric in metrics]
     if "spider" in metrics and "cider_d" not in quick:
         quick.append("cider_d")
-    # The name of the tokeniser is wanted in any case.
+    # Needed without quick metrics too: it tells the tokeniser.
     scores = compute_metrics(captions, references, quick)
     clips = scores["per_clip"]
     entries = [single.get(score_key(text, clip), {}) for text, clip in zip(captions, references)]
@@ -297,7 +299,7 @@ def _tokenize(
 
 
 def _sounding_sources(clips: Sequence[TestedClip]) -> list[list[tuple[str, bool]]] | None:
-    """What sounds in procedural clips; `None` for other clips."""
+    """The sounding sources of procedural clips; `None` for other clips."""
     try:
         sources = [[(event["kind"], event["on_screen"]) for event in clip.extra["events"]] for clip in clips]
     except (KeyError, TypeError):
@@ -360,7 +362,7 @@ def _summarise(
 def _figures(
     entry: Judged, own: Judged, resampled: Mapping[str, np.ndarray], own_resampled: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, Any]]:
-    """The metrics with their intervals, and what is left of their values with own videos."""
+    """The metrics with their intervals, and their ratios to the values with matched videos."""
     figures = {}
     for name, statistic in entry.statistics.items():
         figures[name] = {"value": statistic.value, "interval": interval(resampled[name])}
@@ -373,7 +375,7 @@ def _figures(
 
 
 def _gate_figures(curve: str, entry: Judged, own: Judged, draws: np.ndarray) -> dict[str, Any] | None:
-    """Means of the gate, or of the entropy, with own and with others' videos, and how well it tells them apart."""
+    """Means of gate or entropy with matched and swapped videos, and how well it separates the two."""
     swapped = np.array([pair.video not in (None, pair.clip) for pair in entry.pairs])
     matched = np.array([pair.video is not None and pair.video == pair.clip for pair in entry.pairs])
     values = np.array([getattr(caption, curve) for caption in entry.captions], dtype=float)
@@ -386,7 +388,7 @@ def _gate_figures(curve: str, entry: Judged, own: Judged, draws: np.ndarray) -> 
     if swapped.any():
         before = np.array([getattr(caption, curve) for caption in own.captions])[swapped]
         after = values[swapped]
-        # A picture that does not fit should close the gate, and leave the attention undecided.
+        # A wrong picture should close the gate and raise the entropy.
         high, low = (before, after) if curve == "gate" else (after, before)
         areas = roc_auc(high, low, draws[:, swapped])
         figures |= {
@@ -418,7 +420,7 @@ def _tests(
     judged: Mapping[str, Mapping[Condition, Judged]],
     resampled: Mapping[str, Mapping[Condition, Mapping[str, np.ndarray]]],
 ) -> list[dict[str, Any]]:
-    """Paired bootstrap tests of every two checkpoints, under every condition that both know, by every metric."""
+    """Paired bootstrap tests of every two checkpoints, under every condition of both, for every metric."""
     tests = []
     for first, second in itertools.combinations(judged, 2):
         for condition in judged[first]:
@@ -446,8 +448,13 @@ def _tests(
 
 
 def card(checkpoint: Mapping[str, Any], dataset: str, dataset_id: str) -> dict[str, Any]:
-    """What a model card says of one of the `checkpoints` of an evaluation: the content of an `evaluation.json` that
-    goes into its model folder."""
+    """The content of the `evaluation.json` in a model folder, from which its model card takes the results.
+
+    Args:
+        checkpoint (`Mapping`): One of the `checkpoints` of an evaluation.
+        dataset (`str`): Name of the clips.
+        dataset_id (`str`): Name of the clips on the Hub.
+    """
     results = [
         {
             "setting": condition["setting"],

@@ -30,7 +30,7 @@ def has_matplotlib() -> bool:
 
 
 def save_figure(figure: "Figure", path: Path, dpi: int) -> Path:
-    """Writes `figure` to `path`, in the format of its suffix, and never half of it."""
+    """Writes `figure` to `path`, in the format of its suffix. The file is complete or absent."""
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, dpi=dpi, format=path.suffix[1:])
     partial.replace(path)
@@ -38,7 +38,7 @@ def save_figure(figure: "Figure", path: Path, dpi: int) -> Path:
 
 
 def make_plots(evaluation: Evaluation) -> dict[str, "Figure"]:
-    """The plots that follow from the figures, by the name of their file, as far as there is something to show."""
+    """The plots of an evaluation by the name of their file; plots without content are left out."""
     rows = list_rows(evaluation)
     plots = {}
     for name, field, label in (
@@ -59,14 +59,14 @@ def make_plots(evaluation: Evaluation) -> dict[str, "Figure"]:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of so many inches, which needs no display."""
+    """An empty figure of this size in inches, which needs no display."""
     from matplotlib.figure import Figure
 
     return Figure((width, height), layout="constrained")
 
 
 def clean_axes(axes: "Axes") -> None:
-    """Takes the frame away above and to the right, and makes the ticks' labels small."""
+    """Removes the frame above and to the right, and makes the tick labels small."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
 
@@ -86,7 +86,7 @@ def _curves(
                 for owner, condition in rows
                 if owner == name and metric in condition["metrics"]
             ]
-            # Side by side, so that intervals do not hide each other.
+            # Side by side, so that the intervals do not hide each other.
             shift = (number - (len(names) - 1) / 2) * min(0.12, 0.6 / len(names))
             values = np.array([point["value"] for _, point in points])
             bounds = np.array([point["interval"] or [value] * 2 for (_, point), value in zip(points, values)])
@@ -118,7 +118,7 @@ def _curves(
 
 
 def _histograms(evaluation: Evaluation) -> "Figure | None":
-    """Gate and entropy of the clips with own and with others' videos, where the largest share is shuffled."""
+    """Gate and entropy of the clips with matched and swapped videos, at the largest share of shuffled videos."""
     chosen = []
     for name, entry in evaluation["checkpoints"].items():
         conditions = [condition for condition in entry["conditions"] if condition["frames"] is None]
@@ -162,14 +162,15 @@ def _histograms(evaluation: Evaluation) -> "Figure | None":
 
 
 def make_sample_plots(evaluation: Evaluation, make_clips: MakeClips, samples: int = 3) -> dict[str, "Figure"]:
-    """
-    For the first clips that get another's video, by the name of the file: both videos, the filterbank, and gate and
-    entropy over time of every checkpoint that has them. Empty where no checkpoint has.
+    """Plots of the first clips with a swapped video, by the name of their file.
+
+    A plot shows both videos, the filterbank, and gate and entropy over time of every checkpoint with a gate. Without such
+    a checkpoint there are none.
 
     Args:
-        evaluation (`Mapping`): What [`evaluate`] returned.
-        make_clips (`MakeClips`): What was evaluated.
-        samples (`int`): How many clips.
+        evaluation (`Mapping`): The result of [`evaluate`].
+        make_clips (`MakeClips`): Makes the evaluated clips.
+        samples (`int`): Number of clips.
     """
     gated = {
         name: entry for name, entry in evaluation["checkpoints"].items() if entry["conditions"][0]["gate"] is not None

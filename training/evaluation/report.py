@@ -17,15 +17,16 @@ PLOT_SUFFIXES = (".png", ".pdf")
 def write_report(
     evaluation: Evaluation, output: str | os.PathLike, make_clips: MakeClips | None = None, samples: int = 3
 ) -> list[Path]:
-    """
-    Writes what [`evaluate`] returned: `evaluation.json` with everything, `evaluation.md`, the plots as PNG and PDF, and
-    for each checkpoint a folder with the small `evaluation.json` that its model card reads from a model folder.
+    """Writes `evaluation.json` with everything, `evaluation.md`, the plots as PNG and PDF, and the model cards' results.
+
+    The results of each checkpoint go to `cards/NAME/evaluation.json`; its model card reads that file from the model
+    folder.
 
     Args:
-        evaluation (`Mapping`): What [`evaluate`] returned.
-        output (`str` or `os.PathLike`): Where.
-        make_clips (`MakeClips`, *optional*): What was evaluated, for the plots of sample clips.
-        samples (`int`, *optional*, defaults to 3): How many; those are the first clips with another's video.
+        evaluation (`Mapping`): The result of [`evaluate`].
+        output (`str` or `os.PathLike`): The folder.
+        make_clips (`MakeClips`, *optional*): Makes the evaluated clips, for the plots of sample clips.
+        samples (`int`, *optional*, defaults to 3): Number of sample clips: the first ones with a swapped video.
 
     Returns:
         `list[Path]`: The files. Without Matplotlib there are no plots.

@@ -8,13 +8,13 @@ from ..procedural.scores import COLUMNS
 
 
 Evaluation = Mapping[str, Any]
-"""What [`evaluate`] returned."""
+"""The result of [`evaluate`]."""
 Row = tuple[str, dict[str, Any]]
 """The name of a checkpoint and one of its conditions."""
 
 
 def as_text(evaluation: Evaluation) -> str:
-    """The tables for a terminal: each figure, and below it its interval."""
+    """The tables for a terminal: below each figure stands its interval."""
     rows = _distinct_rows(evaluation)
     names = list_metrics(evaluation)
     blocks = [[name for name in names if name in METRIC_TITLES], [name for name in names if name not in METRIC_TITLES]]
@@ -52,7 +52,7 @@ def _align(lines: Sequence[Sequence[str]]) -> str:
 
 
 def as_markdown(evaluation: Evaluation, plots: Sequence[str] = ()) -> str:
-    """The tables in the layout of the paper's, and links to the plots of these names."""
+    """The tables in the layout of the paper's tables, and links to the plots with these names."""
     metrics, rows = [name for name in list_metrics(evaluation) if name in METRIC_TITLES], list_rows(evaluation)
     naming = [name for name in list_metrics(evaluation) if name not in METRIC_TITLES]
     own = [row for row in rows if row[1]["shuffle"] == 0 and row[1]["frames"] is None]
@@ -150,7 +150,7 @@ def list_rows(evaluation: Evaluation) -> list[Row]:
 
 
 def _distinct_rows(evaluation: Evaluation) -> list[Row]:
-    """The rows but those that cannot differ from another one, as all of a model that does not look."""
+    """The rows without those that must equal another row, such as all swapped ones of a model without a video tower."""
     checkpoints = evaluation["checkpoints"]
     rows = list_rows(evaluation)
     return [(name, c) for name, c in rows if checkpoints[name]["looks"] or (c["shuffle"] == 0 and c["frames"] is None)]
@@ -188,7 +188,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def format_range(bounds: Sequence[float] | None, digits: int = 3) -> str:
-    # AUCs and metrics are mostly below 1: without the zeros two numbers fit under one.
+    # Most figures are below 1: without the leading zeros two bounds fit under one figure.
     return "" if bounds is None else "–".join(f"{bound:.{digits}f}".removeprefix("0") for bound in bounds)
 
 

@@ -12,8 +12,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Statistic:
-    """
-    A figure of a set of clips that follows from sums over the clips, so that it can be had of any resample of them.
+    """A figure of a set of clips that follows from sums over the clips, so that it can be had of any resample of them.
 
     Args:
         counts (`np.ndarray` of shape `(clips, terms)`): What is summed.
@@ -44,8 +43,7 @@ def mean(scores: Sequence[float]) -> Statistic:
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Statistic]:
-    """
-    BLEU-1 to 4 of a corpus as `pycocoevalcap` computes it, from each clip's numbers of n-grams, of those that its
+    """BLEU-1 to 4 of a corpus as `pycocoevalcap` computes it, from each clip's numbers of n-grams, of those that its
     references have, and of words in the caption and in the reference of the closest length.
 
     Args:
@@ -76,8 +74,7 @@ class _Bleu:
 
 
 def meteor(counts: Sequence[Sequence[float]]) -> Statistic:
-    """
-    METEOR 1.5 of a corpus, with its weights for English, from what `compute_metrics` gives as its `counts`.
+    """METEOR 1.5 of a corpus, with its weights for English, from what `compute_metrics` gives as its `counts`.
 
     Args:
         counts (`Sequence[Sequence[float]]` of shape `(clips, 23)`): Words of the caption and of the reference, function
@@ -123,7 +120,8 @@ def draw(num_clips: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarra
 
 def interval(figures: np.ndarray, confidence: float = CONFIDENCE) -> list[float] | None:
     """The percentile interval of resampled figures; `None` if there are none. A resample without a figure, as where no
-    clip in it has what is counted, is left out."""
+    clip in it has what is counted, is left out.
+    """
     figures = figures[np.isfinite(figures)]
     if not len(figures):
         return None
@@ -131,8 +129,7 @@ def interval(figures: np.ndarray, confidence: float = CONFIDENCE) -> list[float]
 
 
 def p_value(differences: np.ndarray) -> float | None:
-    """
-    The two-sided p-value of a paired bootstrap test: twice the share of the resamples in which the difference does not
+    """The two-sided p-value of a paired bootstrap test: twice the share of the resamples in which the difference does not
     have the sign that it has in most, counting one resample more (so that it is never 0), and at most 1.
 
     It is the level at which the percentile interval of the difference begins to include 0. It tells of the choice of
@@ -149,8 +146,7 @@ def p_value(differences: np.ndarray) -> float | None:
 
 
 def roc_auc(higher: np.ndarray, lower: np.ndarray, draws: np.ndarray | None = None) -> float | np.ndarray:
-    """
-    The area under the ROC curve of a number that should tell two groups apart: the chance that it stands higher in a
+    """The area under the ROC curve of a number that should tell two groups apart: the chance that it stands higher in a
     member of the one than in a member of the other, ties counting half.
 
     Args:

@@ -28,8 +28,7 @@ EVALUATE_MODULE = str(Path(__file__).with_name("hub_module") / "caption_metrics.
 def compute_metrics(
     predictions: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str] = METRICS
 ) -> dict[str, Any]:
-    """
-    Scores captions by the metrics of the MS-COCO toolkit, whose implementations (`pycocoevalcap`) do the work.
+    """Scores captions by the metrics of the MS-COCO toolkit, whose implementations (`pycocoevalcap`) do the work.
 
     All captions are tokenised once, by the Penn Treebank tokeniser. What cannot be computed here is left out and said:
     nothing is downloaded, and nothing is written but temporary files.

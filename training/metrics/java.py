@@ -44,8 +44,7 @@ def java_runtimes() -> Iterator[Java]:
 
 
 def find_java() -> Java:
-    """
-    The first Java of `java_runtimes` that is 8 or newer, which the tokeniser, METEOR and SPICE run on.
+    """The first Java of `java_runtimes` that is 8 or newer, which the tokeniser, METEOR and SPICE run on.
 
     Raises:
         RuntimeError: If there is none.
@@ -59,8 +58,7 @@ def find_java() -> Java:
 
 
 def toolkit_path(name: str) -> Path:
-    """
-    The path of a file or folder of the installed `pycocoevalcap`.
+    """The path of a file or folder of the installed `pycocoevalcap`.
 
     Raises:
         RuntimeError: If the package or the file is not there.
@@ -90,8 +88,7 @@ def java_command(java: Java, *arguments: str | os.PathLike) -> dict:
 
 
 def run_java(java: Java, *arguments: str | os.PathLike, text: str = "", timeout: float) -> str:
-    """
-    Runs a Java program to its end and returns what it printed.
+    """Runs a Java program to its end and returns what it printed.
 
     Args:
         java ([`Java`]): The runtime.

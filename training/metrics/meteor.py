@@ -13,8 +13,7 @@ from .java import Java, java_command, last_words, toolkit_path
 def meteor(
     predictions: Sequence[str], references: Sequence[Sequence[str]], java: Java, timeout: float | None = None
 ) -> tuple[float, list[float], list[list[float]]]:
-    """
-    The METEOR of a corpus and of each of its clips, as the MS-COCO toolkit computes it.
+    """The METEOR of a corpus and of each of its clips, as the MS-COCO toolkit computes it.
 
     Args:
         predictions (`Sequence[str]`): One tokenised caption a clip.

@@ -37,8 +37,7 @@ TOKEN = re.compile(
 
 
 def tokenize(captions: Sequence[str], java: Java) -> list[str]:
-    """
-    Tokenises with the Stanford tokeniser of `pycocoevalcap`, as the MS-COCO toolkit does: lower case, no punctuation.
+    """Tokenises with the Stanford tokeniser of `pycocoevalcap`, as the MS-COCO toolkit does: lower case, no punctuation.
 
     Args:
         captions (`Sequence[str]`): Whatever they hold; a line separator inside one counts as a space.
@@ -69,8 +68,7 @@ def tokenize(captions: Sequence[str], java: Java) -> list[str]:
 
 
 def tokenize_without_java(captions: Sequence[str]) -> list[str]:
-    """
-    Tokenises nearly as `tokenize` does, by rules for the commonest cases (ours).
+    """Tokenises nearly as `tokenize` does, by rules for the commonest cases (ours).
 
     Args:
         captions (`Sequence[str]`): As for `tokenize`.

@@ -48,8 +48,7 @@ def jar_folder() -> Path:
 def spice(
     predictions: Sequence[str], references: Sequence[Sequence[str]], java: Java, timeout: float | None = None
 ) -> tuple[float, list[float]]:
-    """
-    The SPICE of a corpus and of each of its clips, as the MS-COCO toolkit computes it, synonyms included.
+    """The SPICE of a corpus and of each of its clips, as the MS-COCO toolkit computes it, synonyms included.
 
     Parsing takes nearly all the time. On Linux on x86-64, which SPICE's own cache is made for, every caption is parsed
     once, and the parses are kept beside the parser for the next time.

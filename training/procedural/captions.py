@@ -1,7 +1,7 @@
-"""Captions of the procedural clips, in AudioCaps' manner: what is heard, in its order, and what overlaps.
+"""Captions of the procedural clips in the style of AudioCaps: what is heard, in its order, and what overlaps.
 
-The closed vocabulary of these captions, a WordPiece tokenizer over it, and the way back from a caption to the sources
-it names.
+Also the closed vocabulary of these captions, a WordPiece tokenizer for it, and the parsing of a caption into the sources
+that it names.
 """
 
 import re
@@ -18,15 +18,16 @@ _NAMED = KINDS | UNSEEN
 _NOUNS = {kind.noun: name for name, kind in _NAMED.items()}
 _NOUN = re.compile(rf"\b({'|'.join(sorted(_NOUNS, key=len, reverse=True))})\b", re.IGNORECASE)
 
-# Ways to tell of sounds at once and of sounds in a row: the link, and the form of the phrase that fits it.
+# Links between overlapping sounds and between sounds in a row, each with the form of the phrase that follows it.
 _TOGETHER = (("while", "clause"), ("as", "clause"), ("and", "clause"), ("with", "noun_phrase"))
 _IN_A_ROW = (("followed by", "noun_phrase"), ("and then", "clause"), ("then", "clause"), (", then", "clause"))
 
 
 def _choose(options: Sequence, rng: np.random.Generator):
-    """
-    One of the options, the n-th with a weight of 1 / n, as words of one meaning are in real captions too (Zipf). Were
-    all as frequent, the most probable caption would be a toss-up.
+    """Draws an option, the n-th with a weight of 1 / n.
+
+    Synonyms in real captions follow Zipf's law too. If all were equally frequent, the most probable caption would be a
+    matter of chance.
     """
     weights = 1 / np.arange(1, len(options) + 1)
     return options[rng.choice(len(options), p=weights / weights.sum())]
@@ -44,12 +45,12 @@ def _join(parts: list[tuple[Phrase, ...]], rng: np.random.Generator) -> str:
 
 
 def write_captions(groups: list[tuple[str, ...]], count: int, rng: np.random.Generator) -> list[str]:
-    """Different captions of one clip.
+    """Writes different captions of one clip.
 
     Args:
-        groups (`list[tuple[str, ...]]`): The names heard (keys of `KINDS` or `UNSEEN`), overlapping ones in one group,
-            the groups in the order in which they begin.
-        count (`int`): How many captions, all different.
+        groups (`list[tuple[str, ...]]`): The names of the sounds (keys of `KINDS` or `UNSEEN`): overlapping sounds in one
+            group, the groups in the order in which they begin.
+        count (`int`): Number of captions, all different.
         rng (`np.random.Generator`): Chooses the words.
     """
     captions: dict[str, None] = {}
@@ -66,7 +67,7 @@ def write_captions(groups: list[tuple[str, ...]], count: int, rng: np.random.Gen
 
 
 def names_in_caption(caption: str) -> frozenset[str]:
-    """The sources that a caption names: kinds, and bare sounds (`"engine"`, …) where it says no more than that."""
+    """The sources that a caption names: kinds, and bare sounds (`"engine"`, …) where it does not name the kind."""
     return frozenset(_NOUNS[noun.lower()] for noun in _NOUN.findall(caption))
 
 
@@ -82,8 +83,8 @@ def closed_vocabulary() -> list[str]:
 def build_tokenizer() -> BertTokenizer:
     """A lower-casing WordPiece tokenizer with one piece for each word of the captions.
 
-    `[PAD]` is 0, `[CLS]` and `[SEP]` stand around a text. Letters and digits are pieces too, so that a foreign word is
-    spelled and not lost.
+    `[PAD]` is 0; `[CLS]` and `[SEP]` surround a text. Letters and digits are pieces too, so that an unknown word is
+    spelled instead of lost.
     """
     characters = string.ascii_lowercase + string.digits
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *".'-", *characters, *(f"##{c}" for c in characters)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Phrase:
-    """One way to say that something sounds: "a dog" + "barks", and "a dog" + "barking"."""
+    """One way to say that a source sounds: "a dog" with "barks" or "barking"."""
 
     subject: str
     verb: str
@@ -34,7 +34,7 @@ class Kind:
         sound (`str`): Key of `sounds.SOUNDS`.
         look (`str`): Key of `pictures.LOOKS`.
         noun (`str`): The words that name the kind in a caption, and no other kind.
-        phrases (`tuple[Phrase, ...]`): The ways to say it; every subject holds the noun.
+        phrases (`tuple[Phrase, ...]`): The ways to say that it sounds; every subject contains the noun.
     """
 
     family: str
@@ -73,7 +73,7 @@ KINDS: dict[str, Kind] = {
     ),
 }
 
-# What a listener can say of a shared sound without seeing its source, under the name of the sound.
+# How captions name a shared sound whose source is not seen, by the name of the sound.
 UNSEEN: dict[str, Kind] = {
     "engine": Kind("engine-like", "engine", "", "engine", _phrases("an engine", "runs/running", "hums/humming")),
     "hiss": Kind("noisy", "hiss", "", "hiss", _phrases("a hiss", "continues/continuing", "sounds/sounding")),
@@ -83,7 +83,7 @@ UNSEEN: dict[str, Kind] = {
 
 _sharers = Counter(kind.sound for kind in KINDS.values())
 SOUND_ALIKES: frozenset[str] = frozenset(name for name, kind in KINDS.items() if _sharers[kind.sound] > 1)
-"""The kinds that need the picture to be named."""
+"""The kinds that only the picture tells apart."""
 
 
 def name_of(kind: str, seen: bool) -> str:

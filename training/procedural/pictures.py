@@ -28,7 +28,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Look:
-    """What a source looks like and how it moves: `"shake"`, `"hop"`, `"pulse"` or `"swing"`."""
+    """The shapes of a source and its motion: `"shake"`, `"hop"`, `"pulse"` or `"swing"`."""
 
     motion: str
     parts: tuple[Part, ...]
@@ -36,7 +36,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Place:
-    """Where on the picture, in widths of it: centre and radius."""
+    """Centre and radius on the picture, in picture widths."""
 
     x: float
     y: float
@@ -49,9 +49,9 @@ class Actor:
 
     Args:
         look (`str`): Key of `LOOKS`.
-        place (`Place`): Where it stands.
-        onset (`float`), `offset` (`float`): In seconds; between them it moves, outside it stands still.
-        rate (`float`): Movements a second.
+        place (`Place`): Its position.
+        onset (`float`), offset (`float`): Seconds; it moves between the two and stands still outside.
+        rate (`float`): Movements per second.
     """
 
     look: str
@@ -143,7 +143,7 @@ LOOKS: dict[str, Look] = {
 
 
 def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, width: float, height: float) -> np.ndarray:
-    """About how far a point lies outside a shape at the origin; negative inside."""
+    """The approximate distance of a point from a shape at the origin; negative inside."""
     if shape == "ellipse":
         return (np.hypot(x / width, y / height) - 1) * min(width, height)
     if shape == "box":
@@ -157,10 +157,10 @@ def _reach(centre: float, radius: float, size: int) -> slice:
 
 
 def draw(actors: tuple[Actor, ...], times: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """The picture at each of some moments.
+    """Draws the picture at given times.
 
     Args:
-        actors (`tuple[Actor, ...]`): What is on the screen, the nearest last.
+        actors (`tuple[Actor, ...]`): The looks on the screen, the nearest last.
         times (`np.ndarray` of shape `(frames,)`): Seconds.
         size (`int`): Width and height in pixels.
         rng (`np.random.Generator`): Chooses the backdrop and the light.

@@ -6,10 +6,9 @@ A clip has one to three sounding sources, in a row or overlapping, under some ro
 
 * the kinds of four pairs sound alike and look different (`kinds.SOUND_ALIKES`); two pairs look alike and sound
   different;
-* a source can be off screen. It is heard and it is captioned as far as it can be known: a sound-alike off screen gets
-  the word that its pair shares ("an engine runs"), every other kind its own name;
-* one or two silent objects can stand on screen. They are never captioned, and they would never sound like anything that
-  is heard in the clip.
+* a source can be off screen. It is heard, and the caption says what can be known: a sound-alike off screen gets the
+  word that its pair shares ("an engine runs"), every other kind its own name;
+* one or two silent objects can be on screen. They are never captioned, and their sound is unlike every sound of the clip.
 """
 
 import argparse
@@ -43,10 +42,10 @@ class Event:
 
     Args:
         kind (`str`): Key of `KINDS`.
-        onset (`float`), `duration` (`float`): Seconds.
+        onset (`float`), duration (`float`): Seconds.
         pitch (`float`), rhythm (`float`): Factors on the kind's usual pitch and rate.
         loudness (`float`): Decibels against the reference level, at most 0.
-        place (`Place`, *optional*): Where the source is on the screen; `None` off screen.
+        place (`Place`, *optional*): Position of the source on the screen; `None` off screen.
     """
 
     kind: str
@@ -63,7 +62,7 @@ class Event:
 
     @property
     def name(self) -> str:
-        """What a caption can call it."""
+        """The name that a caption can give it."""
         return name_of(self.kind, seen=self.place is not None)
 
 
@@ -77,13 +76,13 @@ class SilentObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """All there is to know about a clip before it is rendered; made by `make_scene`.
+    """The complete description of a clip before it is rendered; made by `make_scene`.
 
     Args:
-        seed (`int`), split (`str`), index (`int`): Where it comes from.
+        seed (`int`), split (`str`), index (`int`): The arguments of `make_scene`.
         duration (`float`): Seconds.
-        events (`tuple[Event, ...]`): In the order of their onsets.
-        silent_objects (`tuple[SilentObject, ...]`): What is seen and not heard.
+        events (`tuple[Event, ...]`): The sounding sources, in the order of their onsets.
+        silent_objects (`tuple[SilentObject, ...]`): The objects that are seen but not heard.
         noise (`float`): Level of the room noise in decibels against the reference level.
     """
 
@@ -101,7 +100,7 @@ class Scene:
 
     @property
     def groups(self) -> list[tuple[Event, ...]]:
-        """The events, those that overlap in one group, the groups in the order in which they begin."""
+        """The events in groups: overlapping ones in one group, the groups in the order in which they begin."""
         groups: list[tuple[Event, ...]] = []
         for event in self.events:
             if groups and event.onset < max(earlier.offset for earlier in groups[-1]):
@@ -112,7 +111,7 @@ class Scene:
 
     @property
     def names(self) -> frozenset[str]:
-        """What a right caption names: compare with `clip_captions.names_in_caption`."""
+        """The names in a right caption, to compare with `captions.names_in_caption`."""
         return frozenset(event.name for event in self.events)
 
     @cached_property
@@ -122,7 +121,7 @@ class Scene:
         return write_captions(names, REFERENCES[self.split], self.rng("captions"))
 
     def rng(self, purpose: str) -> np.random.Generator:
-        """A generator of random numbers for one purpose, which no other scene and no other purpose shares."""
+        """A random generator for one purpose, with a seed of its own for each scene and purpose."""
         return np.random.default_rng([self.seed, SPLITS.index(self.split), self.index, *purpose.encode()])
 
 
@@ -143,7 +142,7 @@ class RenderedClip:
 
 
 def _times(rng: np.random.Generator, count: int, duration: float) -> list[tuple[float, float]]:
-    """Onset and duration of each event: cuts the clip into segments, one for each group of overlapping events."""
+    """Draws onset and duration of each event, in segments of the clip, one for each group of overlapping events."""
     sizes = [count] if count < 3 and rng.random() < 0.5 else [1] * count
     if count == 3 and rng.random() < 0.6:
         sizes = [2, 1] if rng.random() < 0.5 else [1, 2]
@@ -160,7 +159,7 @@ def _times(rng: np.random.Generator, count: int, duration: float) -> list[tuple[
 
 
 def _places(rng: np.random.Generator, count: int) -> list[Place]:
-    """Places that do not overlap, the larger the fewer they are; at most `MAX_OBJECTS`."""
+    """Draws places that do not overlap, at most `MAX_OBJECTS`; fewer places are larger."""
     if count <= 1:
         centres, radius = [(0.5, 0.5)], rng.uniform(0.28, 0.36)
     elif count == 2:
@@ -181,7 +180,7 @@ def make_scene(seed: int, split: str, index: int, duration: float = 5.0) -> Scen
     """Draws a scene. The same arguments give the same scene; no two splits share one.
 
     Args:
-        seed (`int`): Of the whole dataset, 0 or more.
+        seed (`int`): Seed of the whole dataset, 0 or more.
         split (`str`): `"train"`, `"validation"` or `"test"`.
         index (`int`): Number of the clip in its split, 0 or more.
         duration (`float`): Seconds, 5 to 10.
@@ -197,7 +196,7 @@ def make_scene(seed: int, split: str, index: int, duration: float = 5.0) -> Scen
         raise ValueError(f"duration={duration} s is out of range; choose 5 to 10 s")
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     count = int(rng.choice([1, 2, 3], p=[0.35, 0.5, 0.15]))
-    # Two sounds of one scene are never alike: draw among sounds, a shared one with the weight of its makers.
+    # No two sounds of a scene are alike, so sounds are drawn first, each with a weight of as many kinds as make it.
     weights = np.array([len(_MAKERS[sound]) for sound in _SOUNDS], dtype=float)
     sounds = rng.choice(len(_SOUNDS), count + 2, replace=False, p=weights / weights.sum())
     kinds = [str(rng.choice(_MAKERS[_SOUNDS[sound]])) for sound in sounds]
@@ -226,9 +225,10 @@ def render_waveform(scene: Scene) -> np.ndarray:
 
 
 def render_frames(scene: Scene, timestamps: np.ndarray, size: int = 64) -> np.ndarray:
-    """The picture of a scene at some moments.
+    """Draws the picture of a scene at given times.
 
     Args:
+        scene (`Scene`): The scene.
         timestamps (`np.ndarray` of shape `(frames,)`): Seconds.
         size (`int`): Width and height in pixels.
 
@@ -244,10 +244,11 @@ def render_frames(scene: Scene, timestamps: np.ndarray, size: int = 64) -> np.nd
 
 
 def render(scene: Scene, fps: float = 10.0, size: int = 64) -> RenderedClip:
-    """Sound and picture of a scene.
+    """Renders sound and picture of a scene.
 
     Args:
-        fps (`float`): Frames a second.
+        scene (`Scene`): The scene.
+        fps (`float`): Frames per second.
         size (`int`): Width and height of the picture in pixels.
     """
     timestamps = np.arange(round(scene.duration * fps)) / fps
@@ -257,11 +258,12 @@ def render(scene: Scene, fps: float = 10.0, size: int = 64) -> RenderedClip:
 def write_clip(scene: Scene, path: str | os.PathLike, fps: int = 10, size: int = 128) -> None:
     """Writes a scene as an MP4 file with H.264 video and AAC sound.
 
-    The same scene gives the same bytes under one version of the codecs. The file appears once it is whole.
+    The same scene gives the same bytes with the same version of the codecs. The file appears when it is complete.
 
     Args:
-        path (`str` or `os.PathLike`): Where; its folder is made if it is missing.
-        fps (`int`): Frames a second.
+        scene (`Scene`): The scene.
+        path (`str` or `os.PathLike`): The file; its folder is made if it is missing.
+        fps (`int`): Frames per second.
         size (`int`): Width and height of the picture in pixels, even.
 
     Raises:
@@ -289,7 +291,7 @@ def write_clip(scene: Scene, path: str | os.PathLike, fps: int = 10, size: int =
 
 
 def manifest_entry(scene: Scene, media: str) -> dict:
-    """One line of a dataset's manifest: `id`, `media` (the file's name), `captions`, and what is truly in the clip."""
+    """One line of a manifest: `id`, `media` (the name of the file), `captions`, and the true content of the clip."""
     return {
         "id": scene.id,
         "media": media,
@@ -314,16 +316,16 @@ def write_dataset(
 ) -> Path:
     """Writes the first clips of a split as MP4 files, and `manifest.jsonl` with a line for each of them.
 
-    A second call with the same arguments makes only the files that are missing.
+    A second call with the same arguments makes only the missing files.
 
     Args:
-        output (`str` or `os.PathLike`): Folder, made if it is missing.
+        output (`str` or `os.PathLike`): Folder; it is made if it is missing.
         split (`str`), seed (`int`), duration (`float`): See `make_scene`.
-        clips (`int`): How many; their indices are 0 to `clips` - 1.
+        clips (`int`): Number of clips; their indices are 0 to `clips` - 1.
         fps (`int`), size (`int`): See `write_clip`.
 
     Returns:
-        `Path`: The manifest. It appears when every clip is there.
+        `Path`: The manifest. It appears when all clips are there.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The shares of sources that captions of procedural clips name."""
+"""Which sources of a procedural clip a caption names, and which it confuses or invents."""
 
 from collections.abc import Sequence
 
@@ -21,17 +21,16 @@ COLUMNS = {
 
 
 def needs_picture(event: Event) -> bool:
-    """Whether only the picture tells what sounds, and does tell."""
+    """Whether the source can be named, but only with the picture: a sound-alike on screen."""
     return event.kind in SOUND_ALIKES and event.place is not None
 
 
 def count_names(sources: Sequence[Sequence[tuple[str, bool]]], captions: Sequence[str]) -> dict[str, np.ndarray]:
-    """
-    Counts what each caption names, for each of `COLUMNS`.
+    """Counts what each caption names, for each of `COLUMNS`.
 
     Args:
-        sources (`Sequence`): The sounding sources of each clip: kind, and whether it is on screen.
-        captions (`Sequence[str]`): One caption a clip.
+        sources (`Sequence`): The sounding sources of each clip, as pairs of kind and whether it is on screen.
+        captions (`Sequence[str]`): One caption for each clip.
 
     Returns:
         `dict[str, np.ndarray]`: Hits and possible hits of each clip, (clips, 2), by column.
@@ -53,7 +52,7 @@ def count_names(sources: Sequence[Sequence[tuple[str, bool]]], captions: Sequenc
 
 
 def _sound_of(name: str) -> str:
-    """The sound of what a caption names: that of the kind, or the bare sound itself."""
+    """The sound of a name in a caption: the sound of the kind, or the bare sound itself."""
     return KINDS[name].sound if name in KINDS else name
 
 

@@ -20,9 +20,9 @@ def _grains(
     Args:
         num_samples (`int`): Length of the result.
         starts (`np.ndarray` of shape `(grains,)`): First sample of each grain.
-        frequencies (`np.ndarray` of shape `(grains, partials)` or `(partials,)`): In hertz.
-        amplitudes (`np.ndarray`, broadcast to `(grains, partials)`): Of each partial.
-        decay (`float`): Seconds in which a grain falls to 1/e; a grain is cut after five of them.
+        frequencies (`np.ndarray` of shape `(grains, partials)` or `(partials,)`): Hertz.
+        amplitudes (`np.ndarray`, broadcast to `(grains, partials)`): Amplitude of each partial.
+        decay (`float`): Seconds in which a grain falls to 1/e; it is cut after five times as long.
     """
     time = np.arange(int(5 * decay * SAMPLING_RATE), dtype=np.float32) / SAMPLING_RATE
     frequencies = np.broadcast_to(frequencies, (len(starts), np.shape(frequencies)[-1])).astype(np.float32)
@@ -36,7 +36,7 @@ def _grains(
 
 
 def _starts(rng: np.random.Generator, num_samples: int, rate: float, jitter: float = 0.1) -> np.ndarray:
-    """Sample numbers of strokes that come `rate` times a second, each off its beat by up to `jitter` of a beat."""
+    """Sample numbers of strokes, `rate` per second, each late by up to `jitter` of a beat."""
     beats = np.arange(max(1, int(num_samples / SAMPLING_RATE * rate + 0.7)))
     return ((beats + rng.uniform(0, jitter, len(beats))) * SAMPLING_RATE / rate).astype(int)
 
@@ -69,8 +69,8 @@ def _voice(
     """Glottal pulses through formants.
 
     Args:
-        fundamental (`np.ndarray` of shape `(num_samples,)`): In hertz.
-        formants (`np.ndarray` of shape `(syllables, partials)`): In hertz; the syllables share the length evenly.
+        fundamental (`np.ndarray` of shape `(num_samples,)`): Hertz.
+        formants (`np.ndarray` of shape `(syllables, partials)`): Hertz; all syllables are equally long.
         weights (`tuple` of `partials` floats): Amplitudes of the formants.
     """
     cycles = np.cumsum(fundamental / SAMPLING_RATE)
@@ -198,16 +198,16 @@ def synthesize(sound: str, rng: np.random.Generator, seconds: float, pitch: floa
 
     Args:
         sound (`str`): Key of `SOUNDS`.
-        rng (`np.random.Generator`): Source of the event's small variations.
+        rng (`np.random.Generator`): Draws the small variations of the event.
         seconds (`float`): Duration.
-        pitch (`float`): Factor on the sound's frequencies; 1 is its usual pitch.
-        rhythm (`float`): Factor on the sound's rate of strokes, syllables or turns; 1 is its usual rate.
+        pitch (`float`): Factor on the frequencies of the sound; 1 is its usual pitch.
+        rhythm (`float`): Factor on the rate of strokes, syllables or turns; 1 is the usual rate.
 
     Returns:
-        `np.ndarray` of shape `(samples,)`, float32, 16 kHz: root mean square `EVENT_LEVEL`, or peak `PEAK` if that is
-        the quieter of the two.
+        `np.ndarray` of shape `(samples,)`, float32, 16 kHz, with a root mean square of `EVENT_LEVEL` or a peak of `PEAK`,
+        whichever is quieter.
     """
-    # Whole hundredths of a second: lengths whose Fourier transform is fast.
+    # Whole hundredths of a second are lengths with a fast Fourier transform.
     num_samples = max(1, round(seconds * 100)) * SAMPLING_RATE // 100
     samples = np.asarray(SOUNDS[sound](rng, num_samples, pitch, rhythm), dtype=np.float32)
     fade = np.linspace(0, 1, min(320, num_samples // 2), dtype=np.float32)
@@ -217,10 +217,12 @@ def synthesize(sound: str, rng: np.random.Generator, seconds: float, pitch: floa
 
 
 def background(rng: np.random.Generator, num_samples: int, decibels: float) -> np.ndarray:
-    """Room noise, of a random tilt towards the low frequencies, `decibels` below the level of an event.
+    """Room noise with a random tilt towards the low frequencies.
 
     Args:
-        decibels (`float`): Level against `EVENT_LEVEL`; negative.
+        rng (`np.random.Generator`): Draws the noise and its tilt.
+        num_samples (`int`): Length of the result.
+        decibels (`float`): Level relative to `EVENT_LEVEL`; negative.
 
     Returns:
         `np.ndarray` of shape `(num_samples,)`, float32.

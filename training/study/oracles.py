@@ -1,5 +1,4 @@
-"""
-Oracle captioners: they know the true sources of a procedural clip and make at most one kind of error. (ours)
+"""Oracle captioners: they know the true sources of a procedural clip and make at most one kind of error. (ours)
 
 Their scores show how much each kind of error costs in each caption metric.
 """
@@ -26,8 +25,7 @@ ORACLES = {
 
 
 def judge_oracles(num_clips: int, seed: int = 0, metrics: Sequence[str] = METRICS) -> dict[str, Any]:
-    """
-    The scores of the captions of each oracle.
+    """The scores of the captions of each oracle.
 
     Args:
         num_clips (`int`), seed (`int`, *optional*, defaults to 0): Of the test clips.

@@ -35,8 +35,7 @@ class ContrastiveRun(TrainingRun):
 
 
 def pretrain(config: RunConfig) -> int:
-    """
-    Trains the towers of a captioner by contrast, from the newest checkpoint in `config.output` where there is one. The
+    """Trains the towers of a captioner by contrast, from the newest checkpoint in `config.output` where there is one. The
     captioner is then in the folder `model` there.
 
     Args:
@@ -50,7 +49,8 @@ def pretrain(config: RunConfig) -> int:
 
 def embed(model: EVACapForConditionalGeneration, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """The means of the towers' tokens, brought to length 1: (batch_size, hidden_size) of the sounds and of the
-    pictures."""
+    pictures.
+    """
     encoder = model.get_encoder()
     tokens = (
         encoder.audio_tower(batch["input_features"]).last_hidden_state,
@@ -61,8 +61,7 @@ def embed(model: EVACapForConditionalGeneration, batch: dict[str, torch.Tensor])
 
 
 def contrast(sounds: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
-    """
-    The contrastive loss of CAV-MAE, in both directions: how surprising it is, from the similarities within the batch,
+    """The contrastive loss of CAV-MAE, in both directions: how surprising it is, from the similarities within the batch,
     which picture belongs to a sound, and which sound to a picture.
 
     Args:
@@ -78,7 +77,8 @@ def retrieval(
     model: EVACapForConditionalGeneration, clips: Dataset, batch_size: int = 50, num_workers: int = 0
 ) -> dict[str, float]:
     """How often a clip's own picture is the most similar to its sound among those of all clips, and the other way
-    round: the shares, from 0 to 1, `pictures` and `sounds`."""
+    round: the shares, from 0 to 1, `pictures` and `sounds`.
+    """
     model.eval()
     loader = DataLoader(clips, batch_size, collate_fn=EVACapDataCollator(p_mix=0.0), num_workers=num_workers)
     parts = [embed(model, {name: value.to(model.device) for name, value in batch.items()}) for batch in loader]

@@ -58,8 +58,7 @@ RIGHT = ("set", "sound-alikes", "off screen", "distinct")
 
 
 def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """
-    The result files in `folder/runs`, by variant and seed.
+    """The result files in `folder/runs`, by variant and seed.
 
     Raises:
         ValueError: a file is none.
@@ -86,8 +85,7 @@ def is_run(result: Result) -> bool:
 
 
 def write_report(folder: str | os.PathLike) -> list[Path]:
-    """
-    Writes the tables and, where Matplotlib is installed, the plots beside the result files.
+    """Writes the tables and, where Matplotlib is installed, the plots beside the result files.
 
     Args:
         folder (`str` or `os.PathLike`): The result files are in `runs` in it.
