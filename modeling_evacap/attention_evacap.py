@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Attention block by block, for towers and fusion: the whole map of scores is never held."""
+"""Attention in blocks of scores, for towers and fusion, so that the whole score matrix is never in memory."""
 
 from collections.abc import Iterator
 
@@ -22,8 +22,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 
-# Where attention scores are not held all at once: how many bytes of them are, and of how many queries at most. On a CPU
-# they stay in its cache.
+# Size of a block of attention scores in bytes, and its greatest number of queries. On a CPU a block fits the cache.
 SCORE_BYTES_AT_ONCE = {"cpu": 2**21, "cuda": 2**25}
 QUERIES_AT_ONCE = 256
 
@@ -56,13 +55,13 @@ def score_blocks(
     """The scores of attention, block by block.
 
     Args:
-        query (`torch.Tensor` of shape `(batch_size, num_heads, queries, head_dim)`): Already scaled.
-        key (`torch.Tensor` of shape `(batch_size, num_heads, keys, head_dim)`): As many heads.
+        query (`torch.Tensor` of shape `(batch_size, num_heads, queries, head_dim)`): The scaled queries.
+        key (`torch.Tensor` of shape `(batch_size, num_heads, keys, head_dim)`): The keys.
         mask (`torch.BoolTensor` of shape `(batch_size, keys)`, *optional*): The keys that exist.
 
     Yields:
-        Where a block is, rows of `batch_size * num_heads` and queries, and its scores (rows, queries, keys). Those of
-        masked keys are the least number of the dtype.
+        The slices of a block, over `batch_size * num_heads` rows and over queries, and its scores (rows, queries, keys).
+        The scores of masked keys are the lowest number of the dtype.
     """
     num_heads, num_keys = key.shape[1:3]
     query, key = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)
@@ -89,11 +88,12 @@ def blockwise_attention_forward(
     scaling: float,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, None]:
-    """Inference in bfloat16 on a CPU: eager attention over blocks of scores, which stay in the cache. PyTorch's fused
-    kernel there is no faster in bfloat16 than in float32 (`benchmarks/README.md`).
+    """Eager attention in blocks of scores that fit the cache, for inference in bfloat16 on a CPU.
+
+    The fused kernel of PyTorch is not faster there in bfloat16 than in float32 (`benchmarks/README.md`).
     """
     output, values = torch.empty_like(query.flatten(0, 1)), value.flatten(0, 1)
-    # Products with it are faster where the keys lie side by side.
+    # Products are faster if the keys are contiguous.
     key = key.transpose(2, 3).contiguous().transpose(2, 3)
     # Bidirectional attention: all queries of a row see the same keys.
     mask = None if attention_mask is None else attention_mask[:, 0, 0].expand(query.shape[0], -1)

@@ -1,4 +1,4 @@
-"""Checkpoint files of other projects as plain dictionaries of tensors, without running any code they may hold."""
+"""Reading of checkpoint files of other projects, without running code that they may contain."""
 
 import os
 import pickle
@@ -17,19 +17,19 @@ _PREFIXES = ("module.", "_orig_mod.")
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """Reads a state dict. The file stays memory-mapped where its format allows it: nothing is copied before it is used.
+    """Reads a state dict. The file stays memory-mapped if its format allows it.
 
     Args:
-        path (`str` or `os.PathLike`): A `.safetensors` file or what `torch.save` wrote: a state dict, or a dict of a
-            training run that holds one under `"model"`, `"state_dict"` or the like.
+        path (`str` or `os.PathLike`): A `.safetensors` file, or a file from `torch.save` with a state dict or with a dict
+            that has one under `"model"`, `"state_dict"` or the like.
 
     Returns:
-        `dict[str, torch.Tensor]`: names without the prefix of a parallel or compiled wrapper (`module.`,
+        `dict[str, torch.Tensor]`: The tensors, by names without the prefix of a parallel or compiled wrapper (`module.`,
         `_orig_mod.`).
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not a checkpoint, holds other objects than tensors, or more than one state dict.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not a checkpoint, if it has objects other than tensors, or more than one state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -61,7 +61,7 @@ def _load_tensors_only(path: Path) -> Any:
             "could run any code. Have its author save the tensors alone: torch.save(model.state_dict(), path)."
         ) from error
     except Exception as error:
-        # What a damaged file makes the unpickler and the archive reader raise has no common type.
+        # For a damaged file, the unpickler and the archive reader raise errors without a common type.
         reason = str(error).strip().splitlines()
         raise ValueError(
             f"{path}: not a file that `torch.save` wrote ({reason[0] if reason else 'it ends too early'}). Is the "

@@ -1,4 +1,4 @@
-"""The rows of the paper's tables as configurations, each with the processing that belongs to it."""
+"""Named configurations: the rows of the paper's tables, each with its processing."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ class Preset:
     """A variant of the model.
 
     Args:
-        description (`str`): What it is, in a line.
-        fusion (`dict`): The fields of [`EVACapConfig`] that make it.
-        processing (`Mapping`): `window_type` and `channels` of the feature extractor, `frame_sampling` and where given
+        description (`str`): A description of one line.
+        fusion (`dict`): The fields of [`EVACapConfig`] that define it.
+        processing (`Mapping`): `window_type` and `channels` of the feature extractor, `frame_sampling` and optionally
             `fps` of the video processor.
     """
 
@@ -55,7 +55,11 @@ PRESETS = {
 
 
 def get_preset(name: str) -> Preset:
-    """The preset called `name`; raises a `ValueError` that lists the names where there is none."""
+    """Returns the preset called `name`.
+
+    Raises:
+        ValueError: If there is no such preset; the message lists the names.
+    """
     if name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}, but it must be one of {', '.join(map(repr, PRESETS))}.")
     return PRESETS[name]

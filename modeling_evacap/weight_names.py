@@ -1,7 +1,7 @@
-"""What the tensors of AVCap, CAV-MAE and GIT checkpoints are called, and what they are called here.
+"""The mapping from the tensor names of AVCap, CAV-MAE and GIT checkpoints to those of EVACap.
 
-AVCap's names are the common ground: CAV-MAE's are AVCap's behind `av_encoder.`, GIT's original ones are AVCap's behind
-`textual.`, and GIT's names in Transformers are translated.
+Everything is mapped through the names of AVCap: those of CAV-MAE with the prefix `av_encoder.`, and those of GIT with the
+prefix `textual.`. The names of GIT in Transformers are translated to them.
 """
 
 import re
@@ -50,7 +50,7 @@ _DECODER_LAYER = (
     (r"output\.LayerNorm\.(\w+)", "final_layer_norm"),
 )
 
-# What these projects' files hold beside the weights of a captioner, and why nothing here wants it.
+# Tensors in these checkpoints that a captioner does not use, and what they are.
 _UNUSED = (
     r"av_encoder\.mlp_head\..+",  # the classification head of a fine-tuned CAV-MAE
     r"av_encoder\.(mask_token|decoder_.+)",  # the reconstruction decoder of a pretrained CAV-MAE
@@ -73,14 +73,14 @@ def _rename(name: str, rules: list[tuple[str, str]]) -> str | None:
 
 
 class NameTable:
-    """Where each tensor of a checkpoint under AVCap's names goes.
+    """Maps the tensors of a checkpoint with AVCap's names to the parameters of EVACap.
 
-    The blocks of a tower use the layer norms without a suffix whatever their modality (CAV-MAE, AVCap). The joint
-    blocks have three pairs: `_a` for `"audio_only"`, `_v` for `"video_only"`, and the pair without a suffix for what
-    both modalities went into, which EVACap's fused sequence is (ours).
+    The blocks of both towers use the layer norms without a suffix (CAV-MAE, AVCap). The joint blocks have three pairs:
+    `_a` for `"audio_only"`, `_v` for `"video_only"`, and the pair without a suffix for a sequence of both modalities, such
+    as EVACap's fused sequence (ours).
 
     Args:
-        fusion_type (`str`): Of the [`EVACapConfig`] to fill.
+        fusion_type (`str`): The `fusion_type` of the [`EVACapConfig`] to fill.
     """
 
     def __init__(self, fusion_type: str):
@@ -114,14 +114,14 @@ class NameTable:
         self.unused = [*_UNUSED, *(_UNUSED_STREAM.format(stream) for stream in "av" if stream not in streams)]
 
     def target(self, name: str) -> str | None:
-        """The parameter that `name` fills (`….self_attn.qkv.…` stands for three), or `None`."""
+        """The parameter for the tensor `name` (`….self_attn.qkv.…` stands for three), or `None`."""
         return _rename(name, self.rules)
 
     def is_known_unused(self, name: str) -> bool:
-        """Whether `name` is one of the tensors that these checkpoints have and a captioner has no use for."""
+        """Whether `name` is a known tensor of these checkpoints that a captioner does not use."""
         return any(re.fullmatch(pattern, name) for pattern in self.unused)
 
 
 def git_names_to_avcap(state: dict) -> dict:
-    """A GIT state dict of Transformers under AVCap's names; names that are neither are left as they are."""
+    """A GIT state dict from Transformers with AVCap's names; unknown names stay unchanged."""
     return {_rename(name, _TRANSFORMERS_GIT) or name: tensor for name, tensor in state.items()}

@@ -1,4 +1,4 @@
-"""What a configuration names: the model with its processor, and the clips."""
+"""The components of a run, made from its configuration: processor, model, clips and collators."""
 
 import difflib
 import os
@@ -25,11 +25,11 @@ from .run_config import DataSection, ModelSection, RunConfig
 
 
 def make_processor_and_config(section: ModelSection) -> tuple[EVACapProcessor, EVACapConfig]:
-    """The processor and the configuration of the model that is to be trained.
+    """Makes the processor and the configuration of the model to train.
 
     Raises:
-        ValueError: a field of `model.config` is unknown, or `model.start` is another variant than `model.preset`.
-        OSError: the tokenizer or `model.start` cannot be had.
+        ValueError: If a field of `model.config` is unknown, or if `model.start` is another variant than `model.preset`.
+        OSError: If the tokenizer or `model.start` cannot be loaded.
     """
     preset = get_preset(section.preset)
     if section.start is not None:
@@ -74,7 +74,7 @@ def make_model(section: ModelSection, config: EVACapConfig) -> EVACapForConditio
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Has the layers computed again in the backward pass, by the name that the installed Transformers has for it."""
+    """Enables gradient checkpointing, whose method has changed its name between versions of Transformers."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
@@ -87,7 +87,7 @@ def make_clips(
     augment: bool = True,
     kept_clips: str | None = None,
 ) -> Dataset:
-    """The clips to learn from; with `augment=False` as they are; procedural ones in the folder `kept_clips`."""
+    """Makes the clips, without augmentation if `augment=False`; procedural ones are kept in the folder `kept_clips`."""
     split = data.split if split is None else split
     if data.procedural is not None:
         if kept_clips is not None:
@@ -98,13 +98,13 @@ def make_clips(
         defaults = vars(Augmentation())
         augmentation = Augmentation(**_with_fields(defaults, data.augmentation, "data.augmentation"))
     if data.streamed:
-        # Where one process had a clip more than the others, it would wait for them in vain.
+        # A process with one clip more than the others would wait for them forever.
         return StreamedClips(data.prepared, split, processor, augmentation, seed, shuffle=True, even=True)
     return PreparedClips(data.prepared, split, processor, augmentation, seed)
 
 
 def make_validation_clips(config: RunConfig, processor: EVACapProcessor) -> Dataset:
-    """The clips to be judged by."""
+    """Makes the clips of the validation."""
     section = config.validation
     if section.procedural is not None:
         source = DataSection(procedural=section.procedural)
@@ -114,11 +114,10 @@ def make_validation_clips(config: RunConfig, processor: EVACapProcessor) -> Data
 
 
 def make_collators(config: RunConfig, processor: EVACapProcessor, model_config: EVACapConfig):
-    """The collator of training, which swaps videos, and that of validation, which does not."""
+    """Makes the collator of the training, which swaps videos, and that of the validation, which does not."""
     video_shape = None
     if processor.modalities != "audio":
-        # A process without a picture in its batch runs the video tower all the same, as the others wait for its
-        # gradients.
+        # The other processes wait for the gradients of the video tower, so it also runs for a batch without a picture.
         video = model_config.video_config
         video_shape = (video.num_frames, video.num_channels, video.image_size, video.image_size)
     data = config.data
@@ -134,7 +133,7 @@ def make_collators(config: RunConfig, processor: EVACapProcessor, model_config: 
 
 
 def describe_training(config: RunConfig, num_clips: int) -> dict[str, Any]:
-    """The content of `training.json`, from which the model card says what was learned."""
+    """The content of `training.json`, from which the model card describes the training data."""
     data = config.data
     if data.procedural is not None:
         source = (
@@ -158,12 +157,14 @@ def _variant(config: EVACapConfig) -> str:
 
 
 def _with_fields(values: Mapping[str, Any], changes: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """`values` with `changes`, which may change what is there and add nothing."""
+    """`values` with `changes`; only existing keys may be changed."""
     result = dict(values)
     for name, change in changes.items():
         if name not in values:
             near = difflib.get_close_matches(name, values, n=3) or sorted(values)
-            raise ValueError(f"`{key}.{name}` is no field. Did you mean {' or '.join(f'`{key}.{n}`' for n in near)}?")
+            raise ValueError(
+                f"`{key}.{name}` is not a field. Did you mean {' or '.join(f'`{key}.{n}`' for n in near)}?"
+            )
         inner = isinstance(change, Mapping) and isinstance(values[name], Mapping)
         result[name] = _with_fields(values[name], change, f"{key}.{name}") if inner else change
     return result

@@ -1,4 +1,4 @@
-"""What is trained, and how fast: frozen parameters, AdamW's groups, the learning rate over the steps."""
+"""Frozen parameters, the parameter groups of AdamW, and the learning rate schedule."""
 
 import difflib
 from collections.abc import Iterable
@@ -16,14 +16,15 @@ def freeze(model: nn.Module, patterns: Iterable[str], exceptions: Iterable[str] 
     """Freezes the parameters whose name fits one of `patterns` and none of `exceptions`.
 
     Args:
-        model (`nn.Module`): The model; tied weights have the first of their names alone.
-        patterns (`Iterable[str]`), exceptions (`Iterable[str]`): Shell patterns, such as `"model.decoder.*"`.
+        model (`nn.Module`): The model. Tied weights go by the first of their names only.
+        patterns (`Iterable[str]`): Shell patterns, such as `"model.decoder.*"`.
+        exceptions (`Iterable[str]`): Shell patterns of parameters that stay trainable.
 
     Returns:
         The names of the frozen parameters.
 
     Raises:
-        ValueError: a pattern fits no parameter, or nothing is left to train.
+        ValueError: If a pattern fits no parameter, or if nothing is left to train.
     """
     parameters = dict(model.named_parameters())
     frozen = _matches(parameters, patterns) - _matches(parameters, exceptions)
@@ -48,8 +49,10 @@ def _matches(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The trained parameters in two groups for AdamW: the weights of linear layers and patch embeddings decay; biases,
-    norms, tables of words and positions, modality vectors and the gate's scalars do not.
+    """The trained parameters in two groups for AdamW.
+
+    The weights of linear layers and patch embeddings decay. Biases, norms, word and position embeddings, modality
+    vectors and the gate's scalars do not.
     """
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     decaying, others = [], []
@@ -69,13 +72,15 @@ def make_optimizer(model: nn.Module, section: OptimizationSection) -> AdamW:
 def make_scheduler(
     optimizer: Optimizer, section: OptimizationSection, steps_per_epoch: float, total_steps: int
 ) -> LRScheduler:
-    """The learning rate of each step: along a line from `warmup_start` to `learning_rate`, then along a cosine down to
-    `min_learning_rate` in the last step (AVCap).
+    """The learning rate schedule: linear warm-up, then cosine decay (AVCap).
+
+    The rate rises from `warmup_start` to `learning_rate` and falls to `min_learning_rate` in the last step.
 
     Args:
-        optimizer (`Optimizer`): AdamW as [`make_optimizer`] makes it.
+        optimizer (`Optimizer`): The optimizer of [`make_optimizer`].
         section ([`~run_config.OptimizationSection`]): The rates and `warmup_epochs`.
-        steps_per_epoch (`float`), total_steps (`int`): Steps of an epoch and of the run.
+        steps_per_epoch (`float`): Steps of an epoch.
+        total_steps (`int`): Steps of the run.
     """
     return get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
         optimizer,

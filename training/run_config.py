@@ -19,20 +19,21 @@ CONFIGS = Path(__file__).with_name("configs")
 
 @dataclass
 class ModelSection:
-    """What is trained.
+    """The model to train.
 
     Args:
-        preset (`str`, defaults to `"evacap"`): A key of [`~presets.PRESETS`]: the fusion, its gate and the processing.
-        start (`str`, *optional*): A model folder or a name on the Hub to start from, as `evacap import-weights` or a
-            training run make it. Its sizes and its processor are used as they are. Without it weights are random.
+        preset (`str`, defaults to `"evacap"`): A key of [`~presets.PRESETS`], for the fusion, its gate and the
+            processing.
+        start (`str`, *optional*): A model folder, or its name on the Hub, to start from. `evacap import-weights` and
+            training runs make such folders. Its sizes and its processor are kept. Without it the weights are random.
         tokenizer (`str`, *optional*): Without `start`: a BERT tokenizer of the Hub, a folder with its `vocab.txt`, or
             `"procedural"`, the words of the procedural clips.
         processing (`dict`): Without `start`: options of [`make_processor`] on top of the preset's.
         config (`dict`): Fields of [`EVACapConfig`], such as `gate_stability_weight`.
-        attn_implementation (`str`, defaults to `"sdpa"`): Attention of the towers and of the prefix.
-        freeze (`list[str]`): Shell patterns of the names of parameters that stay as they are.
-        freeze_except (`list[str]`): Patterns of those among them that are trained all the same.
-        gradient_checkpointing (`bool`, defaults to `False`): Less memory for a third more time.
+        attn_implementation (`str`, defaults to `"sdpa"`): Attention implementation of the towers and of the prefix.
+        freeze (`list[str]`): Shell patterns of the names of parameters that are frozen.
+        freeze_except (`list[str]`): Shell patterns of exceptions, which are trained.
+        gradient_checkpointing (`bool`, defaults to `False`): Saves memory and takes a third more time.
     """
 
     preset: str = "evacap"
@@ -48,18 +49,18 @@ class ModelSection:
 
 @dataclass
 class DataSection:
-    """What it learns from: either `prepared` or `procedural`.
+    """The training clips: either `prepared` or `procedural`.
 
     Args:
-        prepared (`str`, *optional*): A folder that `evacap prepare` made.
-        split (`str`, defaults to `"train"`): Its split.
-        streamed (`bool`, defaults to `False`): Whether its shards are read in a row instead of at random places, for
-            a folder that is far away or on the Hub.
-        procedural (`int`, *optional*): The number of procedural clips, rendered when they are needed.
+        prepared (`str`, *optional*): A folder made by `evacap prepare`.
+        split (`str`, defaults to `"train"`): The split of the folder.
+        streamed (`bool`, defaults to `False`): Reads the shards sequentially instead of at random positions, for a
+            folder in remote storage or on the Hub.
+        procedural (`int`, *optional*): The number of procedural clips, rendered on access.
         p_mix (`float`, defaults to 0.05): Probability of another clip's video (Stochastic Modality Shuffling, paper).
         fixed_points (`bool`, defaults to `True`), whole_batch (`bool`, defaults to `False`): See
             [`EVACapDataCollator`].
-        augmentation (`dict`, *optional*): Fields of [`Augmentation`]; `{}` is AVCap's recipe, `null` none.
+        augmentation (`dict`, *optional*): Fields of [`Augmentation`]; `{}` is AVCap's recipe, `null` is none.
         hub_datasets (`list[str]`): Names of the datasets on the Hub, for the model card.
     """
 
@@ -76,19 +77,19 @@ class DataSection:
 
 @dataclass
 class OptimizationSection:
-    """How it learns. The defaults are AVCap's recipe.
+    """The optimization. The defaults are AVCap's recipe.
 
     Args:
-        epochs (`int`, defaults to 50): Times that every clip is seen.
-        max_steps (`int`, *optional*): Steps after which the run ends all the same.
-        batch_size (`int`, defaults to 8): Clips a process takes at a time.
-        accumulation_steps (`int`, defaults to 1): Batches a process takes for one step.
-        learning_rate (`float`, defaults to 1e-4): Its peak.
-        warmup_epochs (`float`, defaults to 1.0), warmup_start (`float`, defaults to 2e-7): How long it rises, along a
-            line, and from where.
-        min_learning_rate (`float`, defaults to 1e-6): Where it ends, along a cosine.
+        epochs (`int`, defaults to 50): Number of epochs.
+        max_steps (`int`, *optional*): The run ends after so many steps, even within an epoch.
+        batch_size (`int`, defaults to 8): Clips of a batch, in each process.
+        accumulation_steps (`int`, defaults to 1): Batches of each process for one step.
+        learning_rate (`float`, defaults to 1e-4): Peak of the learning rate.
+        warmup_epochs (`float`, defaults to 1.0): Length of the linear warm-up.
+        warmup_start (`float`, defaults to 2e-7): Learning rate at the start of the warm-up.
+        min_learning_rate (`float`, defaults to 1e-6): Learning rate at the end of the cosine decay.
         betas (`list[float]`, defaults to `[0.95, 0.999]`), weight_decay (`float`, defaults to 5e-7): Of AdamW.
-        max_grad_norm (`float`, *optional*): The length to which longer gradients are cut; `null` leaves them.
+        max_grad_norm (`float`, *optional*): Clips gradients to this norm; `null` does not clip.
     """
 
     epochs: int = 50
@@ -106,22 +107,21 @@ class OptimizationSection:
 
 @dataclass
 class ValidationSection:
-    """How it is judged on the way.
+    """The validation during training.
 
     Args:
-        every_steps (`int`, *optional*): Steps from one validation to the next; there is one at the end in any case.
-            `null`: none at all.
-        prepared (`str`, *optional*), split (`str`, defaults to `"validation"`): The clips; `data.prepared`'s by
-            default.
-        procedural (`int`, *optional*): The number of procedural clips instead.
-        max_clips (`int`, *optional*): The first clips alone.
-        batch_size (`int`, defaults to 8): Clips a process captions at a time.
-        num_beams (`int`, defaults to 1): Beams of the search.
+        every_steps (`int`, *optional*): Steps between validations; the last one is at the end. `null` for none.
+        prepared (`str`, *optional*): Folder of the clips; `data.prepared` by default.
+        split (`str`, defaults to `"validation"`): The split of the folder.
+        procedural (`int`, *optional*): The number of procedural clips, instead of `prepared`.
+        max_clips (`int`, *optional*): Takes only so many clips, the first ones.
+        batch_size (`int`, defaults to 8): Clips of a batch, in each process.
+        num_beams (`int`, defaults to 1): Number of beams.
         metrics (`list[str]`): Metrics of [`compute_metrics`]; `[]` for the loss alone.
-        best (`str`, defaults to `"loss"`): The figure that tells the best models: `"loss"` or a figure of the metrics,
-            such as `"spider"`.
-        keep_best (`int`, defaults to 1): Best models to keep.
-        patience (`int`, *optional*): Validations in a row without a better figure after which the run ends.
+        best (`str`, defaults to `"loss"`): The figure that ranks the models: `"loss"`, or one of the metrics, such as
+            `"spider"`.
+        keep_best (`int`, defaults to 1): Number of best models to keep.
+        patience (`int`, *optional*): Ends the run after so many validations in a row without improvement.
     """
 
     every_steps: int | None = None
@@ -139,13 +139,12 @@ class ValidationSection:
 
 @dataclass
 class SavingSection:
-    """What is kept on the way.
+    """The checkpoints and models.
 
     Args:
-        every_steps (`int`, *optional*): Steps from one checkpoint to the next; `null`: one an epoch. There is one at
-            the end in any case.
-        keep (`int`, defaults to 2): Newest checkpoints to keep.
-        code (`bool`, defaults to `True`): Whether models carry the code that makes them load without this package.
+        every_steps (`int`, *optional*): Steps between checkpoints, `null` for one per epoch; the last one is at the end.
+        keep (`int`, defaults to 2): Number of newest checkpoints to keep.
+        code (`bool`, defaults to `True`): Whether saved models carry their code, to load without this package.
     """
 
     every_steps: int | None = None
@@ -155,12 +154,12 @@ class SavingSection:
 
 @dataclass
 class LoggingSection:
-    """What is told on the way.
+    """The logs.
 
     Args:
-        every_steps (`int`, defaults to 10): Steps that a line of `log.jsonl` is the mean of.
+        every_steps (`int`, defaults to 10): Steps between lines of `log.jsonl`; a line has the means over them.
         trackers (`list[str]`, defaults to `["tensorboard"]`): Trackers of Accelerate, such as `"wandb"`.
-        project (`str`, defaults to `"evacap"`): The name under which they keep it.
+        project (`str`, defaults to `"evacap"`): Name of the project in the trackers.
     """
 
     every_steps: int = 10
@@ -170,16 +169,16 @@ class LoggingSection:
 
 @dataclass
 class ResourcesSection:
-    """What it runs on. `accelerate launch` tells how many processes on which machines.
+    """The hardware. `accelerate launch` sets the number of processes and the machines.
 
     Args:
-        mixed_precision (`str`, defaults to `"bf16"`): `"bf16"`, `"fp16"` or `"no"`. Weights stay in float32.
-        cpu (`bool`, defaults to `False`): Leaves a GPU alone.
-        num_workers (`int`, defaults to 4): Processes that make batches, for each training process.
-        prefetch (`int`, defaults to 2): Batches that each of them makes in advance.
-        num_threads (`int`, *optional*): Threads of PyTorch in each training process; its own choice by default.
-        kept_clips (`str`, *optional*): A folder in which procedural clips are kept, for other runs that learn from the
-            same ones: they are rendered once, before the training. By default each run renders them as it goes.
+        mixed_precision (`str`, defaults to `"bf16"`): `"bf16"`, `"fp16"` or `"no"`. The weights stay in float32.
+        cpu (`bool`, defaults to `False`): Trains on the CPU even if there is a GPU.
+        num_workers (`int`, defaults to 4): Data loading processes for each training process.
+        prefetch (`int`, defaults to 2): Batches that each of them prepares in advance.
+        num_threads (`int`, *optional*): Threads of PyTorch in each training process; chosen by PyTorch by default.
+        kept_clips (`str`, *optional*): A folder for procedural clips that several runs share: they are rendered once,
+            before the training. By default each run renders them on access.
     """
 
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
@@ -195,10 +194,10 @@ class RunConfig:
     """A training run.
 
     Args:
-        output (`str`): The folder of the run: checkpoints, models, logs. The same configuration with the same folder
-            goes on where the run was.
-        seed (`int`, defaults to 0): Of the weights at birth, the order of the clips, dropout, augmentation and swaps.
-        model, data, optimization, validation, saving, logging, resources: See the sections' classes.
+        output (`str`): The folder of the run, for checkpoints, models and logs. The same configuration with the same
+            folder continues the run.
+        seed (`int`, defaults to 0): Seed of the initial weights, the order of the clips, dropout, augmentation and swaps.
+        model, data, optimization, validation, saving, logging, resources: See the classes of the sections.
     """
 
     output: str
@@ -217,19 +216,19 @@ def load_run_config(name: str | os.PathLike, overrides: Iterable[str] = ()) -> R
 
     Args:
         name (`str` or `os.PathLike`): A YAML file, or the name of a shipped one, such as `"evacap"`. Its key `base`
-            names another one, shipped or beside it, whose values it changes.
+            names another configuration, shipped or in the same folder, whose values it changes.
         overrides (`Iterable[str]`): Further changes, `key=value` with the value in YAML, such as
             `optimization.learning_rate=3e-4`.
 
     Raises:
-        FileNotFoundError: there is no such configuration.
-        ValueError: a key is unknown or of the wrong type; the message names it and where it stands.
+        FileNotFoundError: If there is no such configuration.
+        ValueError: If a key is unknown or its value has the wrong type; the message names the key and its file.
     """
     values = _read(_find(name))
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise ValueError(f"{override!r} is no change of the configuration: write KEY=VALUE, such as seed=1.")
+            raise ValueError(f"{override!r} is not a change of the configuration: write KEY=VALUE, such as seed=1.")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -243,7 +242,7 @@ def load_run_config(name: str | os.PathLike, overrides: Iterable[str] = ()) -> R
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """The values of a configuration, or of a `dict` of one, under their whole keys: `{"model.preset": "evacap"}`."""
+    """The values of a configuration, or of its `dict`, by their full keys: `{"model.preset": "evacap"}`."""
     content = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
     flat = {}
     for name, value in content.items():
@@ -268,7 +267,7 @@ def _find(name: str | os.PathLike, beside: Path = Path()) -> Path:
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The values of a file on top of its base's."""
+    """The values of a file, merged into those of its base."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -286,7 +285,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with `changes`, dictionaries within them likewise."""
+    """`values` with `changes`, merged recursively."""
     merged = dict(values)
     for key, value in changes.items():
         old = merged.get(key)
@@ -295,14 +294,14 @@ def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _build(kind: type, values: Any, prefix: str) -> Any:
-    """A dataclass from a dictionary, each value checked; `prefix` is what stands before its keys in messages."""
+    """Makes a dataclass from a dictionary and checks each value; messages put `prefix` before its keys."""
     if not isinstance(values, dict):
         raise ValueError(f"`{prefix.rstrip('.')}` is {values!r}, but it must hold keys with values.")
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for key in values:
         if key not in fields:
             raise ValueError(
-                f"`{prefix}{key}` is no key of the configuration.{_near_misses(str(key), fields, prefix)}"
+                f"`{prefix}{key}` is not a key of the configuration.{_near_misses(str(key), fields, prefix)}"
             )
     for name, entry in fields.items():
         if name not in values and entry.default is entry.default_factory is dataclasses.MISSING:
@@ -313,7 +312,7 @@ def _build(kind: type, values: Any, prefix: str) -> Any:
 
 def _near_misses(key: str, fields: Iterable[str], prefix: str) -> str:
     near = difflib.get_close_matches(key, fields, n=3, cutoff=0.5)
-    # A key that was given without its section, or in the wrong one.
+    # The key may lack its section, or be in the wrong one.
     places = [f"{section}.{key}" for section, hint in typing.get_type_hints(RunConfig).items() if _has(hint, key)]
     proposals = [f"`{prefix}{name}`" for name in near] + [f"`{place}`" for place in places]
     if proposals:
@@ -326,7 +325,7 @@ def _has(kind: Any, key: str) -> bool:
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
-    """`value` as `hint` says, or a `ValueError` that names `key`."""
+    """`value` converted to the type `hint`, or a `ValueError` that names `key`."""
     if dataclasses.is_dataclass(hint):
         return _build(hint, {} if value is None else value, f"{key}.")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -341,7 +340,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if origin is list and isinstance(value, list):
         return [_convert(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value)]
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        # YAML takes 1e-4 for text, as it has no point.
+        # YAML reads 1e-4 as text, because it has no decimal point.
         try:
             return float(value)
         except ValueError:
@@ -361,7 +360,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
 
 
 def _check(config: RunConfig) -> None:
-    """What the types do not tell."""
+    """Checks what the types cannot express."""
     data, validation = config.data, config.validation
     if (data.prepared is None) == (data.procedural is None):
         raise ValueError(

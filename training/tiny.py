@@ -1,4 +1,4 @@
-"""The tiny size of the configuration `tiny`: its processor and its model, without a run."""
+"""Processor and model configuration of the run configuration `tiny`, for tests and examples."""
 
 import dataclasses
 from typing import Any
@@ -20,7 +20,7 @@ def tiny_config(tokenizer: BertTokenizer, fusion_type: str = "gated_cross_attent
     """The tiny size: about 2.3 million parameters.
 
     Args:
-        tokenizer (`BertTokenizer`): That of [`tiny_processor`].
+        tokenizer (`BertTokenizer`): The tokenizer of [`tiny_processor`].
         fusion_type (`str`): See [`EVACapConfig`].
         fields: Other fields of [`EVACapConfig`].
     """

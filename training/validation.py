@@ -1,4 +1,4 @@
-"""Judging a captioner while it is trained: its loss and, through the metrics, its captions."""
+"""Validation during training: the loss and the caption metrics."""
 
 import torch
 from accelerate import Accelerator
@@ -16,18 +16,18 @@ LOWER_IS_BETTER = ("loss",)
 
 
 class Validation:
-    """Captions the same clips whenever it is called.
+    """Evaluates a captioner on the same clips at every call.
 
     Args:
-        clips (`Dataset`): What [`EVACapDataCollator`] takes, with a method `captions(index) -> list[str]`.
-        processor ([`EVACapProcessor`]): Turns tokens into text.
-        config ([`RunConfig`]): Its section `validation` and its `resources`.
-        accelerator (`Accelerator`): Shares the clips out among the processes.
+        clips (`Dataset`): Clips for [`EVACapDataCollator`], with a method `captions(index) -> list[str]`.
+        processor ([`EVACapProcessor`]): Decodes the tokens.
+        config ([`RunConfig`]): The configuration; its sections `validation` and `resources` are read.
+        accelerator (`Accelerator`): Distributes the clips over the processes.
         collator ([`EVACapDataCollator`]): Makes the batches; it must not swap videos.
 
     Raises:
-        ValueError: `validation.best` is none of the figures that come out.
-        RuntimeError: a metric cannot be had here.
+        ValueError: If `validation.best` is not one of the resulting figures.
+        RuntimeError: If a metric cannot be computed on this machine.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class Validation:
                 section.batch_size,
                 collate_fn=collator,
                 num_workers=config.resources.num_workers,
-                # Of its own, so that the order of training and its dropout do not depend on validations.
+                # A generator of its own: validations must not change the order of training, nor its dropout.
                 generator=torch.Generator(),
             )
         )
         if accelerator.is_main_process:
-            # Better now than after hours.
+            # A wrong setting should fail now and not after hours.
             figures = self._score([captions[0] for captions in self.references[:1]]) | {"loss": 0.0}
             if section.best not in figures:
                 raise ValueError(
@@ -86,7 +86,7 @@ class Validation:
                 label_smoothed_kl(row[None], label[None], captioner.config.label_smoothing, 1)
                 for row, label in zip(logits, labels, strict=True)
             ]
-            # The last batch is filled up with clips that were there before; these are dropped here.
+            # Accelerate fills the last batch with earlier clips, and drops them here.
             gathered = accelerator.gather_for_metrics((torch.stack(losses), counted))
             sums.append(gathered[0].double().sum())
             tokens.append(gathered[1].sum())
@@ -102,7 +102,7 @@ class Validation:
     def _score(self, predictions: list[str]) -> dict[str, float]:
         if not self.section.metrics:
             return {}
-        # Not needed where the loss alone is asked for.
+        # Imported here because the loss alone does not need it.
         from .metrics.compute import compute_metrics
 
         references = self.references[: len(predictions)]

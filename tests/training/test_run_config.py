@@ -63,9 +63,9 @@ def test_lists_are_replaced_and_nothing_is_none(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimization.lerning_rate=1", r"`optimization.lerning_rate` is no key.*`optimization.learning_rate`"),
-        ("p_mix=0", r"`p_mix` is no key.*`data.p_mix`"),
-        ("zzz=0", r"`zzz` is no key.*There are `output`"),
+        ("optimization.lerning_rate=1", r"`optimization.lerning_rate` is not a key.*`optimization.learning_rate`"),
+        ("p_mix=0", r"`p_mix` is not a key.*`data.p_mix`"),
+        ("zzz=0", r"`zzz` is not a key.*There are `output`"),
         ("optimization.epochs=1.5", r"`optimization.epochs` is 1.5, but it must be a whole number"),
         ("optimization.epochs=true", r"`optimization.epochs` is True"),
         ("optimization.epochs=0", r"`optimization.epochs` is 0, but it must be at least 1"),
@@ -78,7 +78,7 @@ def test_lists_are_replaced_and_nothing_is_none(tmp_path):
         ("resources.mixed_precision=fp8", r"`resources.mixed_precision` is 'fp8'.*'no', 'bf16', 'fp16'"),
         ("saving.code=maybe", r"`saving.code` is 'maybe', but it must be true or false"),
         ("data.prepared=folder", r"either `data.prepared`.*or `data.procedural`"),
-        ("seed", r"'seed' is no change.*KEY=VALUE"),
+        ("seed", r"'seed' is not a change.*KEY=VALUE"),
         ("seed=[", r"'seed=\[': the value is not YAML"),
     ],
 )

@@ -165,7 +165,7 @@ def test_what_is_frozen_stays_and_a_run_starts_from_a_model(tmp_path):
         ValueError, match=r"gated_cross_attention with gate entropy, but `model.preset` 'avcap' is concat"
     ):
         run(second, "model.preset=avcap", f"output={tmp_path / 'third'}")
-    with pytest.raises(ValueError, match="`model.config.label_smooth` is no field.*`model.config.label_smoothing`"):
+    with pytest.raises(ValueError, match="`model.config.label_smooth` is not a field.*`model.config.label_smoothing`"):
         run(second, "model.config.label_smooth=0", f"output={tmp_path / 'third'}")
 
 

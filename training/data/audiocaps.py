@@ -1,4 +1,4 @@
-"""AudioCaps: its CSV files, and the clips in a folder of downloads."""
+"""AudioCaps: its CSV files and its downloaded clips."""
 
 import glob
 import os
@@ -11,7 +11,7 @@ from .manifest import Entry, read_csv, to_seconds
 COLUMNS = ("audiocap_id", "youtube_id", "start_time", "caption")
 CLIP_SECONDS = 10.0
 YOUTUBE_ID_LENGTH = 11
-# The order is that of preference.
+# In the order of preference.
 EXTENSIONS = {
     "video": (".mp4", ".mkv", ".webm", ".mov", ".m4v", ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".ts", ".3gp"),
     "audio": (".wav", ".flac", ".m4a", ".aac", ".opus", ".ogg", ".mp3"),
@@ -21,38 +21,39 @@ _KINDS = {extension: (kind, rank) for kind, names in EXTENSIONS.items() for rank
 _TIMES = re.compile(r"(?:_(\d+(?:\.\d+)?))?(?:_(\d+(?:\.\d+)?))?")
 
 Key = tuple[str, float | None]
-"""YouTube id, and where the clip begins: the number that its name tells, in seconds or milliseconds, or `None`."""
+"""YouTube id and start of the clip: the number in the name of the file, in seconds or milliseconds, or `None`."""
 
 
 def read_audiocaps(csv_file: str | os.PathLike, media: str | os.PathLike) -> list[Entry]:
-    """The clips of one of AudioCaps' CSV files (`audiocap_id, youtube_id, start_time, caption`), with the files that
-    belong to them. Rows of the same clip, five in validation and test, become one clip with all their captions.
+    """Reads an AudioCaps CSV file (`audiocap_id, youtube_id, start_time, caption`) and finds the files of its clips.
 
-    The folder is searched once, with all its subfolders. A file belongs to a clip if its name without the extension is
+    Rows of the same clip, five in validation and test, become one clip with all their captions. The folder is searched
+    once, with all its subfolders. A file belongs to a clip if its name without the extension is
 
-    * `ID_START_END` or `ID_START`, in seconds (`30`, `000030`, `30.000`) or milliseconds (`30000`), as AudioSet's
-      downloads have it;
-    * `ID`, a clip or the whole video: where it lasts longer than a clip can, it is read from the start time on;
-    * one of these with a `Y` before it, as AudioCaps' WAV files have;
+    * `ID_START_END` or `ID_START`, in seconds (`30`, `000030`, `30.000`) or milliseconds (`30000`), as in downloads of
+      AudioSet;
+    * `ID`, for a clip or for the whole video, which is read from the start time on if it is longer than a clip can be;
+    * one of these with a `Y` before it, as in the WAV files of AudioCaps;
     * the `audiocap_id`.
 
-    Pictures are a clip's frames if such a name is that of their folder, of the single picture, or of the pictures in
-    folders `frame_0`, `frame_1`, … (CAV-MAE, AVCap).
+    Pictures are the frames of a clip if their folder, the single picture, or the pictures in folders `frame_0`,
+    `frame_1`, … have such a name (CAV-MAE, AVCap).
 
-    Of several files a name with the start time is preferred to one without, and that to an `audiocap_id`, then the
-    extension that stands first in `EXTENSIONS`, then the path that sorts first. Of several kinds, a video is preferred
-    to frames, and a sound file to the sound track of a video. (ours)
+    If several files match, a name with the start time is preferred to one without, and both to an `audiocap_id`; then the
+    first extension in `EXTENSIONS`; then the path that sorts first. A video is preferred to frames, and a sound file to
+    the sound track of a video. (ours)
 
     Args:
-        csv_file (`str` or `os.PathLike`): Such as `train.csv`.
-        media (`str` or `os.PathLike`): The folder.
+        csv_file (`str` or `os.PathLike`): The CSV file, such as `train.csv`.
+        media (`str` or `os.PathLike`): The folder of the clips.
 
     Returns:
-        `list[Entry]`: In the order of the CSV file, `ID_START` being their ids; without files where there are none.
+        `list[Entry]`: The clips in the order of the CSV file, with ids `ID_START`; clips that were not found have no
+        files.
 
     Raises:
-        ValueError: If the CSV file lacks a column, a caption or an id, or holds what is no start time.
-        FileNotFoundError: If there is no such file or folder.
+        ValueError: If the CSV file lacks a column, a caption or an id, or if a start time is not a number.
+        FileNotFoundError: If the file or the folder does not exist.
     """
     csv_file = Path(csv_file)
     if not os.path.isdir(media):
@@ -99,7 +100,7 @@ def _entry(name: str, start: float, rows: list[dict[str, str]], files: dict[str,
 
 
 def _index(folder: str | os.PathLike, youtube_ids: set[str], numbers: set[str]) -> dict[str, dict[Key, str]]:
-    """The files of the wanted clips by kind, the preferred one for each name."""
+    """The files of the wanted clips by kind, for each name the preferred one."""
     best: dict[str, dict[Key, tuple[int, str]]] = {kind: {} for kind in EXTENSIONS}
     for parent, _, names in os.walk(folder, followlinks=True):
         above, own = os.path.split(parent)
@@ -120,7 +121,7 @@ def _index(folder: str | os.PathLike, youtube_ids: set[str], numbers: set[str]) 
 
 
 def _key(name: str, youtube_ids: set[str], numbers: set[str]) -> Key | None:
-    """What the name of a file or folder says of its clip; `None` if it is none of the wanted ones."""
+    """The clip that the name of a file or folder stands for; `None` if it is not one of the wanted clips."""
     if name in numbers:
         return name, None
     for begin in (0, 1) if name.startswith("Y") else (0,):
@@ -128,6 +129,6 @@ def _key(name: str, youtube_ids: set[str], numbers: set[str]) -> Key | None:
         times = _TIMES.fullmatch(name, end) if name[begin:end] in youtube_ids else None
         if times:
             start, stop = (None if time is None else float(time) for time in times.groups())
-            # No clip lasts a hundred seconds.
+            # A clip is shorter than 100 s, so a longer range is in milliseconds.
             return name[begin:end], start / 1000 if stop is not None and stop - start > 100 else start
     return None

@@ -1,4 +1,4 @@
-"""Random changes of the clips that a model learns from, as AVCap makes them."""
+"""The augmentation of training clips (AVCap)."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,19 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Augmentation:
-    """AVCap's augmentation of a clip, for training only: a band of mel bins and a stretch of time are masked
-    (SpecAugment), noise is added, and the clip is rolled in time, in this order; of the frames a random run is taken.
+    """The augmentation of a training clip (AVCap).
+
+    In this order: a band of mel bins and a stretch of time are masked (SpecAugment), noise is added, and the clip is
+    rolled in time. Of the pictures a random run is taken.
 
     Args:
-        freq_mask (`int`, *optional*, defaults to 48): The masked band has fewer mel bins than this, as that of
-            torchaudio's `FrequencyMasking`: a uniformly drawn number of them, at a uniformly drawn place. 0 for none.
-        time_mask (`int`, *optional*, defaults to 192): The same in frames, as torchaudio's `TimeMasking`.
-        noise (`bool`, *optional*, defaults to `True`): Whether to add uniform noise of [0, 1) to every value, all of
-            it scaled by one uniform draw from [0, 0.1).
-        roll (`bool`, *optional*, defaults to `True`): Whether to roll the frames by a uniform number of them, around
-            the end. AVCap has one switch for noise and roll.
+        freq_mask (`int`, *optional*, defaults to 48): The width of the masked band is drawn uniformly below so many mel
+            bins, and its position is drawn uniformly, as in torchaudio's `FrequencyMasking`. 0 for none.
+        time_mask (`int`, *optional*, defaults to 192): The same in frames, as in torchaudio's `TimeMasking`.
+        noise (`bool`, *optional*, defaults to `True`): Whether to add uniform noise from [0, 1) to every value, scaled by
+            one uniform draw from [0, 0.1).
+        roll (`bool`, *optional*, defaults to `True`): Whether to roll the frames by a uniformly drawn number. AVCap has
+            one switch for noise and roll.
         random_frames (`bool`, *optional*, defaults to `True`): Whether to take a random run of consecutive pictures.
 
     Raises:
@@ -36,14 +38,16 @@ class Augmentation:
                 raise ValueError(f"{name}={getattr(self, name)} is below 0; give the width of the mask, 0 for none")
 
     def __call__(self, features: np.ndarray, rng: np.random.Generator, mask_value: float = 0.0) -> np.ndarray:
-        """Args:
-            features (`np.ndarray` of shape `(frames, mel bins)`): Normalised log-mel filterbank, left as it is.
-            rng (`np.random.Generator`): Decides everything.
-            mask_value (`float`): What masked values become. AVCap masks with 0 before it normalises: its masked values
-                are those of the padding, `(0 - mean) / std`.
+        """Augments the sound of a clip.
+
+        Args:
+            features (`np.ndarray` of shape `(frames, mel bins)`): Normalised log-mel filterbank; it is not changed.
+            rng (`np.random.Generator`): Draws all random numbers.
+            mask_value (`float`): The value of masked places. AVCap masks with 0 before it normalises, so its masked
+                values are those of the padding, `(0 - mean) / std`.
 
         Returns:
-            `np.ndarray`: The same shape and type, in a new array.
+            `np.ndarray`: A new array of the same shape and type.
         """
         features = features.copy()
         for axis, mask in ((1, self.freq_mask), (0, self.time_mask)):
@@ -57,7 +61,7 @@ class Augmentation:
         return features
 
     def first_frame(self, stored: int, num_frames: int, rng: np.random.Generator) -> int:
-        """Where a run of `num_frames` of the `stored` frames begins, every place being as likely."""
+        """Draws the start of a run of `num_frames` frames among the `stored` ones, uniformly."""
         return int(rng.integers(stored - num_frames + 1))
 
 

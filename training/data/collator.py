@@ -14,33 +14,32 @@ from ...processing.video_processing_evacap import stack_videos
 class EVACapDataCollator:
     """Stacks clips into a batch and swaps some of their videos (Stochastic Modality Shuffling; paper, algorithm 1).
 
-    A uniformly random permutation of the batch is drawn, and each sample's video is replaced by the permuted one with
-    probability `p_mix`; sound and caption stay. The swaps follow from `seed` and the captions in the batch (ours), not
-    from the state of a generator: they are the same whatever the number of workers, whichever process makes the batch,
-    and after a training is resumed. A shuffling sampler brings other batches, hence other swaps, in every epoch; a
-    batch with the same captions in the same order has the same swaps again.
+    It draws a uniformly random permutation of the batch and replaces the video of each sample by the permuted one with
+    probability `p_mix`. Sound and caption stay. The swaps depend on `seed` and on the captions of the batch only (ours),
+    not on the state of a generator. So they do not change with the number of workers, with the process that makes the
+    batch, or when a training is resumed. Sampling in random order gives other batches, and so other swaps, in each epoch;
+    a batch with the same captions in the same order always has the same swaps.
 
     A process swaps within its own batches (the paper's "within each mini-batch"): two processes with batches of 8 swap
     among 8 clips, not among 16.
 
     Args:
         p_mix (`float`, *optional*, defaults to 0.05): Probability of a swap, 0 to 1. 0 for evaluation.
-        seed (`int`, *optional*, defaults to 0): Other seeds give other swaps; 0 or more.
-        keep_matched (`bool`, *optional*, defaults to `False`): Whether the own videos of the swapped clips come along,
-            as a model with `semantic_consistency_weight` above 0 needs them.
-        fixed_points (`bool`, *optional*, defaults to `True`): Whether the permutation may leave a video where it is,
-            as a uniform one does once in B times: the share of samples with another's video is then
-            p_mix · (1 - 1 / B) in batches of B (paper). With `False` it is drawn among the permutations that move
-            every video, and the share is p_mix (ours). The video of a batch of one clip stays in any case.
-        whole_batch (`bool`, *optional*, defaults to `False`): Whether one throw decides for all videos of the batch
-            instead of one for each (ours).
-        video_shape (`tuple[int, int, int, int]`, *optional*): Frames, channels, height and width of the zeros that a
-            batch without any picture carries, under a mask of all false. Without it such a batch has no videos, and
-            the model leaves out its video tower: which no process may do alone where gradients are exchanged (DDP,
-            FSDP).
+        seed (`int`, *optional*, defaults to 0): Seed of the swaps; 0 or more.
+        keep_matched (`bool`, *optional*, defaults to `False`): Whether to add the matched videos of the swapped clips,
+            which a model with `semantic_consistency_weight` above 0 needs.
+        fixed_points (`bool`, *optional*, defaults to `True`): Whether the permutation may leave a video in its place. A
+            uniform permutation does so for one in B videos, so the share of swapped samples is p_mix · (1 - 1 / B) in
+            batches of B (paper). With `False` the permutation moves every video, and the share is p_mix (ours). The video
+            of a batch of one clip always stays.
+        whole_batch (`bool`, *optional*, defaults to `False`): Whether one draw decides for all videos of the batch
+            instead of one draw for each (ours).
+        video_shape (`tuple[int, int, int, int]`, *optional*): Frames, channels, height and width of the zeros in a batch
+            without any picture, whose mask is all false. Without it such a batch has no videos and the model skips its
+            video tower, which a single process must not do when gradients are exchanged (DDP, FSDP).
 
     Raises:
-        ValueError: If `p_mix` is not within 0 and 1, `seed` is negative, or `video_shape` is not of four positive
+        ValueError: If `p_mix` is not between 0 and 1, if `seed` is negative, or if `video_shape` is not four positive
             sizes.
     """
 
@@ -54,7 +53,7 @@ class EVACapDataCollator:
         video_shape: Sequence[int] | None = None,
     ):
         if not 0 <= p_mix <= 1:
-            raise ValueError(f"p_mix={p_mix} is no probability; choose a value from 0 to 1")
+            raise ValueError(f"p_mix={p_mix} is not a probability; choose a value from 0 to 1")
         if seed < 0:
             raise ValueError(f"seed={seed} is negative; choose 0 or more")
         if video_shape is not None and (len(video_shape) != 4 or min(video_shape) < 1):
@@ -70,32 +69,31 @@ class EVACapDataCollator:
         """Makes one batch.
 
         Args:
-            features (sequence of mappings): Per clip, as numpy arrays, tensors or lists
+            features (sequence of mappings): For each clip, as NumPy arrays, tensors or lists
 
-                * `input_features` (T, M): log-mel frames, as many in every clip; absent in every clip or in none;
+                * `input_features` (T, M): log-mel frames, equally many in all clips; in all clips or in none;
                 * `pixel_values_videos` (F, 3, H, W), `None` or absent for a clip without a picture; clips with fewer
-                  frames than others are filled up with zeros;
+                  frames than others are padded with zeros;
                 * `pixel_values_videos_mask` (F,), optional: true for a frame that exists;
-                * `labels` (L,): token ids, filled up with -100; absent in every clip or in none.
+                * `labels` (L,): token ids, padded with -100; in all clips or in none.
 
-                Whatever else a clip holds is left out.
+                Other keys are ignored.
 
         Returns:
             `dict[str, torch.Tensor]`: `input_features` (B, T, M), `pixel_values_videos` (B, F, 3, H, W),
             `pixel_values_videos_mask` (B, F; bool, only where a frame is missing), `labels` (B, L), and
 
             * `shuffled` (B,), bool: the sample carries another sample's video;
-            * `video_index` (B,), long: the place in the batch from which the sample's video comes.
+            * `video_index` (B,), long: the sample of the batch that the video comes from.
 
             With `keep_matched` and at least one swap also `matched_pixel_values_videos` (swapped, F, 3, H, W) and
             `matched_pixel_values_videos_mask` (swapped, F; bool, only where one of their frames is missing).
 
-            In a batch where no clip has a picture, only `input_features` and `labels` remain, unless there is a
-            `video_shape`.
+            A batch without any picture has only `input_features` and `labels`, unless `video_shape` is given.
 
         Raises:
-            ValueError: If some clips lack what others have, or differ in the shape of `input_features` or in the size
-                of their pictures.
+            ValueError: If some clips lack what others have, or if clips differ in the shape of `input_features` or in the
+                size of their pictures.
         """
         batch: dict[str, torch.Tensor] = {}
         if _in_all(features, "input_features"):
@@ -111,7 +109,7 @@ class EVACapDataCollator:
             video_index = self._draw_video_index(features)
             shuffled = video_index != torch.arange(len(features))
             num_frames = max(map(len, videos))
-            # Each video is copied once, to where it belongs in the batch.
+            # Each video is copied once, to its place in the batch.
             batch |= stack_videos(*_select(video_index, videos, masks), num_frames)
             if self.keep_matched and shuffled.any():
                 matched = stack_videos(*_select(shuffled.nonzero().squeeze(1), videos, masks), num_frames)
@@ -132,7 +130,7 @@ class EVACapDataCollator:
         return torch.from_numpy(np.where(swaps, permuted, own))
 
     def _read_videos(self, features: Sequence[Mapping[str, Any]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The videos, without frames for a clip without a picture, and their masks; nothing where no clip has one."""
+        """The videos, with no frames for a clip without a picture, and their masks; empty if no clip has a picture."""
         videos = [clip.get("pixel_values_videos") for clip in features]
         videos = [None if video is None else torch.as_tensor(video) for video in videos]
         masks = [_frame_mask(place, *pair) for place, pair in enumerate(zip(features, videos, strict=True))]
@@ -158,7 +156,7 @@ def _select(index: torch.Tensor, *lists: Sequence[Any]) -> list[list[Any]]:
 
 
 def _in_all(features: Sequence[Mapping[str, Any]], name: str) -> bool:
-    """Whether every clip of a batch has `name` rather than none."""
+    """Whether all clips of a batch have `name`; raises if only some have it."""
     missing = [place for place, clip in enumerate(features) if clip.get(name) is None]
     if 0 < len(missing) < len(features):
         raise ValueError(
@@ -169,14 +167,11 @@ def _in_all(features: Sequence[Mapping[str, Any]], name: str) -> bool:
 
 
 def _fingerprint(features: Sequence[Mapping[str, Any]]) -> int:
-    """A number that depends on the captions of a batch and on their order.
-
-    The captions are what stays the same where random augmentation changes the sound and the picture.
-    """
+    """A checksum of the captions of a batch, in their order. Augmentation changes sound and picture, but not them."""
     checksum = 0
     for clip in features:
         if clip.get("labels") is not None:
-            # One type of number, and none of the filling: neither changes the caption.
+            # Neither the dtype nor the padding is part of the caption.
             content = torch.as_tensor(clip["labels"], dtype=torch.long)
             content = content[content != -100]
         else:
@@ -191,12 +186,12 @@ def _stack(name: str, values: list[Any]) -> torch.Tensor:
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) > 1:
         raise ValueError(f"{name} of one batch have the shapes {sorted(shapes)}; make them with one feature extractor")
-    # In a worker this writes to shared memory at once, where the other process reads it without another copy.
+    # In a worker this writes to shared memory at once, so the other process reads it without another copy.
     return default_collate(tensors)
 
 
 def _frame_mask(place: int, clip: Mapping[str, Any], video: torch.Tensor | None) -> torch.Tensor:
-    """True for a real frame: a bool tensor (frames,)."""
+    """A bool tensor (frames,), `True` for a frame that exists."""
     num_frames = 0 if video is None else len(video)
     given = None if video is None else clip.get("pixel_values_videos_mask")
     mask = torch.ones(num_frames, dtype=torch.bool) if given is None else torch.as_tensor(given, dtype=torch.bool)

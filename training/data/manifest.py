@@ -1,4 +1,4 @@
-"""Lists of clips: where their sound and picture are, and what is heard in them."""
+"""Manifests: lists of clips with the files of their sound and picture, and their captions."""
 
 import csv
 import json
@@ -17,17 +17,18 @@ class Entry:
     """A clip of a manifest.
 
     Args:
-        id (`str`): Its name, which no other clip of the manifest has.
-        captions (`tuple[str, ...]`): One or more.
+        id (`str`): Its name, unique in the manifest.
+        captions (`tuple[str, ...]`): One or more captions.
         media (`str`, *optional*): File with sound and picture.
         audio (`str`, *optional*): File with the sound, instead of `media`.
-        video (`str`, *optional*): File with the picture, beside `audio`.
-        frames (`str`, *optional*): Pictures in the order of the numbers in their names, beside `audio`: a folder of
-            them, one picture, or a shell pattern such as `frames/frame_*/ID.jpg`.
-        start (`float`), duration (`float`, *optional*): The part of the files that is the clip, in seconds; by default
-            from the beginning, as far as the model hears.
-        start_in_whole (`float`, *optional*): Where the clip begins in a file that turns out to hold much more than it.
-        extra (`dict`): Everything else that is known of it.
+        video (`str`, *optional*): File with the picture, with `audio`.
+        frames (`str`, *optional*): Pictures, in the order of the numbers in their names, with `audio`: a folder of
+            pictures, one picture, or a shell pattern such as `frames/frame_*/ID.jpg`.
+        start (`float`): Start of the clip in its files, in seconds; 0 by default.
+        duration (`float`, *optional*): Duration of the clip in seconds; by default one window of the model.
+        start_in_whole (`float`, *optional*): Start of the clip in seconds, used only if the file is much longer than a
+            clip.
+        extra (`dict`): All other fields.
     """
 
     id: str
@@ -43,20 +44,20 @@ class Entry:
 
     @property
     def path(self) -> str | None:
-        """The file to look at first where something is wrong with the clip."""
+        """The file to name in messages about the clip."""
         return self.media or self.audio or self.video or self.frames
 
 
 def read_manifest(path: str | os.PathLike) -> list[Entry]:
-    """Reads a manifest of one's own, a `.jsonl` file with an object a line or a `.csv` file with a header.
+    """Reads a manifest: a `.jsonl` file with one object per line, or a `.csv` file with a header.
 
     Its fields: `id`; `media`, or `audio` with `video` or `frames` (relative to the manifest's folder); `captions` (a
     list) or `caption`; optionally `start` and `duration` in seconds. See [`Entry`]. All other fields are kept in
     `extra`. Rows with the same `id` and the same files are one clip with several captions.
 
     Raises:
-        ValueError: With file and line, for a row that lacks a field or holds a wrong one, and for an empty manifest.
-        FileNotFoundError: If there is no such file.
+        ValueError: If a row lacks a field or has a wrong one, with file and line, or if the manifest is empty.
+        FileNotFoundError: If the file does not exist.
     """
     path = Path(path)
     readers = {".jsonl": _json_lines, ".csv": _csv_rows}
@@ -77,7 +78,7 @@ def read_manifest(path: str | os.PathLike) -> list[Entry]:
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """The numbered rows of a CSV file with a header."""
-    # Strict, or a quote that is not closed would swallow all rows that follow.
+    # Strict, because an unclosed quote would otherwise swallow all following rows.
     reader = csv.DictReader(_lines(path), strict=True)
     try:
         for row in reader:
@@ -89,7 +90,7 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             yield reader.line_num, row
     except csv.Error as error:
         raise ValueError(
-            f"{path}, line {reader.line_num + 1}: is no CSV ({error}); a field that begins with a quote must end with "
+            f"{path}, line {reader.line_num + 1}: is not CSV ({error}); a field that begins with a quote must end with "
             "one, and quotes within it are doubled"
         ) from error
 
@@ -106,7 +107,7 @@ def to_seconds(name: str, value: Any) -> float:
     """The number that a field holds, if it is a time in a file.
 
     Raises:
-        ValueError: With the field's name, if it is none.
+        ValueError: If it is not one; the message has the name of the field.
     """
     try:
         seconds = float(value)
@@ -139,7 +140,7 @@ def _parse(path: Path, line: int, text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {line}: is no JSON ({error})") from error
+        raise ValueError(f"{path}, line {line}: is not JSON ({error})") from error
 
 
 def _entry(path: Path, line: int, row: dict[str, Any]) -> Entry:

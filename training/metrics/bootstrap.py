@@ -1,4 +1,4 @@
-"""How certain a figure is: bootstrap intervals, the paired bootstrap test, and the area under a ROC curve."""
+"""Bootstrap intervals, the paired bootstrap test, and the area under the ROC curve."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Statistic:
-    """A figure of a set of clips that follows from sums over the clips, so that it can be had of any resample of them.
+    """A figure of a set of clips that is computed from sums over the clips, and so for any resample of them.
 
     Args:
-        counts (`np.ndarray` of shape `(clips, terms)`): What is summed.
-        combine (`Callable`): From sums (…, terms) to figures (…).
+        counts (`np.ndarray` of shape `(clips, terms)`): The terms of each clip.
+        combine (`Callable`): Computes figures (…) from sums (…, terms).
     """
 
     counts: np.ndarray
@@ -24,31 +24,33 @@ class Statistic:
 
     @property
     def value(self) -> float:
-        """The figure of all clips, each once."""
+        """The figure of all clips."""
         return float(self.combine(self.counts.sum(0)))
 
     def resampled(self, draws: np.ndarray) -> np.ndarray:
-        """The figure of each resample that [`draw`] made: (resamples,)."""
+        """The figure of each resample of [`draw`]: (resamples,)."""
         return self.combine(draws @ self.counts)
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Statistic:
-    """The sum of some numbers of the clips over the sum of others; not a number where the latter is 0."""
+    """The ratio of two sums over the clips; NaN where the denominator is 0."""
     return Statistic(np.stack([numerators, denominators], 1).astype(float), _divide)
 
 
 def mean(scores: Sequence[float]) -> Statistic:
-    """The mean of the clips' scores."""
+    """The mean of the scores of the clips."""
     return ratio(scores, np.ones(len(scores)))
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Statistic]:
-    """BLEU-1 to 4 of a corpus as `pycocoevalcap` computes it, from each clip's numbers of n-grams, of those that its
-    references have, and of words in the caption and in the reference of the closest length.
+    """BLEU-1 to 4 of a corpus, as `pycocoevalcap` computes it.
+
+    The counts of a clip are its n-grams, those of them that its references have, its words, and the words of the
+    reference whose length is closest.
 
     Args:
-        predictions (`Sequence[str]`): One tokenised caption a clip.
-        references (`Sequence[Sequence[str]]`): One or more tokenised captions a clip.
+        predictions (`Sequence[str]`): One tokenised caption for each clip.
+        references (`Sequence[Sequence[str]]`): One or more tokenised captions for each clip.
     """
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
@@ -67,14 +69,14 @@ class _Bleu:
     order: int
 
     def __call__(self, sums: np.ndarray) -> np.ndarray:
-        # The toolkit's guards against a division by zero.
+        # The toolkit adds these numbers against a division by zero.
         precisions = (sums[..., : self.order] + 1e-15) / (sums[..., 4 : 4 + self.order] + 1e-9)
         length = (sums[..., 8] + 1e-15) / (sums[..., 9] + 1e-9)
         return precisions.prod(-1) ** (1 / self.order) * np.exp(np.minimum(0, 1 - 1 / length))
 
 
 def meteor(counts: Sequence[Sequence[float]]) -> Statistic:
-    """METEOR 1.5 of a corpus, with its weights for English, from what `compute_metrics` gives as its `counts`.
+    """METEOR 1.5 of a corpus, with its weights for English, from the `counts` of `compute_metrics`.
 
     Args:
         counts (`Sequence[Sequence[float]]` of shape `(clips, 23)`): Words of the caption and of the reference, function
@@ -82,7 +84,7 @@ def meteor(counts: Sequence[Sequence[float]]) -> Statistic:
             match, and the function words of both; chunks, and the words of both that match.
     """
     counts = np.array(counts, dtype=float)
-    # Where all words match in one chunk, nothing is in pieces.
+    # If all words match in one chunk, there is no fragmentation penalty.
     whole = (counts[:, 21:23] == counts[:, 0:2]).all(1) & (counts[:, 20] == 1)
     counts[whole, 20] = 0
     return Statistic(counts, _meteor)
@@ -110,18 +112,16 @@ def _meteor(sums: np.ndarray) -> np.ndarray:
 
 
 def draw(num_clips: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """How often each clip is in each resample of as many clips, drawn with replacement: (resamples, clips) float64.
+    """Draws resamples with replacement: how often each clip is in each of them, (resamples, clips), float64.
 
-    Figures of the same draw are of the same clips, so their differences and ratios are paired.
+    Figures of the same draw come from the same clips, so their differences and ratios are paired.
     """
     rng = np.random.default_rng([seed, num_clips])
     return rng.multinomial(num_clips, np.full(num_clips, 1 / num_clips), resamples).astype(float)
 
 
 def interval(figures: np.ndarray, confidence: float = CONFIDENCE) -> list[float] | None:
-    """The percentile interval of resampled figures; `None` if there are none. A resample without a figure, as where no
-    clip in it has what is counted, is left out.
-    """
+    """The percentile interval of resampled figures, or `None` if there are none. Resamples without a figure are skipped."""
     figures = figures[np.isfinite(figures)]
     if not len(figures):
         return None
@@ -129,14 +129,14 @@ def interval(figures: np.ndarray, confidence: float = CONFIDENCE) -> list[float]
 
 
 def p_value(differences: np.ndarray) -> float | None:
-    """The two-sided p-value of a paired bootstrap test: twice the share of the resamples in which the difference does not
-    have the sign that it has in most, counting one resample more (so that it is never 0), and at most 1.
+    """The two-sided p-value of a paired bootstrap test.
 
-    It is the level at which the percentile interval of the difference begins to include 0. It tells of the choice of
-    the clips, not of that of a training seed.
+    It is twice the share of the resamples in which the difference does not have its usual sign, with one resample added
+    so that it is never 0, and at most 1. It is the level at which the percentile interval of the difference begins to
+    include 0. It covers the choice of the clips, but not the choice of a training seed.
 
     Args:
-        differences (`np.ndarray` of shape `(resamples,)`): Of two figures of the same resamples.
+        differences (`np.ndarray` of shape `(resamples,)`): Differences of two figures in the same resamples.
     """
     differences = differences[np.isfinite(differences)]
     if not len(differences):
@@ -146,17 +146,18 @@ def p_value(differences: np.ndarray) -> float | None:
 
 
 def roc_auc(higher: np.ndarray, lower: np.ndarray, draws: np.ndarray | None = None) -> float | np.ndarray:
-    """The area under the ROC curve of a number that should tell two groups apart: the chance that it stands higher in a
-    member of the one than in a member of the other, ties counting half.
+    """The area under the ROC curve of a score that should separate two groups.
+
+    It is the probability that a member of the first group has a higher score than a member of the second; ties count
+    half.
 
     Args:
-        higher (`np.ndarray` of shape `(clips,)`): The number, of the group where it should be high.
-        lower (`np.ndarray` of shape `(clips,)`): The same clips in the other group; without `draws` it may have another
-            size.
-        draws (`np.ndarray` of shape `(resamples, clips)`, *optional*): How often each clip counts.
+        higher (`np.ndarray` of shape `(clips,)`): Scores of the group in which they should be high.
+        lower (`np.ndarray` of shape `(clips,)`): Scores of the other group, of the same clips if `draws` is given.
+        draws (`np.ndarray` of shape `(resamples, clips)`, *optional*): Resamples from [`draw`].
 
     Returns:
-        `float`, or with `draws` `np.ndarray` of shape `(resamples,)`, not a number where no clip counts.
+        `float`, or with `draws` `np.ndarray` of shape `(resamples,)` with NaN for a resample without clips.
     """
     values, places = np.unique(np.concatenate([higher, lower]), return_inverse=True)
     places = np.split(places.ravel(), [len(higher)])

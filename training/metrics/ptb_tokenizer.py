@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from .java import Java, run_java, toolkit_path
 
 
-# How the tokeniser writes a token that is no word of its own; it leaves out the rest of the punctuation.
+# How the tokeniser writes brackets and contractions; it leaves out other punctuation.
 WRITTEN_AS = {
     "(": "-lrb-",
     ")": "-rrb-",

@@ -1,4 +1,4 @@
-"""Oracle captioners: they know the true sources of a procedural clip and make at most one kind of error. (ours)
+"""Oracle captioners (ours): they know the true sources of a procedural clip and make at most one kind of error.
 
 Their scores show how much each kind of error costs in each caption metric.
 """

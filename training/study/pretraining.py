@@ -1,4 +1,7 @@
-"""Audio-visual contrast of the two towers: the start that captioners share, as CAV-MAE's is the real ones'."""
+"""Contrastive pretraining of the two towers.
+
+All captioners of the study start from the towers that it trains, as the paper's models start from CAV-MAE.
+"""
 
 import numpy as np
 import torch
@@ -12,19 +15,19 @@ from ..train import StopSignals, TrainingRun, train
 
 
 TEMPERATURE = 0.05
-"""Of the similarities (CAV-MAE)."""
+"""Temperature of the similarities (CAV-MAE)."""
 
 
 class ContrastiveRun(TrainingRun):
-    """A run whose steps lower the contrast of a captioner's towers, and leave all else in it as it was born."""
+    """A run that trains a captioner's towers by the contrastive loss and leaves its other weights unchanged."""
 
     def step(self, batches: list[dict[str, torch.Tensor]], stop: StopSignals) -> tuple[dict[str, float], bool]:
-        """See [`TrainingRun.step`]; for a single process."""
+        """See [`TrainingRun.step`]. It supports a single process only."""
         accelerator, total = self.accelerator, 0.0
         for batch in batches:
             with accelerator.autocast():
                 means = embed(self.model, batch)
-            # In half precision a similarity of nearly 1, over the temperature, would be off by a tenth.
+            # In half precision, a similarity near 1 divided by the temperature would be wrong by 0.1.
             loss = contrast(*means)
             accelerator.backward(loss / len(batches))
             total += loss.detach() / len(batches)
@@ -35,22 +38,21 @@ class ContrastiveRun(TrainingRun):
 
 
 def pretrain(config: RunConfig) -> int:
-    """Trains the towers of a captioner by contrast, from the newest checkpoint in `config.output` where there is one. The
-    captioner is then in the folder `model` there.
+    """Trains the towers of a captioner by the contrastive loss and saves the captioner in `config.output/model`.
+
+    It goes on from the newest checkpoint in `config.output`, if there is one.
 
     Args:
-        config ([`RunConfig`]): A variant with both towers; nothing is validated.
+        config ([`RunConfig`]): A variant with both towers. There is no validation.
 
     Returns:
-        What [`~train.train`] returns.
+        The status of [`~train.train`].
     """
     return train(config, ContrastiveRun)
 
 
 def embed(model: EVACapForConditionalGeneration, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The means of the towers' tokens, brought to length 1: (batch_size, hidden_size) of the sounds and of the
-    pictures.
-    """
+    """The normalised mean of each tower's tokens: (batch_size, hidden_size) for sounds and for pictures."""
     encoder = model.get_encoder()
     tokens = (
         encoder.audio_tower(batch["input_features"]).last_hidden_state,
@@ -61,11 +63,11 @@ def embed(model: EVACapForConditionalGeneration, batch: dict[str, torch.Tensor])
 
 
 def contrast(sounds: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
-    """The contrastive loss of CAV-MAE, in both directions: how surprising it is, from the similarities within the batch,
-    which picture belongs to a sound, and which sound to a picture.
+    """The contrastive loss of CAV-MAE: cross-entropy over the similarities within the batch, in both directions.
 
     Args:
-        sounds, pictures (`torch.Tensor` of shape `(batch_size, hidden_size)`): As [`embed`] makes them.
+        sounds (`torch.Tensor` of shape `(batch_size, hidden_size)`): Embeddings of the sounds, from [`embed`].
+        pictures (`torch.Tensor` of shape `(batch_size, hidden_size)`): Embeddings of the pictures, from [`embed`].
     """
     similarities = sounds @ pictures.T / TEMPERATURE
     own = torch.arange(len(sounds), device=sounds.device)
@@ -76,8 +78,11 @@ def contrast(sounds: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
 def retrieval(
     model: EVACapForConditionalGeneration, clips: Dataset, batch_size: int = 50, num_workers: int = 0
 ) -> dict[str, float]:
-    """How often a clip's own picture is the most similar to its sound among those of all clips, and the other way
-    round: the shares, from 0 to 1, `pictures` and `sounds`.
+    """Retrieval at rank 1 among all clips.
+
+    Returns:
+        `pictures`, the share of the clips whose own picture is the one most similar to their sound, and `sounds`, the
+        share whose own sound is the one most similar to their picture.
     """
     model.eval()
     loader = DataLoader(clips, batch_size, collate_fn=EVACapDataCollator(p_mix=0.0), num_workers=num_workers)

@@ -54,14 +54,14 @@ TABLES = {
 }
 SHUFFLED = ("audio-only", "avcap", "evacap", "without-s", "without-e", "without-se", "without-g")
 RIGHT = ("set", "sound-alikes", "off screen", "distinct")
-"""Of `COLUMNS`, what should be high: the others say how it goes wrong."""
+"""The columns that should be high. The other ones count errors."""
 
 
 def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """The result files in `folder/runs`, by variant and seed.
 
     Raises:
-        ValueError: a file is none.
+        ValueError: If a file is not a result of the study.
     """
     results = []
     for path in Path(folder, "runs").glob("*.json"):
@@ -71,7 +71,9 @@ def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
                 raise ValueError(f"it is of {result['variant']!r}")
             result["seed"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no result of the study ({error!r}): remove it, and run it again.") from error
+            raise ValueError(
+                f"{path} is not a result of the study ({error!r}): remove it and run the study again."
+            ) from error
         results.append(result)
     order = list(VARIANT_TITLES)
     return sorted(
@@ -80,7 +82,7 @@ def read_results(folder: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def is_run(result: Result) -> bool:
-    """Whether it is that of a variant."""
+    """Whether the result comes from a run of a variant."""
     return result["variant"] in VARIANT_TITLES
 
 
@@ -88,14 +90,14 @@ def write_report(folder: str | os.PathLike) -> list[Path]:
     """Writes the tables and, where Matplotlib is installed, the plots beside the result files.
 
     Args:
-        folder (`str` or `os.PathLike`): The result files are in `runs` in it.
+        folder (`str` or `os.PathLike`): Folder of the report; the result files are in its subfolder `runs`.
 
     Returns:
-        The files; none where there is no result.
+        The written files; none if there is no result.
 
     Raises:
-        ValueError: a result file is none.
-        OSError: something cannot be written.
+        ValueError: If a file is not a result of the study.
+        OSError: If a file cannot be written.
     """
     folder, results = Path(folder), read_results(folder)
     if not any(map(is_run, results)):
@@ -107,7 +109,7 @@ def write_report(folder: str | os.PathLike) -> list[Path]:
 
 
 def as_markdown(results: Sequence[Result], plots: Sequence[str] = ()) -> str:
-    """All tables, and links to the plots of these names."""
+    """All tables, and links to the plots with these names."""
     runs = _by_variant(results)
     metrics = [name for name in METRIC_TITLES if any(name in _metrics(group[0], 0.0) for group in runs.values())]
     some = next(iter(runs.values()))[0]
@@ -153,7 +155,7 @@ def as_markdown(results: Sequence[Result], plots: Sequence[str] = ()) -> str:
 def _shuffled(runs: Mapping[str, list[Result]], metrics: Sequence[str]) -> list[str]:
     names = [name for name in SHUFFLED if name in runs]
     shares = _shares(runs)
-    # A model that does not look says the same always.
+    # A model without a video tower says the same at every share.
     rows = [(share, name) for share in shares for name in names if share == 0 or runs[name][0]["mismatch"] is not None]
     parts = ["", "## Shuffled test videos (layout of the paper's Table 3)", ""]
     head = ["videos shuffled", "model", *(METRIC_TITLES[name] for name in metrics)]
@@ -203,7 +205,7 @@ CLAIMS = {
     "twin at 100 %": lambda result: _value(result, 1.0, "twin"),
     "invented at 100 %": lambda result: _value(result, 1.0, "invented"),
 }
-"""What the paper claims of EVACap, as figures of a run, and their like among the sources named."""
+"""The figures behind the paper's claims about EVACap, and similar figures of the named sources."""
 
 
 def _lost(result: Result, column: str) -> float | None:
@@ -212,7 +214,7 @@ def _lost(result: Result, column: str) -> float | None:
 
 
 def _differences(runs: Mapping[str, list[Result]]) -> list[str]:
-    """EVACap less each other variant, seed by seed."""
+    """The difference between EVACap and each other variant, seed by seed."""
     own = {result["seed"]: result for result in runs.get("evacap", [])}
     rows = []
     for name, group in runs.items():
@@ -307,7 +309,7 @@ def _detectors(runs: Mapping[str, list[Result]]) -> list[str]:
 
 
 def _crossed(runs: Mapping[str, list[Result]]) -> list[str]:
-    """What the figures by clip depend on."""
+    """Analysis of variance: what the figures of a clip depend on."""
     columns = ("sound", "picture", "interaction", "own", "own, by interaction")
     rows = []
     for figure in ("entropy", "gate", "similarity"):
@@ -402,7 +404,7 @@ def _provenance(results: Sequence[Result]) -> list[str]:
 
 
 def make_plots(results: Sequence[Result]) -> dict[str, "Figure"]:
-    """The plots, by name: `shuffle`, the metrics against the share of shuffled videos, and `entropy`, its histograms."""
+    """The plots by name: `shuffle` (metrics over the share of shuffled videos) and `entropy` (histograms)."""
     runs = _by_variant(results)
     plots = {"shuffle": _curves({name: runs[name] for name in SHUFFLED if name in runs} or runs)}
     looking = {
@@ -428,7 +430,7 @@ def _curves(runs: Mapping[str, list[Result]]) -> "Figure":
             # Side by side, so that the ranges do not hide each other.
             places = np.arange(len(shares)) + (number - (len(runs) - 1) / 2) * 0.06
             if None in shares:
-                # No share of shuffled videos: a point beside the curve.
+                # "No video" is not a share: a point beside the curve.
                 places, means, ends = (np.insert(array, -1, np.nan, axis=0) for array in (places, means, ends))
             axes.errorbar(
                 places,
@@ -460,7 +462,7 @@ def _histograms(runs: Mapping[str, list[Result]]) -> "Figure":
     columns = min(len(runs), 6)
     blocks = -(-len(runs) // columns)
     figure = new_figure(2.2 * columns + 0.4, 3.8 * blocks + 0.3)
-    # By clip above by token, and so again for the next variants.
+    # Rows alternate: by clip, by token.
     panels = figure.subplots(2 * blocks, columns, squeeze=False).reshape(blocks, 2, columns)
     panels = panels.transpose(1, 0, 2).reshape(2, -1)
     edges = np.linspace(0, 1, BINS + 1)
@@ -497,7 +499,7 @@ def _by_variant(results: Iterable[Result]) -> dict[str, list[Result]]:
 
 
 def _shares(runs: Mapping[str, list[Result]]) -> list[float | None]:
-    """Of shuffled test videos, in ascending order; `None`, where it was tried, for no video at all."""
+    """The shares of shuffled test videos in ascending order, then `None` for no video, if it was evaluated."""
     conditions = [condition for group in runs.values() for condition in group[0]["conditions"]]
     shares = sorted({condition["shuffle"] for condition in conditions if condition["frames"] is None})
     return [*shares, None] if any(condition["frames"] == 0 for condition in conditions) else shares

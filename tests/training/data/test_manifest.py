@@ -89,11 +89,11 @@ def test_a_wrong_row_is_named_with_its_line(tmp_path, row, expected):
 
 def test_wrong_files_are_named(tmp_path):
     cases = {
-        "broken.jsonl": ("{", "broken.jsonl, line 1: is no JSON"),
+        "broken.jsonl": ("{", "broken.jsonl, line 1: is not JSON"),
         "empty.jsonl": ("\n", "empty.jsonl: has no rows"),
         "commas.csv": ("id,media,caption\na,a.mp4,rain, wind\n", "commas.csv, line 2: .*quotes"),
-        "quote.csv": ('id,media,caption\na,a.mp4,"rain\nb,b.mp4,wind\n', "quote.csv, line 2: is no CSV .*quote"),
-        "long.csv": ("id,media,caption\na,a.mp4," + "x" * 200_000, "long.csv, line 2: is no CSV .*larger"),
+        "quote.csv": ('id,media,caption\na,a.mp4,"rain\nb,b.mp4,wind\n', "quote.csv, line 2: is not CSV .*quote"),
+        "long.csv": ("id,media,caption\na,a.mp4," + "x" * 200_000, "long.csv, line 2: is not CSV .*larger"),
         "latin.csv": (b"id,media,caption\na,a.mp4,caf\xe9\n", "latin.csv: is not in UTF-8"),
         "latin.jsonl": (b'{"caption": "caf\xe9"}', "latin.jsonl: is not in UTF-8"),
         "clips.txt": ("", r"clips.txt: a manifest's name ends in .jsonl or .csv"),

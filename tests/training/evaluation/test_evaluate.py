@@ -193,7 +193,7 @@ def test_other_settings_do_not_mix(whole, tmp_path):
         run(tmp_path / "run", checkpoints={"looks": AUDIO_ONLY})
     captions = tmp_path / "run" / "looks" / "captions-0.jsonl"
     captions.write_text('{"clip": "x"}\n' + captions.read_text())
-    with pytest.raises(ValueError, match="captions-0.jsonl: line 1 is no caption"):
+    with pytest.raises(ValueError, match="captions-0.jsonl: line 1 is not a caption"):
         run(tmp_path / "run")
 
 

@@ -451,7 +451,7 @@ def test_the_report_is_made_of_the_files_alone(tmp_path, capsys):
         with Image.open(path) as image:
             assert min(image.size) > 200
     (tmp_path / "runs" / "evacap-seed1.json").write_text("{")
-    with pytest.raises(ValueError, match="evacap-seed1.json is no result of the study"):
+    with pytest.raises(ValueError, match="evacap-seed1.json is not a result of the study"):
         write_report(tmp_path)
 
 
