@@ -1,4 +1,4 @@
-"""Model cards: the template `model_card.md`, filled from what lies in a model folder."""
+"""Model cards: the template `model_card.md`, filled from the files of a model folder."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from .training.evaluation.tables import markdown_table
 TRAINING_FILE = "training.json"
 EVALUATION_FILE = "evaluation.json"
 PIPELINE_TAG = "video-text-to-text"
-"""The task of the Hub that comes closest: a clip goes in, text comes out."""
+"""The closest task of the Hub: a clip goes in, text comes out."""
 _REQUIRED = {"license": str, "library_name": str, "pipeline_tag": str, "tags": list, "metrics": list}
 _STREAMS = {
     "audio_only": "It listens and does not look at the picture.",
@@ -34,23 +34,22 @@ _STREAMS = {
 
 
 def fill_model_card(folder: str | os.PathLike, repo_id: str) -> ModelCard:
-    """
-    Fills the template for a model folder.
+    """Fills the template for a model folder.
 
-    Two files tell what the configuration cannot, where they lie in the folder: `training.json`,
+    Two optional files of the folder have what the configuration does not: `training.json`,
     `{"data": a sentence in Markdown, "datasets": [names on the Hub]}`, and `evaluation.json`,
-    `{"dataset": its name, "dataset_id": its name on the Hub, "results": [{"setting": what was done,
-    "metrics": {name: value}}]}`, the first of which goes to the card's metadata too.
+    `{"dataset": its name, "dataset_id": its name on the Hub, "results": [{"setting": the condition,
+    "metrics": {name: value}}]}`. The first result also goes to the metadata of the card.
 
     Args:
         folder (`str` or `os.PathLike`): A model folder with its processor.
-        repo_id (`str`): `ORG/NAME` on the Hub, which the example code loads.
+        repo_id (`str`): `ORG/NAME` on the Hub, for the example code.
 
     Returns:
         The card; `str(card)` is the text of a `README.md`.
 
     Raises:
-        ValueError: one of the two files is not of that form.
+        ValueError: If one of the two files does not have this form.
     """
     folder = Path(folder)
     config = EVACapConfig.from_pretrained(folder)
@@ -73,7 +72,15 @@ def fill_model_card(folder: str | os.PathLike, repo_id: str) -> ModelCard:
 
 
 def check_metadata(card: ModelCard, source: str) -> None:
-    """Raises a `ValueError` that names what the metadata of `card`, read from `source`, lacks for the Hub."""
+    """Checks the metadata of a card for the Hub.
+
+    Args:
+        card (`ModelCard`): The card.
+        source (`str`): Where it was read, for the message.
+
+    Raises:
+        ValueError: If a field is missing or wrong.
+    """
     data = card.data.to_dict()
     for name, kind in _REQUIRED.items():
         if not isinstance(data.get(name), kind) or not data[name]:
@@ -84,12 +91,12 @@ def check_metadata(card: ModelCard, source: str) -> None:
 
 
 def python_examples(card: ModelCard) -> str:
-    """The Python code of a card, block after block."""
+    """The Python code blocks of a card, joined."""
     return "\n".join(re.findall(r"^```python\n(.*?)^```", card.text, flags=re.DOTALL | re.MULTILINE))
 
 
 def _read(path: Path, extract: Callable[[Any], Any]) -> Any:
-    """What `extract` takes from the JSON file `path`; `None` where there is no such file."""
+    """The result of `extract` on the content of a JSON file, or `None` if there is no such file."""
     if not path.exists():
         return None
     try:

@@ -1,4 +1,4 @@
-"""EVACap's classes become known to Transformers: at once where its Auto classes are imported, else as soon as they are."""
+"""Registration of EVACap with the Auto classes and pipelines of Transformers, delayed until these are imported."""
 
 import importlib.util
 import sys
@@ -10,8 +10,8 @@ from types import ModuleType
 from typing import Any
 
 
-# Every Auto class and `pipeline` import the first; the others are ours, whose `save_pretrained` writes their code along
-# once they are registered.
+# Every Auto class and `pipeline` import the first. The others are ours: only after registration does their
+# `save_pretrained` also save the code.
 _AWAITED = (
     "transformers.models.auto.configuration_auto",
     "evacap.modeling_evacap.configuration_evacap",
@@ -22,7 +22,7 @@ _WATCHED = ("transformers.", "evacap.")
 
 
 def register() -> None:
-    """Registers all classes and the pipeline's task with Transformers; once done, once more changes nothing."""
+    """Registers all classes and the task of the pipeline with Transformers. Further calls change nothing."""
     from transformers import (
         AutoConfig,
         AutoFeatureExtractor,
@@ -54,7 +54,7 @@ def register() -> None:
         PIPELINE_REGISTRY.register_pipeline(
             TASK, pipeline_class=AudioVisualCaptioningPipeline, pt_model=AutoModel, type="multimodal"
         )
-    # What is saved carries its code, so that it loads where this package is not installed.
+    # Saved folders carry their code, so that they load without this package.
     EVACapConfig.register_for_auto_class()
     EVACapForConditionalGeneration.register_for_auto_class("AutoModel")
     EVACapProcessor.register_for_auto_class("AutoProcessor")
@@ -63,11 +63,10 @@ def register() -> None:
 
 
 def register_when_needed() -> None:
-    """
-    Registers now if a module that needs it has been imported already, else right after the import of one.
+    """Registers now if a module that needs it is already imported, otherwise right after such an import.
 
-    Registering at once would import torch and the whole model with every `import evacap`; Transformers' own lazy tables
-    take names of its own models only, and change between versions. So the import system tells when it is time.
+    Registering at once would import torch and the whole model with every `import evacap`. The lazy tables of Transformers
+    only take its own models, and change between versions. So a hook of the import system chooses the moment.
     """
     if not _register_if_awaited():
         sys.meta_path.insert(0, _Watcher())
@@ -81,7 +80,7 @@ def _register_if_awaited() -> bool:
 
 
 class _Watcher:
-    """Finds no module itself: it registers after the outermost import, when no half-imported module is left."""
+    """An import hook that registers after the outermost import, when no module is half imported."""
 
     def __init__(self):
         self.local = threading.local()
@@ -111,7 +110,7 @@ class _Watcher:
 
 
 class _Loader:
-    """A module's own loader, but that it tells the watcher when it is done."""
+    """Wraps the loader of a module and tells the watcher when it is done."""
 
     def __init__(self, loader: Any, watcher: _Watcher):
         self.loader, self.watcher = loader, watcher

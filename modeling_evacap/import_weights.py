@@ -1,4 +1,4 @@
-"""AVCap's, CAV-MAE's and GIT's published weights in an EVACap model."""
+"""Import of the published weights of AVCap, CAV-MAE and GIT into an EVACap model."""
 
 import fnmatch
 import math
@@ -29,15 +29,15 @@ _STANDARD_MEL_BINS = 128
 
 @dataclass
 class ImportReport:
-    """What became of every tensor of the files and of the model. As a string it is a table by module.
+    """Where every tensor of the files went, and where every parameter comes from. Its string is a table by module.
 
     Args:
         loaded (`list[str]`): Parameters that got a tensor of the same shape.
-        reshaped (`list[str]`): Parameters that got a part of a tensor, or one of another shape.
-        new (`list[str]`): Parameters that no file had and that start fresh.
-        unused (`list[str]`): Tensors of the files that the model has no use for, under AVCap's names.
-        notes (`list[str]`): Values that no file told.
-        parameters (`int`): Parameters of the model.
+        reshaped (`list[str]`): Parameters that got a part of a tensor, or a tensor of another shape.
+        new (`list[str]`): Parameters that are in no file and were initialised at random.
+        unused (`list[str]`): Tensors of the files that the model does not need, by AVCap's names.
+        notes (`list[str]`): Values that were assumed because no file has them.
+        parameters (`int`): Number of parameters of the model.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -86,35 +86,33 @@ def model_from_weights(
     video_embedding: str = "inflate",
     allow_missing: Sequence[str] = (),
 ) -> tuple[EVACapForConditionalGeneration, ImportReport]:
-    r"""Builds a captioner from published weights. Its sizes are those of the tensors.
+    r"""Builds a captioner from published weights, with the sizes of their tensors.
 
     Args:
-        avcap (`str` or `os.PathLike`, *optional*): A captioner of AVCap. It takes the place of the two others.
+        avcap (`str` or `os.PathLike`, *optional*): A captioner of AVCap, instead of `cav_mae` and `git`.
         cav_mae (`str` or `os.PathLike`, *optional*): A pretrained or fine-tuned CAV-MAE, for the encoder.
-        git (`str` or `os.PathLike`, *optional*): A GIT, for the decoder: a folder or Hub name of Transformers, or
-            GIT's original `model.pt`. Its projection of CLIP's tokens is not used (AVCap): the prefix projection is
-            new.
+        git (`str` or `os.PathLike`, *optional*): A GIT, for the decoder: a folder or Hub name for Transformers, or
+            GIT's original `model.pt`. Its projection of CLIP's tokens is not used; the prefix projection is new (AVCap).
         preset (`str`, *optional*): A key of [`PRESETS`]; `"avcap"` with `avcap`, `"evacap"` without by default.
-        num_attention_heads (`int`, *optional*): Heads of towers and decoder, which no tensor shows; 12 by default
-            where the width is 768.
+        num_attention_heads (`int`, *optional*): Heads of towers and decoder, which the tensors do not show; 12 by
+            default if the width is 768.
         num_mel_bins (`int`, *optional*): Mel bins of the filterbank; 128 by default.
-        image_size (`int`, *optional*): Height and width of a frame; needed where the video position table leaves it
-            open. 224 by default where the table can be one of 224 pixels.
-        num_frames (`int`, *optional*): Frames of a clip, for weights that saw single pictures or none: 18 by default,
-            but 1 for an `avcap` of single pictures that does not become an EVACap.
-        video_embedding (`str`, defaults to `"inflate"`): What becomes of the embedding of single pictures where
-            `num_frames` is more: `"inflate"` repeats patch weights over the tubelet, divided by its length, so that a
-            still gives the same tokens, and repeats the position table over time (ours); `"fresh"` starts both anew
-            (AVCap).
-        allow_missing (`Sequence[str]`): Shell patterns of the parameters that may start new though a file should have
-            them, and of the tensors of a file that may be left out though nobody knows them.
+        image_size (`int`, *optional*): Height and width of a frame, if the video position table does not determine it.
+            224 by default, if the table fits 224 pixels.
+        num_frames (`int`, *optional*): Frames of a clip, for weights that were trained on single pictures or on none. 18
+            by default, but 1 for an `avcap` of single pictures that stays AVCap.
+        video_embedding (`str`, defaults to `"inflate"`): How the embedding of single pictures becomes one of clips.
+            `"inflate"` repeats the patch weights over the tubelet, divided by its length, so that a still gives the same
+            tokens, and repeats the position table over time (ours). `"fresh"` initialises both at random (AVCap).
+        allow_missing (`Sequence[str]`): Shell patterns of parameters that the files may lack, and of unknown tensors that
+            are ignored.
 
     Returns:
         The model in float32, in evaluation mode, and the [`ImportReport`].
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a file is of another kind, a size cannot be told, or names or shapes do not fit.
+        FileNotFoundError: If a file does not exist.
+        ValueError: If a file is of another kind, if a size cannot be determined, or if names or shapes do not fit.
 
     Example:
     ```python
@@ -169,9 +167,9 @@ def model_from_weights(
 
 
 def _build(config: EVACapConfig, state: dict[str, torch.Tensor]) -> EVACapForConditionalGeneration:
-    """The model with the tensors of `state` (not copies); the library initialises what `state` has not got."""
+    """The model with the tensors of `state` (not copies); Transformers initialises what `state` lacks."""
     verbosity = logging.get_verbosity()
-    # Its own report of what is new would come before ours and say less.
+    # Its own report of new parameters would come before ours and say less.
     logging.set_verbosity_error()
     try:
         return EVACapForConditionalGeneration.from_pretrained(
@@ -193,7 +191,7 @@ def _read(path: str | os.PathLike, kind: str, prefixes: Sequence[str]) -> dict[s
 
 
 def _read_git(source: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors under AVCap's names, and the fields of the decoder's configuration that tensors do not show."""
+    """The tensors by AVCap's names, and the fields of the decoder's configuration that tensors do not show."""
     if Path(source).is_file():
         tensors = git_names_to_avcap(read_checkpoint(source))
         if not any(name.startswith("textual.transformer.") for name in tensors):
@@ -214,13 +212,13 @@ def _read_git(source: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[
     shared = ("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "num_attention_heads")
     tokens = ("pad_token_id", "bos_token_id", "eos_token_id")
     fields = {name: getattr(model.config, name) for name in (*shared, *tokens, "layer_norm_eps")}
-    # Transformers' GIT has one epsilon for all layer norms, where the original has 1e-8 for the embeddings'.
+    # GIT in Transformers has one epsilon for all layer norms. The original has 1e-8 for that of the embeddings.
     fields["embedding_layer_norm_eps"] = model.config.layer_norm_eps
     return git_names_to_avcap(model.state_dict()), fields
 
 
 class _Sizes:
-    """The fields of a configuration that the shapes of AVCap's tensors tell."""
+    """The fields of a configuration, read from the shapes of AVCap's tensors."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], num_attention_heads: int | None, notes: list[str]):
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -303,7 +301,7 @@ class _Sizes:
         steps, rest = divmod(patches, (image_size // patch_size) ** 2)
         if rest or image_size % patch_size or not steps:
             raise ValueError(
-                f"`image_size` is {image_size}, but the video position table has {patches} places, no multiple of "
+                f"`image_size` is {image_size}, but the video position table has {patches} places, not a multiple of "
                 f"those of one frame in patches of {patch_size}."
             )
         if num_frames not in (None, steps * tubelet_size):
@@ -333,7 +331,10 @@ class _Sizes:
 
 
 def _untie_if_needed(config: EVACapConfig, tensors: dict[str, torch.Tensor], notes: list[str]) -> None:
-    """AVCap and GIT tie the output layer to the word embeddings; a GIT fine-tuned in Transformers may not."""
+    """Unties the output layer from the word embeddings if the file has different weights for it.
+
+    AVCap and GIT tie them, but a GIT that was fine-tuned in Transformers may not.
+    """
     words, output = tensors.get("textual.embedding.words.weight"), tensors.get("textual.output.weight")
     if words is not None and output is not None and not torch.equal(words, output):
         config.tie_word_embeddings = False
@@ -348,7 +349,7 @@ def _convert(
     expected_new: list[str],
     allow_missing: Sequence[str],
 ) -> dict[str, torch.Tensor]:
-    """The model's state dict, as far as `tensors` go; fills the report and raises where they do not fit."""
+    """Converts `tensors` to a state dict of the model and fills the report; raises if they do not fit."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in EVACapForConditionalGeneration(config).state_dict().items()}
     names = NameTable(config.fusion_type)
@@ -369,7 +370,7 @@ def _convert(
             state[part_name] = part
 
     if config.tie_word_embeddings:
-        # One tensor under two names: the library ties them.
+        # One tensor with two names, which Transformers ties.
         state.pop("lm_head.weight", None)
     missing = []
     for name in shapes:
@@ -402,7 +403,7 @@ def _list(names: Sequence[str], limit: int = 20) -> str:
 
 
 def _parts(target: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """The tensors that go to `target`: a joint projection holds queries, keys and values one after the other."""
+    """The tensors for `target`; a joint projection is split into queries, keys and values."""
     match = QKV.fullmatch(target)
     if match is None:
         return [(target, tensor)]
@@ -410,7 +411,7 @@ def _parts(target: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
 
 
 def _fit(name: str, tensor: torch.Tensor, config: EVACapVideoConfig, is_picture: bool) -> torch.Tensor:
-    """`tensor` in the shape of the parameter `name`; `is_picture`: the video embedding is one of single pictures."""
+    """`tensor` in the shape of the parameter `name`; `is_picture` means an embedding of single pictures."""
     if name.endswith(".modality_embedding"):
         return tensor.flatten()
     if name.endswith(".position_embeddings"):
@@ -428,7 +429,7 @@ def _is_picture(tensors: dict[str, torch.Tensor]) -> bool:
 
 
 def inflate_patch_embedding(weight: torch.Tensor, tubelet_size: int) -> torch.Tensor:
-    """The kernel of a tubelet embedding that answers a still as a picture embedding does (inflation, after I3D).
+    """The kernel of a tubelet embedding that gives a still the tokens of a picture embedding (inflation, after I3D).
 
     Args:
         weight (`torch.Tensor` of shape `(hidden_size, channels, height, width)`): Kernel of the picture embedding.

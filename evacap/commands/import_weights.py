@@ -79,22 +79,21 @@ def run(arguments: argparse.Namespace) -> None:
 def import_weights(
     output: str | os.PathLike, *, tokenizer: str | os.PathLike = BERT_TOKENIZER, seed: int = 0, **sources: Any
 ) -> ImportReport:
-    """
-    Writes a model folder, with the processor of its variant, from published weights.
+    """Writes a model folder from published weights, with the processor of its variant.
 
     Args:
-        output (`str` or `os.PathLike`): The folder, which must not exist yet. It appears when it is complete.
-        tokenizer (`str` or `os.PathLike`): A BERT tokenizer of the Hub, or a folder that holds at least `vocab.txt`.
-        seed (`int`, defaults to 0): Of the weights that start fresh.
+        output (`str` or `os.PathLike`): The folder, which must not exist. It appears when it is complete.
+        tokenizer (`str` or `os.PathLike`): A BERT tokenizer on the Hub, or a folder with at least `vocab.txt`.
+        seed (`int`, defaults to 0): Seed of the weights that are initialised at random.
         sources: `avcap`, `cav_mae`, `git`, `preset` and the other arguments of [`model_from_weights`].
 
     Returns:
-        What became of every tensor, as [`ImportReport`].
+        An [`ImportReport`] on every tensor.
 
     Raises:
-        FileNotFoundError: a file, or the tokenizer, cannot be had.
-        FileExistsError: `output` exists.
-        ValueError: as [`model_from_weights`], or the tokenizer is not the decoder's.
+        FileNotFoundError: If a file or the tokenizer does not exist.
+        FileExistsError: If `output` exists.
+        ValueError: If the weights do not fit, see [`model_from_weights`], or if the tokenizer is not the decoder's.
     """
     output = Path(output)
     if output.exists():
@@ -130,7 +129,7 @@ def _check_tokenizer(tokenizer: BertTokenizer, name: str | os.PathLike, config: 
 
 
 def _origin(report: ImportReport, sources: dict[str, Any]) -> str:
-    """The sentence of the model card that says where the weights are from."""
+    """The sentence of the model card on the origin of the weights."""
     titles = {"avcap": "AVCap", "cav_mae": "CAV-MAE", "git": "GIT"}
     given = [
         f"{title} (`{Path(sources[name]).name}`)" for name, title in titles.items() if sources.get(name) is not None

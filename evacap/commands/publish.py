@@ -19,10 +19,10 @@ from ..training.procedural.scenes import make_scene, write_clip
 CARD = "README.md"
 UPLOADED = ("*.json", "*.safetensors", "*.py", "*.txt", CARD)
 STATES = ("trainer_state.json",)
-"""What belongs to a model, and what of it belongs to a run; logs and optimizer states beside it stay here, too."""
+"""Files of a training run, which are not uploaded; neither are logs and optimizer states."""
 
 _CHECK_SECONDS = 600
-# The folder has to do without this package, whether it is installed or not.
+# The folder has to work without this package, even if it is installed.
 _RUN_ALONE = """
 import sys
 sys.modules["evacap"] = None
@@ -44,22 +44,21 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def publish(folder: str | os.PathLike, repo_id: str, private: bool = False, dry_run: bool = False) -> None:
-    """
-    Checks a model folder, writes its card where it has none yet, and uploads it.
+    """Checks a model folder, writes its card if it has none, and uploads it.
 
-    The card's own example code has to caption a generated clip, in a process that has nothing but the folder.
+    The example code of the card has to caption a generated clip, in a process that has only the folder.
 
     Args:
-        folder (`str` or `os.PathLike`): A model folder with its processor, as `save_pretrained` writes them.
-        repo_id (`str`): `ORG/NAME` on the Hub; the repository is made if there is none.
+        folder (`str` or `os.PathLike`): A model folder with its processor, written by `save_pretrained`.
+        repo_id (`str`): `ORG/NAME` on the Hub; the repository is made if it does not exist.
         private (`bool`, defaults to `False`): Whether a new repository is private.
-        dry_run (`bool`, defaults to `False`): Check and show everything, write and upload nothing.
+        dry_run (`bool`, defaults to `False`): Checks and shows everything, but writes and uploads nothing.
 
     Raises:
-        FileNotFoundError: a file of the folder is missing.
-        PermissionError: there is no token.
-        ValueError: the folder, the card's metadata or `repo_id` is not as it has to be.
-        OSError: the upload failed.
+        FileNotFoundError: If a file of the folder is missing.
+        PermissionError: If there is no token.
+        ValueError: If the folder, the metadata of the card or `repo_id` is not valid.
+        OSError: If the upload fails.
     """
     folder = Path(folder).resolve()
     if repo_id.count("/") != 1:
@@ -101,7 +100,7 @@ def publish(folder: str | os.PathLike, repo_id: str, private: bool = False, dry_
 
 
 def check_files(folder: Path) -> None:
-    """Raises where a file is missing without which nobody can load the folder."""
+    """Raises if the folder lacks a file that loading needs."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: it has no config.json. Give a folder that `save_pretrained` wrote.")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -123,17 +122,18 @@ def check_files(folder: Path) -> None:
 
 
 def caption_alone(folder: Path, repo_id: str, card: ModelCard) -> list[str]:
-    """
-    What the example code of `card` prints about a generated clip, in a process that has nothing but the folder and is
-    offline.
+    """Runs the example code of `card` on a generated clip, offline, in a process that has only the folder.
+
+    Returns:
+        The output of the code.
 
     Raises:
-        ValueError: the code failed, or printed no captions.
+        ValueError: If the code fails or prints no captions.
     """
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         write_clip(make_scene(seed=0, split="test", index=0), place / "clip.mp4")
-        # The code on the card names the repository: here that name is a folder.
+        # The code on the card loads the repository by its name, which is a folder here.
         (place / repo_id).parent.mkdir()
         (place / repo_id).symlink_to(folder)
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(place / "modules")}
@@ -162,7 +162,7 @@ def caption_alone(folder: Path, repo_id: str, card: ModelCard) -> list[str]:
 
 
 def _check_on_hub(repo_id: str, card: ModelCard, may_fail: bool) -> str:
-    """What the Hub says about the metadata of `card`; it is not asked where `may_fail` and it cannot be reached."""
+    """Lets the Hub validate the metadata of `card`; with `may_fail`, an unreachable Hub is ignored."""
     try:
         _reach_hub(repo_id, card.validate)
     except OSError:
@@ -178,7 +178,7 @@ def _reach_hub(repo_id: str, call, *args, **kwargs):
     except ValueError as error:
         raise ValueError(f"{repo_id}: the Hub refuses it: {error}") from error
     except Exception as error:
-        # The Hub's client passes on the errors of its network library, which have no type of ours or of Python's.
+        # The client of the Hub raises errors of its network library, without a common type of Python.
         raise OSError(
             f"{repo_id}: the Hub cannot be reached or refuses: {str(error).strip().splitlines()[0]}"
         ) from error
