@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 
+from evacap.training.evaluation.tables import markdown_table
 from evacap.training.files import write_text
 
 
@@ -292,8 +293,7 @@ class Results:
 
 def markdown(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
     """A table in Markdown."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+    return "\n".join(markdown_table(header, rows))
 
 
 def argument_parser(name: str, description: str) -> argparse.ArgumentParser:

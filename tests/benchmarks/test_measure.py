@@ -73,4 +73,4 @@ def test_results_of_another_machine_are_refused(tmp_path):
 
 
 def test_markdown():
-    assert markdown(["a", "b"], [[1, "x"]]) == "| a | b |\n|---|---|\n| 1 | x |"
+    assert markdown(["a", "b"], [[1, "x"]]) == "| a | b |\n| --- | --- |\n| 1 | x |"

@@ -250,7 +250,7 @@ def _skipped(evaluation: Evaluation) -> list[str]:
     return [f"without {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Iterable[Iterable[Any]]) -> list[str]:
     """The lines of a table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
