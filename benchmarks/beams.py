@@ -1,6 +1,4 @@
-"""
-Memory of decoding by the number of beams: what the prefix's keys and values would take in copies, and what they take.
-"""
+"""Memory of decoding by the number of beams, with the prefix's keys and values shared, and if each beam had a copy."""
 
 import functools
 from collections.abc import Callable

@@ -1,6 +1,7 @@
-"""
-What `torch.compile` gains: the encoder, and decoding with a static cache (one graph for the first pass, one for all
-others). Clips of one shape after the first must not compile anything again; the graphs that they compile are counted.
+"""The gain of `torch.compile`, for the encoder and for decoding with a static cache.
+
+Decoding has one graph for the first pass and one for all others. Further clips of the same shape must not compile
+anything; the graphs that they compile are counted.
 """
 
 import functools
@@ -19,13 +20,13 @@ SETTINGS = ("size", "dtype", "variant", "batch", "frames", "beams", "part", "way
 
 
 def graphs() -> int:
-    """The graphs that were compiled in this process so far."""
+    """The number of graphs compiled in this process so far."""
     return counters["stats"]["unique_graphs"]
 
 
 @torch.no_grad()
 def measure(arguments, results: Results, dtype: str, beams: int) -> None:
-    """Measures the encoder and the decoding of `arguments.clips` clips, compiled and not, in turn."""
+    """Measures encoder and decoding of `arguments.clips` clips, alternately compiled and not compiled."""
     torch.compiler.reset()
     device = arguments.device
     config = make_config(arguments.variant, arguments.frames, arguments.size)
@@ -39,8 +40,7 @@ def measure(arguments, results: Results, dtype: str, beams: int) -> None:
     encoded = [encoder(**clip) for clip in clips]
     next_clip, next_encoded = itertools.cycle(clips).__next__, itertools.cycle(encoded).__next__
 
-    # On CUDA, graphs of launches take the place of the launches one by one. `generate` compiles by itself on CUDA, but
-    # never in beam search.
+    # On CUDA, CUDA graphs replace single kernel launches. There `generate` compiles by itself, but never in beam search.
     options = {"fullgraph": True, "dynamic": False, "mode": "reduce-overhead" if "cuda" in device else "default"}
     compiled_encoder = torch.compile(encoder, **options)
     eager_forward, compiled_forward = model.forward, torch.compile(model.forward, **options)

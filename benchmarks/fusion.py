@@ -1,6 +1,6 @@
-"""
-Time and peak memory of the entropy-gated cross-attention, against its formula written out; on a GPU also against the
-loop over blocks that a CPU takes.
+"""Time and peak memory of the entropy-gated cross-attention, compared with its formula written out.
+
+On a GPU it is also compared with the loop over blocks that a CPU takes.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SETTINGS = ("size", "dtype", "batch", "frames", "backward", "way")
 def plain(
     fusion: EVACapGatedCrossAttention, audio: torch.Tensor, video: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The fused sequence, the gate and the entropy as the paper's equations 1 to 3 stand there."""
+    """Fused sequence, gate and entropy, by the paper's equations 1 to 3 written out."""
     query, key, value = (
         projection(states).unflatten(-1, (fusion.num_heads, fusion.head_dim)).transpose(1, 2)
         for projection, states in ((fusion.q_proj, audio), (fusion.k_proj, video), (fusion.v_proj, video))
@@ -43,7 +43,7 @@ def plain(
 def fusion_calls(
     size: str, dtype: str, batch: int, frames: int, backward: bool, device: str
 ) -> dict[str, Callable[[], Any]]:
-    """The module's way and the plain one, on a GPU also the CPU's, over the same random tokens."""
+    """The module, the written-out formula and, on a GPU, the loop of the CPU, on the same random tokens."""
     config = make_config("evacap", frames, size)
     torch.manual_seed(0)
     fusion = EVACapGatedCrossAttention(config)
@@ -78,7 +78,7 @@ def fusion_calls(
 
 
 def measure(arguments: argparse.Namespace, results: Results, settings: dict[str, Any]) -> None:
-    """Measures both ways and adds them to `results`."""
+    """Measures all of them and adds them to `results`."""
     values = (*settings.values(), arguments.device)
     calls = fusion_calls(*values)
     difference = max(

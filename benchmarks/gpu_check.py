@@ -1,5 +1,4 @@
-"""
-What a GPU does to this project, in minutes: is it right, how fast is it, and how far from what the device can do.
+"""What a GPU does to this project, in minutes: is it right, how fast is it, and how far from what the device can do.
 
 Each part runs in a process of its own within its seconds, and what it has found is in the report even where it breaks
 or runs out of time. A second call goes on where the first one stopped.

@@ -1,5 +1,4 @@
-"""
-Seconds, memory and operations of captioning one batch, by variant and number of frames, beside the machine's floor.
+"""Seconds, memory and operations of captioning one batch, by variant and number of frames, beside the machine's floor.
 
 `avcap-recomputed` is AVCap's variant decoded the way AVCap's code does it: attention written out, no cache, the whole
 prefix through the whole decoder for every beam at every step. A few of its steps are measured and scaled to all.

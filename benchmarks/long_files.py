@@ -1,8 +1,7 @@
-"""
-Long files in windows: seconds of work for a second of the file (the real-time factor), and peak memory.
+"""Long files in windows: seconds of work per second of the file (the real-time factor), and peak memory.
 
-Each file is captioned in a process of its own, after a short one has been. The memory is what captioning the file adds
-to the process that reads it and runs the model; it must not grow with the length of the file.
+Each file is captioned in its own process, after a short file. The memory is what captioning the file adds to the process
+that reads it and runs the model; it must not grow with the length of the file.
 """
 
 import itertools
@@ -49,7 +48,7 @@ def write_file(path: Path, length: int) -> None:
 def captioning(
     model: str, attention: str, dtype: str, device: str, folder: str, length: int, batch_size: int
 ) -> Callable[[], None]:
-    """Captioning a file of `folder`, which leaves there how long it took."""
+    """A function that captions a file of `folder` and writes there how long it took."""
     captioner = make_captioner(model, dtype, device, attention)
 
     def run(name: int = length) -> None:

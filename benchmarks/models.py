@@ -1,4 +1,4 @@
-"""The models and inputs that the benchmarks run on: random weights, random clips."""
+"""Models with random weights and random inputs for the benchmarks."""
 
 import torch
 import transformers
@@ -16,12 +16,11 @@ _SMALL = {
     "text_config": {**_SMALL_TOWER, "vocab_size": 999, "bos_token_id": 1, "eos_token_id": 2},
 }
 SIZES = {"full": {"audio_config": {}, "video_config": {}, "text_config": {}}, "small": _SMALL}
-"""`full` is the paper's size. `small` tells nothing about speed: it checks that a benchmark runs."""
+"""`full` is the paper's size. `small` only checks that a benchmark runs; its speed means nothing."""
 
 
 def make_config(variant: str, frames: int = 18, size: str = "full", attention: str = "full") -> EVACapConfig:
-    """
-    The configuration of a preset for clips of `frames` frames.
+    """The configuration of a preset for clips of `frames` frames.
 
     Args:
         variant (`str`): `"audio-only"`, `"avcap"`, `"evacap"` or another preset.
@@ -43,7 +42,7 @@ def make_model(config: EVACapConfig, dtype: str = "float32", device: str = "cpu"
 
 
 def make_inputs(config: EVACapConfig, batch: int, frames: int, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """`batch` random clips of the position table's length in sound and of `frames` frames; none for 0."""
+    """`batch` random clips with `frames` frames (none for 0) and a sound as long as the position table."""
     generator = torch.Generator().manual_seed(0)
     audio, video = config.audio_config, config.video_config
     inputs = {"input_features": torch.randn(batch, audio.max_frames, audio.num_mel_bins, generator=generator)}

@@ -1,10 +1,10 @@
-"""What `evacap prepare` costs: clips a second, bytes of a clip, and memory, which should not grow with the clips.
+"""The cost of `evacap prepare`: clips per second, bytes of a clip, and memory, which must not grow with the clips.
 
     python -m benchmarks.preparation --clips 64
 
-A few procedural clips of AudioCaps' usual size (or those of `--manifest`) are prepared again and again under new ids,
-as many as asked for and four times as many. The rate is that of the clips by which the two runs differ: the start of
-the workers is left out.
+A few procedural clips with the usual size of AudioCaps clips (or those of `--manifest`) are prepared repeatedly under new
+ids, once as many as asked for and once four times as many. The rate is computed from the difference of the two runs, so
+the start of the workers does not count.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def prepare_clips(entries: list[Entry], output: Path, preset: str, num_workers: 
 
 
 def resident_bytes(process: int) -> int:
-    """The memory of a process and of all that come from it; what they share is counted once. Linux only."""
+    """The memory of a process and its descendants; shared memory is counted once. Linux only."""
     total = 0
     try:
         for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
@@ -49,7 +49,7 @@ def resident_bytes(process: int) -> int:
 
 
 def measure(entries: list[Entry], output: Path, preset: str, num_workers: int) -> dict[str, float]:
-    """Seconds, peak bytes of memory and bytes on disk of one preparation, in processes of its own."""
+    """Seconds, peak bytes of memory and bytes on disk of one preparation in its own processes."""
     process = multiprocessing.get_context("spawn").Process(
         target=prepare_clips, args=(entries, output, preset, num_workers)
     )

@@ -1,8 +1,7 @@
-"""
-The matrix products of a captioner, counted from the shapes: its floating-point operations and its floor.
+"""The matrix products of a captioner, counted from the shapes: its floating-point operations and its lower time bound.
 
-Only what every implementation has to compute is counted: no norms, no activations, no softmax, and each prefix token
-once a layer. The patch embeddings are products, as their kernels do not overlap.
+Only the products that every implementation has to compute are counted: no norms, activations or softmax, and each prefix
+token once for each layer. The patch embeddings are products too, because their kernels do not overlap.
 """
 
 from collections.abc import Iterable
@@ -118,8 +117,7 @@ def step(config: EVACapConfig, clips: int, beams: int, prefix: int, past: int) -
 
 
 def prefill(config: EVACapConfig, clips: int, beams: int, prefix: int) -> list[Product]:
-    """The products of the first pass: the prefix, whose keys and values are all that its last layer needs, and the
-    start token of each beam."""
+    """The products of the first pass: the prefix (of its last layer only keys and values) and each beam's start token."""
     text, rows = config.text_config, clips * prefix
     width = text.hidden_size
     keys_and_values = [linear(rows, width, width)] * 2
@@ -134,7 +132,7 @@ def prefill(config: EVACapConfig, clips: int, beams: int, prefix: int) -> list[P
 
 
 def decoding(config: EVACapConfig, clips: int, beams: int, prefix: int, new_tokens: int) -> list[Product]:
-    """The products of all steps after the first pass, which makes the first of `new_tokens` tokens."""
+    """The products of all steps after the first pass, which generates the first of `new_tokens` tokens."""
     return [product for past in range(1, new_tokens) for product in step(config, clips, beams, prefix, past)]
 
 
@@ -155,12 +153,11 @@ def step_weight_bytes(config: EVACapConfig, dtype: str) -> int:
 def floor(
     config: EVACapConfig, batch: int, frames: int, beams: int, new_tokens: int, dtype: str, device: str
 ) -> dict[str, float]:
-    """
-    The seconds under which nobody gets: those of the plain matrix products.
+    """The lower time bound in seconds, from plain matrix products.
 
-    Encoder and prefill: the time of a plain product of each shape. Decoding: its operations at the best rate among
-    those products, and the weights' bytes once a step at the bandwidth of the memory. (A plain product of a few rows
-    is bound by those bytes itself: its own time would count them twice.)
+    For encoder and prefill it is the time of a plain product of each shape. For decoding it is the time of its operations
+    at the best rate among those products, plus, for each step, the time to read the weights at the memory bandwidth. (A
+    plain product of few rows is limited by that bandwidth itself, so its own time would count it twice.)
     """
     prefix = prefix_tokens(config, frames)
     parts = {"encoder": encoder(config, batch, frames), "prefill": prefill(config, batch, beams, prefix)}
@@ -178,10 +175,10 @@ def floor(
 
 
 def training_step(config: EVACapConfig, batch: int, frames: int, length: int) -> int:
-    """The operations of a forward and a backward pass (twice the forward's) over captions of `length` tokens."""
+    """The operations of a forward pass and a backward pass (twice as many), for captions of `length` tokens."""
     text, prefix = config.text_config, prefix_tokens(config, frames)
     forward = flops(encoder(config, batch, frames)) + flops(prefill(config, batch, 1, prefix))
-    # `prefill` has the first token of each caption; the others go through the same layers beside it.
+    # `prefill` counts the first token of each caption; the others pass the same layers.
     rows, width = batch * (length - 1), text.hidden_size
     others = [linear(rows, width, width)] * 4 + _mlp(rows, width, text.intermediate_size)
     others += attention(batch, text.num_attention_heads, length - 1, prefix, width)

@@ -1,10 +1,9 @@
-"""
-Start-up: what imports and the command line cost in a fresh process, and what loading a full-size checkpoint takes.
+"""Start-up: the cost of imports and of the command line in a fresh process, and of loading a full-size checkpoint.
 
-Every figure is of processes of their own. The checkpoint lies in the page cache, so the seconds are those of loading and
-not of the disk. *Initialised* counts the elements of real tensors that an initialiser filled on the way: none, as the
-model is built on the meta device. *Anonymous* memory is what loading took beside the file, whose pages are mapped and
-become resident when they are first used. Memory is read from Linux's `/proc`.
+Every figure comes from its own process. The checkpoint is in the page cache, so the disk does not count. *Initialised* is
+the number of elements of real tensors that were filled by an initialiser; it should be 0, because the model is built on the
+meta device. *Anonymous* memory is what loading needs besides the file, whose pages are mapped and become resident on first
+use. Memory is read from `/proc` of Linux.
 """
 
 import functools

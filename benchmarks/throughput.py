@@ -1,14 +1,13 @@
-"""
-Throughput over a folder of 10 s clips: reading alone, the model alone, and the pipeline that does both at once.
+"""Throughput over a folder of 10 s clips: reading alone, the model alone, and the pipeline that does both at once.
 
-Reading overlaps with the model, so together they can be as fast as the slower of the two alone (the *ratio* of the table)
-where each has cores of its own: a GPU beside the reading processes, or threads + workers ≤ cores. Where they share the
-cores, these must do what both need together, and the *bound* is the larger of that and the slower one alone:
+Reading overlaps with the model. If each has its own cores (a GPU beside the reading processes, or threads + workers ≤
+cores), both together can be as fast as the slower one alone; the table has the *ratio*. If they share the cores, these
+have to do the work of both, and the *bound* is the larger of that and the slower one alone:
 
     bound = max(seconds reading, seconds model, (core-seconds reading + core-seconds model) / cores)
 
 Core-seconds are the processor time of all threads and processes. Run it with `OMP_WAIT_POLICY=passive`, as `evacap caption
---output` does: threads that wait actively count as work, and keep the cores from the processes that read.
+--output` does: spinning threads would count as work and block the reading processes.
 """
 
 import itertools
@@ -49,10 +48,7 @@ def write_clips(folder: Path) -> list[str]:
 
 
 def make_captioner(model: str, dtype: str, device: str, attention: str = "full") -> AudioVisualCaptioningPipeline:
-    """
-    The bundled checkpoint, or EVACap at the paper's size with random weights and an invented vocabulary, and with
-    `attention` in the video tower.
-    """
+    """The bundled checkpoint, or EVACap at the paper's size with random weights and a made-up vocabulary."""
     if model == "tiny":
         return pipeline(evacap.TASK, model=evacap.TINY, dtype=dtype, device=device)
     captioner = make_model(make_config("evacap", attention=attention), dtype, device)

@@ -1,10 +1,8 @@
-"""
-Clips a second and peak memory of one optimisation step, by variant, attention and gradient checkpointing; and how long
-the step waits for its data.
+"""Clips per second and peak memory of one optimisation step, and the time that it waits for its data.
 
-On a CPU each combination runs in a process of its own. The data comes from a loader as training has it. A batch that
-does not fit in the memory goes through in parts whose gradients add up to the same step; the table names the size of a
-part.
+Measured by variant, attention and gradient checkpointing; on a CPU each combination runs in its own process. The data
+comes from a data loader as in training. A batch that does not fit in the memory is split into parts, whose gradients add
+up to the same step; the table has the size of the parts.
 """
 
 import argparse
@@ -45,14 +43,14 @@ from evacap.training.run_config import OptimizationSection
 
 
 SETTINGS = ("size", "variant", "attention", "checkpointing", "precision", "compiled", "batch", "frames")
-# The side of the square matrix product that stands for the device's peak.
+# Side of the square matrix product that measures the peak rate of the device.
 PEAK_SIDE = {"cpu": 2048, "cuda": 8192}
-# Of which one batch for all steps is made.
+# One batch of these clips is used for all steps.
 DISTINCT_CLIPS = 8
 
 
 def make_clips(arguments: argparse.Namespace, config, num_clips: int) -> Dataset:
-    """Prepared clips where a folder is given, else procedural ones, which are rendered as they are asked for."""
+    """Prepared clips if a folder is given, otherwise procedural clips, rendered on access."""
     processor = make_processor(config, get_preset(arguments.variant).processing, build_tokenizer())
     if arguments.prepared is None:
         return ProceduralClips(processor, num_clips)
@@ -81,7 +79,7 @@ class Training:
                 batch = {name: values.pin_memory() for name, values in batch.items()}
             self.batches: Iterator[dict[str, torch.Tensor]] = itertools.repeat(batch)
             return
-        # One batch before the first measured wait, and as many after it as there are steps.
+        # One batch before the first measured wait, then one for each step.
         batches = arguments.warm_ups + arguments.repeats + 1
         clips = make_clips(arguments, self.config, batches * arguments.batch)
         loader = DataLoader(
@@ -90,7 +88,7 @@ class Training:
             collate_fn=EVACapDataCollator(),
             num_workers=arguments.workers,
             pin_memory=torch.device(arguments.device).type == "cuda",
-            # `fork` copies a process that computes with several threads.
+            # `fork` would copy a process that computes with several threads.
             multiprocessing_context="spawn" if arguments.workers else None,
         )
         self.batches = itertools.chain.from_iterable(itertools.repeat(loader))
@@ -113,7 +111,7 @@ class Training:
 
 
 def measure(arguments: argparse.Namespace, part: int) -> dict[str, Any] | None:
-    """Measures one combination, in this process; `None` where a part of the batch does not fit in the memory."""
+    """Measures one combination in this process; `None` if a part of the batch does not fit in the memory."""
     _limit_memory(arguments.device)
     training = Training(arguments)
     batch = next(training.batches)
@@ -153,7 +151,7 @@ def measure(arguments: argparse.Namespace, part: int) -> dict[str, Any] | None:
 
 
 def _limit_memory(device: str) -> None:
-    """Lets a step that is too large fail alone, where the system would end some process for want of memory."""
+    """Makes a step that is too large fail by itself, before the system ends some process for lack of memory."""
     if torch.device(device).type == "cpu" and platform.system() == "Linux":
         import resource
 
@@ -251,7 +249,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def peak_rate(precision: str, device: str) -> float:
-    """The operations a second of a large square product."""
+    """The operations per second of a large square product."""
     side = PEAK_SIDE[torch.device(device).type]
     return 2 * side**3 / product_seconds(1, side, side, side, precision, device)
 
@@ -261,7 +259,7 @@ def measure_in_parts(arguments: argparse.Namespace) -> dict[str, Any]:
     rate = peak_rate(arguments.precision, arguments.device)
     part = arguments.batch
     while part:
-        # A process that a GPU's memory does not suffice for lives on.
+        # Running out of GPU memory does not end the process.
         on_cpu = torch.device(arguments.device).type == "cpu"
         row = in_own_process(measure, arguments, part) if on_cpu else measure(arguments, part)
         if row is not None:

@@ -1,4 +1,4 @@
-"""Seconds of the video tower against the number of frames, with attention over the clip and within each tubelet."""
+"""Seconds of the video tower by the number of frames, with attention over the clip and within each tubelet."""
 
 import functools
 import itertools
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
 
 @torch.inference_mode()
 def measure(arguments, results: Results, dtype: str) -> None:
-    """Measures both kinds of attention at every number of frames, in turn: their ratios are what matters."""
+    """Measures both kinds of attention at every number of frames, alternately, because their ratios matter."""
     runs, operations = {}, {}
     for attention, frames in itertools.product(VIDEO_ATTENTION_TYPES, arguments.frames):
         settings = {"size": arguments.size, "dtype": dtype, "attention": attention, "frames": frames}
@@ -47,7 +47,7 @@ def measure(arguments, results: Results, dtype: str) -> None:
 
 
 def table(results: Results) -> str:
-    """The measurements in Markdown, with each time over that of the fewest frames."""
+    """The measurements in Markdown, with each time divided by that of the fewest frames."""
     rows = []
     for row in results.rows:
         same = [other for other in results.rows if all(other[name] == row[name] for name in SETTINGS[:3])]

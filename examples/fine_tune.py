@@ -1,6 +1,6 @@
-"""Fine-tunes EVACap on clips of your own: python examples/fine_tune.py clips/manifest.csv --output_dir runs/mine
+"""Fine-tunes EVACap on your own clips: `python examples/fine_tune.py clips/manifest.csv --output_dir runs/mine`.
 
-A manifest (.csv or .jsonl) has a row for each clip: `id`, `media` (a file as seen from its own folder) and `caption`.
+A manifest (.csv or .jsonl) has a row for each clip: `id`, `media` (a file, relative to the manifest) and `caption`.
 """
 
 import re

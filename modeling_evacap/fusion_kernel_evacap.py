@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Attention and its entropy in one pass over the keys: the kernels that the fusion takes on a GPU, in Triton."""
+"""Triton kernels for the fusion on a GPU: attention and its entropy in one pass over the keys."""
 
 import contextlib
 from collections.abc import Iterator
@@ -96,9 +96,10 @@ if triton is not None:
         QUERIES: tl.constexpr,
         KEYS: tl.constexpr,
     ):
-        """
-        A block of queries of one head: beside the sums of e^s and of e^s v, which an online softmax keeps, that of
-        s e^s, all relative to the highest score so far.
+        """The forward pass of a block of queries of one head.
+
+        Besides the sums of e^s and e^s v of an online softmax, it keeps the sum of s e^s, all relative to the highest score
+        so far.
         """
         num_blocks = tl.cdiv(num_queries, QUERIES)
         pair = tl.program_id(0) // num_blocks
@@ -106,7 +107,7 @@ if triton is not None:
         rows = tl.program_id(0) % num_blocks * QUERIES + tl.arange(0, QUERIES)
 
         queries = _load(query, clip, head, rows, num_queries, num_heads, HEAD_DIM, WIDTH)
-        # Finite, as differences of it are taken before a block with a visible key comes.
+        # Finite, because differences are taken before the first block with a visible key.
         peak = tl.full([QUERIES], -1e38, tl.float32)
         total = tl.zeros([QUERIES], tl.float32)
         products = tl.zeros([QUERIES], tl.float32)
@@ -159,7 +160,7 @@ if triton is not None:
         QUERIES: tl.constexpr,
         KEYS: tl.constexpr,
     ):
-        """The gradient of a block of queries, and the `mean` over the keys that every gradient of a score lacks."""
+        """The gradient of a block of queries, and the `mean` over the keys to subtract in the gradient of every score."""
         num_blocks = tl.cdiv(num_queries, QUERIES)
         pair = tl.program_id(0) // num_blocks
         clip, head = pair // num_heads, pair % num_heads
@@ -250,9 +251,9 @@ if triton is not None:
 
 
 def _options(query: torch.Tensor, mask: torch.Tensor | None) -> dict:
-    """What the kernels are compiled for, from a query (clips, queries, heads, head_dim)."""
+    """The constants that the kernels are compiled with, for a query (clips, queries, heads, head_dim)."""
     head_dim = query.shape[-1]
-    # Three products of float32 on the tensor cores have its digits; one where the user has allowed TF32.
+    # Three TF32 products have the precision of float32; one is enough if the user has allowed TF32.
     precise = query.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     return {
         "MASKED": mask is not None,
@@ -263,22 +264,20 @@ def _options(query: torch.Tensor, mask: torch.Tensor | None) -> dict:
 
 
 def _blocks(query: torch.Tensor) -> Iterator[dict[str, int]]:
-    """The sizes of the blocks: of the forward kernel, of the queries' gradient, of the keys' and values'."""
+    """The block sizes of the forward kernel, of the gradient of the queries, and of that of keys and values."""
     for sizes in BLOCKS[query.dtype == torch.float32, query.shape[-1] > 64]:
         yield dict(zip(("QUERIES", "KEYS", "num_warps", "num_stages"), sizes, strict=True))
 
 
 def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Triton starts a kernel on the current device, whatever device its tensors are on; compiled code minds it itself."""
+    """The device of the tensors, on which Triton has to start a kernel; compiled code takes care of it itself."""
     if torch.compiler.is_compiling() or not tensor.is_cuda:
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
 
 
 class _AttentionAndEntropy(torch.autograd.Function):
-    """
-    Queries, keys, values and context are (clips, length, heads, head_dim) here, as the projections leave them. (ours)
-    """
+    """The kernels with their gradients; tensors are (clips, length, heads, head_dim), as the projections leave them."""
 
     @staticmethod
     def forward(ctx, query, key, value, mask, scaling):
@@ -332,13 +331,12 @@ class _AttentionAndEntropy(torch.autograd.Function):
 def kernel_attention_and_entropy(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Attention and its entropy, with their gradients, by the Triton kernels: each pass reads keys and values once a
-    block of queries and holds no scores outside of the multiprocessors. (ours; the online softmax is Milakov's and
-    Gimelshein's, the order of the blocks FlashAttention-2's)
+    """Attention and its entropy, with their gradients, by Triton kernels.
 
-    With s the scores less their greatest, an online softmax keeps sum(e^s); sum(s e^s) beside it gives the entropy
-    H = log(sum(e^s)) - sum(s e^s) / sum(e^s). Its derivative dH/ds_j = -P_j (log P_j + H) joins that of attention.
+    Each pass reads keys and values once for each block of queries, and keeps no scores outside the multiprocessors. The
+    online softmax is Milakov's and Gimelshein's, the order of the blocks is that of FlashAttention-2, the entropy is ours.
+    With s the scores minus their maximum, an online softmax keeps sum(e^s). Together with sum(s e^s) this gives the entropy
+    H = log(sum(e^s)) - sum(s e^s) / sum(e^s). Its derivative dH/ds_j = -P_j (log P_j + H) is added to that of attention.
 
     Args:
         query (`torch.Tensor` of shape `(batch_size, num_heads, T_a, head_dim)`): In bfloat16, float16 or float32;

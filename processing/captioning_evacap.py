@@ -25,13 +25,12 @@ from .processing_evacap import EVACapProcessor
 
 
 STREAMS = ("input_features", "input_features_mask", "pixel_values_videos", "pixel_values_videos_mask")
-"""What the encoder reads of a batch."""
+"""The inputs of the encoder."""
 
 
 @dataclass(frozen=True)
 class CaptionedBatch:
-    """
-    What a model says of a batch.
+    """The captions of a batch.
 
     Args:
         texts (`list[list[str]]`): The captions of each clip, `num_return_sequences` of them.
@@ -50,9 +49,10 @@ def has_gate(config: PreTrainedConfig) -> bool:
 
 
 def require_gate(config: PreTrainedConfig) -> None:
-    """
+    """Checks that a model has a fusion gate.
+
     Raises:
-        ValueError: If a model of this configuration has no fusion gate.
+        ValueError: If a model of this configuration has none.
     """
     if not has_gate(config):
         raise ValueError(f"`return_gate=True`, but a model with fusion_type={config.fusion_type!r} has no gate.")
@@ -66,8 +66,7 @@ def caption_batch(
     return_gate: bool = False,
     **generate_kwargs: Any,
 ) -> CaptionedBatch:
-    """
-    Captions a batch: encodes it, generates, decodes the tokens, and averages the gate of each time step.
+    """Captions a batch: encodes it, generates, decodes the tokens, and averages the gate of each time step.
 
     Args:
         model ([`EVACapForConditionalGeneration`]): The captioner.

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A known answer beside a checkpoint: what it says of a made-up clip, to see whether a machine says the same."""
+"""The known answer of a checkpoint: its caption of a made-up clip, to check whether another machine gives the same."""
 
 import json
 import math
@@ -27,18 +27,18 @@ import torch
 
 KNOWN_ANSWER_FILE = "known_answer.json"
 
-# How many of the first step's logits are kept, the highest ones.
+# Number of logits of the first step that are kept, the highest ones.
 NUM_LOGITS = 16
 FRAMES_PER_SECOND = 4
 
-# How far logits may be off, in standard deviations of the first step's logits over the vocabulary.
+# Tolerance for logits, in standard deviations of the first step's logits over the vocabulary.
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "av")
 
 
 def installed_versions(*packages: str) -> dict[str, str]:
-    """The versions of Python and of those of `packages` that are installed."""
+    """The versions of Python and of the installed ones of `packages`."""
     versions = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -49,16 +49,16 @@ def installed_versions(*packages: str) -> dict[str, str]:
 
 
 def make_clip(sampling_rate: int, seconds: float) -> tuple[np.ndarray, np.ndarray]:
-    """
-    The made-up clip: a rising tone with pulses, and a bright bar that crosses a coloured ramp. It is made by formula,
-    as random numbers are not the same in every version of a library.
+    """Makes the clip: a rising tone with pulses, and a bright bar that crosses a coloured ramp.
+
+    It is made by formula, because random numbers differ between versions of libraries.
 
     Args:
-        sampling_rate (`int`): Samples a second of the sound.
-        seconds (`float`): How long it is.
+        sampling_rate (`int`): Samples per second of the sound.
+        seconds (`float`): Duration.
 
     Returns:
-        The waveform (samples,), float32, and the frames (frames, 96, 128, 3), uint8, four a second.
+        The waveform (samples,), float32, and the frames (frames, 96, 128, 3), uint8, four per second.
     """
     time = np.arange(int(seconds * sampling_rate)) / sampling_rate
     pulses = 0.5 + 0.5 * np.sign(np.sin(2 * math.pi * 3 * time))
@@ -74,16 +74,15 @@ def make_clip(sampling_rate: int, seconds: float) -> tuple[np.ndarray, np.ndarra
 
 @torch.no_grad()
 def answer(model, processor) -> dict[str, Any]:
-    """
-    What a model says of the made-up clip, through its processor and by greedy search.
+    """The answer of a model to the made-up clip, through its processor and by greedy search.
 
     Args:
-        model ([`EVACapForConditionalGeneration`]): On any device, in any precision.
+        model ([`EVACapForConditionalGeneration`]): The model, on any device and in any precision.
         processor ([`EVACapProcessor`]): Its processor.
 
     Returns:
-        `caption`, `tokens` (its ids), `score` (their mean log-probability, without the cache), `logits` (of the first step: the highest, by token id), `scale` (their standard
-        deviation over the vocabulary), `dtype`, `device` and `versions`.
+        `caption`, `tokens` (its ids), `score` (their mean log-probability, without the cache), `logits` (the highest of the
+        first step, by token id), `scale` (their standard deviation over the vocabulary), `dtype`, `device` and `versions`.
     """
     rate = getattr(processor.feature_extractor, "sampling_rate", None)
     waveform, frames = make_clip(rate, processor.window_seconds)
@@ -99,7 +98,7 @@ def answer(model, processor) -> dict[str, Any]:
     start = torch.full((1, 1), model.config.decoder_start_token_id, device=model.device)
     logits = model(encoder_outputs=encoder_outputs, decoder_input_ids=start).logits[0, -1].float()
     tokens = model.generate(encoder_outputs=encoder_outputs, num_beams=1, do_sample=False)
-    # Without the cache, which is what breaks first where a library has changed.
+    # Without the cache, which breaks first when a library changes.
     scores = model(encoder_outputs=encoder_outputs, decoder_input_ids=tokens[:, :-1], use_cache=False).logits.float()
     scores = scores.log_softmax(-1).gather(-1, tokens[:, 1:, None])
     model.train(was_training)
@@ -117,7 +116,7 @@ def answer(model, processor) -> dict[str, Any]:
 
 
 def write_known_answer(folder: str | os.PathLike, model, processor) -> dict[str, Any]:
-    """Writes `known_answer.json` into a model folder, whole or not at all; returns its content, see [`answer`]."""
+    """Writes `known_answer.json` into a model folder, completely or not at all; returns its content, see [`answer`]."""
     known = answer(model, processor)
     path = Path(folder) / KNOWN_ANSWER_FILE
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -127,11 +126,10 @@ def write_known_answer(folder: str | os.PathLike, model, processor) -> dict[str,
 
 
 def read_known_answer(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """
-    The content of a folder's `known_answer.json`, `None` where it has none.
+    """The content of the `known_answer.json` of a folder, or `None` if it has none.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: If the file is damaged.
     """
     path = Path(folder) / KNOWN_ANSWER_FILE
     if not path.exists():
@@ -151,24 +149,24 @@ def read_known_answer(folder: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def compare(known: dict[str, Any], found: dict[str, Any]) -> tuple[bool, str]:
-    """
-    Whether an answer is the known one. Its logits may be off by the tolerance of the coarser of the two precisions.
-    The caption must be the same where both are float32; in a coarser precision it may be another one that the model
-    finds as likely, to the same tolerance.
+    """Compares an answer with the known one.
+
+    The logits may differ by the tolerance of the coarser of the two precisions. The caption must be the same if both are
+    float32. In a coarser precision it may be another caption that is equally likely, within the same tolerance.
 
     Args:
-        known (`dict`): See [`read_known_answer`].
-        found (`dict`): See [`answer`].
+        known (`dict`): The result of [`read_known_answer`].
+        found (`dict`): The result of [`answer`].
 
     Returns:
-        The verdict, and the sentence that says why.
+        Whether they agree, and a sentence with the reason.
     """
     tolerance = max(TOLERANCE[each["dtype"]] for each in (known, found))
     says = f"it says {found['caption']!r}"
     is_same = found["tokens"] == known["tokens"]
     if not is_same:
         says += f" (score {found['score']:.2f}), known is {known['caption']!r} (score {known['score']:.2f})"
-    # Near the edge of the kept logits two may change places.
+    # Two logits may swap places at the edge of the kept ones.
     kept = [token for token in known["logits"] if token in found["logits"]]
     if len(kept) < len(known["logits"]) / 2:
         return False, f"of the {len(known['logits'])} highest logits {len(kept)} are among the highest here; {says}"

@@ -48,8 +48,7 @@ def shared() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def spice_parser() -> None:
-    """Skips a test of SPICE where `evacap install-spice` has not been run; on CI with Maven, which fetches its parser by
-    `make spice`, such a test fails."""
+    """Skips a test of SPICE if its parser is not installed; fails it on CI with Maven, where `make spice` installs it."""
     from evacap.training.metrics.spice import JARS, jar_folder
 
     if all((jar_folder() / name).is_file() for name in JARS):

@@ -54,8 +54,7 @@ def install_spice(
     folder: str | os.PathLike | None = None,
     jars: Mapping[str, tuple[int, str]] = JARS,
 ) -> None:
-    """
-    Puts the jars that SPICE needs into a folder, after a check of their size and checksum, if they are not there yet.
+    """Puts the jars that SPICE needs into a folder, after a check of their size and checksum, if they are not there yet.
 
     A download that breaks off is kept beside them, and the same call goes on from there.
 

@@ -81,9 +81,11 @@ def until_sep(tokens: list[int]) -> list[int]:
 
 @torch.no_grad()
 def test_avcap_greedy_tokens(avcap):
-    """AVCap's one beam may go on behind a `[SEP]`, with the second-best token, as long as the longer caption's score
-    could still win; in none of these cases it could. And it closes a caption at the length limit by `[SEP]` whatever
-    the model says: the token before is the last one to compare."""
+    """The greedy tokens are equal, up to the token before a forced `[SEP]`.
+
+    AVCap's single beam may continue after a `[SEP]` with the second-best token while the longer caption could still win;
+    in none of these cases it could. At the length limit it always closes a caption with `[SEP]`.
+    """
     model, inputs, known = avcap
     tokens = model.generate(**inputs, max_length=MAX_LENGTH - 1, do_sample=False, num_beams=1)
     assert [until_sep(row) for row in tokens.tolist()] == [until_sep(row) for row in known["greedy"].tolist()]
@@ -171,8 +173,7 @@ def test_inflation_keeps_the_sum_over_time():
 @torch.no_grad()
 @pytest.mark.parametrize("original_names", [False, True])
 def test_git_logits(tmp_path, original_names, record_property):
-    """Transformers' GIT reads a picture; its vision tokens and their projection are given to our decoder as its
-    encoder's tokens and its prefix projection, so that both decoders read the same prefix."""
+    """Both decoders read the same prefix: the vision tokens of GIT in Transformers, and their projection."""
     torch.manual_seed(0)
     config = GitConfig(
         vocab_size=128,

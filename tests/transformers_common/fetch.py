@@ -1,5 +1,5 @@
-"""
-Fetches the common tests of the installed Transformers, which come with its source distribution:
+"""Fetches the common tests of the installed Transformers from its source distribution.
+
 `python tests/transformers_common/fetch.py FOLDER` prints the folder to put on `PYTHONPATH`.
 """
 
