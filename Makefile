@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install caption test test-slow test-newest test-lowest test-transformers constraints gpu-check style tiny study clean
+.PHONY: help install caption spice test test-slow test-newest test-lowest test-transformers constraints gpu-check style tiny study clean
 
 help:
 	@echo "make caption            install, caption a sample clip with the bundled checkpoint, and check the installation"
 	@echo "make test               install, then run the tests (make test-slow: the slow ones)"
+	@echo "make spice              fetch the parser of the metric SPICE, by Maven"
 	@echo "make test-newest        the tests with the newest libraries (PRE=1: with their pre-releases)"
 	@echo "make test-lowest        the tests with the lowest versions that setup.py allows"
 	@echo "make test-transformers  Transformers' own common tests, from its source distribution"
@@ -33,6 +34,14 @@ caption: install
 	$(BIN)/evacap sample sample.mp4
 	$(BIN)/evacap caption sample.mp4
 	$(BIN)/evacap check-install
+
+# Maven and evacap keep what they have: from the second time on, nothing is fetched.
+CORENLP := edu.stanford.nlp:stanford-corenlp:3.6.0
+M2 := $(HOME)/.m2/repository
+spice: install
+	mvn --batch-mode --quiet dependency:get -Dmaven.repo.local=$(M2) -Dtransitive=false -Dartifact=$(CORENLP)
+	mvn --batch-mode --quiet dependency:get -Dmaven.repo.local=$(M2) -Dtransitive=false -Dartifact=$(CORENLP):jar:models
+	$(BIN)/evacap install-spice --from $(M2)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
