@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from evacap.training.metrics.compute import METRICS, compute_metrics
+from evacap.training.metrics.compute import METRICS, MODEL_METRICS, compute_metrics
 
 
 class CaptionMetrics(evaluate.Metric):
@@ -17,7 +17,8 @@ class CaptionMetrics(evaluate.Metric):
             description=compute_metrics.__doc__,
             citation="",
             inputs_description="predictions: one caption a clip; references: a list of captions a clip; metrics: "
-            f"which to compute, by default {', '.join(METRICS)}",
+            f"which to compute, by default {', '.join(METRICS)}; sentence_encoder, fluency_detector: the folders that "
+            f"{', '.join(MODEL_METRICS)} need",
             features=datasets.Features(
                 {
                     "predictions": datasets.Value("string"),
@@ -27,8 +28,13 @@ class CaptionMetrics(evaluate.Metric):
         )
 
     def _compute(
-        self, predictions: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str] = METRICS
+        self,
+        predictions: Sequence[str],
+        references: Sequence[Sequence[str]],
+        metrics: Sequence[str] = METRICS,
+        sentence_encoder: str | None = None,
+        fluency_detector: str | None = None,
     ) -> dict[str, Any]:
         """The corpus scores by name, and `per_clip`, `skipped` and `tokenizer` beside them."""
-        scores = compute_metrics(predictions, references, metrics)
+        scores = compute_metrics(predictions, references, metrics, sentence_encoder, fluency_detector)
         return {**scores.pop("corpus"), **scores}
