@@ -15,9 +15,9 @@ COMMANDS = {
     "import-weights": "turn AVCap, CAV-MAE and GIT weights into a model folder",
     "prepare": "make the features of media files and captions, ready for training",
     "train": "train a captioner as a YAML file says",
-    "evaluate": "score captioners on prepared clips, with own and with swapped pictures",
+    "evaluate": "score captioners on prepared clips, with own and with swapped pictures, or captions in files",
     "publish": "check a model folder, complete its card and upload it",
-    "install-spice": "fetch the parser that the metric SPICE needs",
+    "install-spice": "fetch the parser that the metric SPICE needs (385 MB)",
 }
 
 

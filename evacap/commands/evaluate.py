@@ -1,13 +1,18 @@
-"""`evacap evaluate`: caption metrics of checkpoints, with own, with swapped and with fewer pictures."""
+"""`evacap evaluate`: caption metrics of checkpoints, with matched, swapped and fewer pictures, or of files."""
 
 import argparse
 import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..cli import positive_int, whole_number
-from ..training.metrics.compute import METRICS
+from ..training.metrics.compute import METRICS, MODEL_METRICS
+
+
+if TYPE_CHECKING:
+    from ..training.evaluation.captioner import MakeClips
 
 
 MAX_WORKERS = 8
@@ -16,11 +21,22 @@ MAX_WORKERS = 8
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoints",
-        nargs="+",
+        nargs="*",
         metavar="CHECKPOINT",
         help="model folders or Hub names; NAME=CHECKPOINT gives it a name for the tables",
     )
-    parser.add_argument("--data", required=True, metavar="FOLDER", help="test clips, as `evacap prepare` makes them")
+    parser.add_argument("--data", metavar="FOLDER", help="test clips, as `evacap prepare` makes them")
+    parser.add_argument(
+        "--predictions",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="captions instead of checkpoints: .jsonl or .csv files with `id` and `caption`, or what `evacap caption` "
+        "writes; NAME=FILE gives one a name for the tables",
+    )
+    parser.add_argument(
+        "--references", metavar="FILE", help="a .jsonl or .csv file with `id` and `captions` or `caption`, for these"
+    )
     parser.add_argument("--split", default="test", help="of the clips (default: %(default)s)")
     parser.add_argument(
         "--shuffle",
@@ -53,7 +69,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=whole_number, help=f"processes that read (default: a core each, {MAX_WORKERS} at most)"
     )
     parser.add_argument(
-        "--metrics", nargs="+", choices=METRICS, default=METRICS, metavar="METRIC", help=f"of {', '.join(METRICS)}"
+        "--metrics",
+        nargs="+",
+        choices=(*METRICS, *MODEL_METRICS),
+        default=METRICS,
+        metavar="METRIC",
+        help=f"of {', '.join(METRICS)} (the default is all these), {', '.join(MODEL_METRICS)}",
+    )
+    parser.add_argument("--sentence-encoder", metavar="FOLDER", help="for fense")
+    parser.add_argument(
+        "--fluency-detector",
+        metavar="FOLDER",
+        help=f"for {', '.join(MODEL_METRICS)}: FENSE's, and the BERT that it is of",
     )
     parser.add_argument(
         "--samples", type=whole_number, default=3, help="clips whose gate is plotted over time (default: %(default)s)"
@@ -67,36 +94,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..training.data.prepared_clips import PreparedClips
-    from ..training.data.worker_pool import usable_cores
-    from ..training.evaluation.evaluate import evaluate
     from ..training.evaluation.plots import has_matplotlib
     from ..training.evaluation.report import write_report
     from ..training.evaluation.tables import as_text
 
-    workers = arguments.workers
-    if workers is None:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = min(usable_cores() // processes, MAX_WORKERS)
-    make_clips = partial(PreparedClips, arguments.data, arguments.split)
-    folder = os.path.basename(os.path.normpath(arguments.data))
+    make_clips = None
     try:
-        evaluation = evaluate(
-            name_checkpoints(arguments.checkpoints),
-            make_clips,
-            arguments.output,
-            arguments.dataset or f"{folder} ({arguments.split})",
-            shares=arguments.shuffle,
-            frames=arguments.frames,
-            num_beams=arguments.beams,
-            max_clips=arguments.max_clips,
-            batch_size=arguments.batch_size,
-            num_workers=workers,
-            metrics=arguments.metrics,
-            seed=arguments.seed,
-            resamples=arguments.resamples,
-            dataset_id=arguments.dataset_id or folder,
-        )
+        if arguments.predictions or arguments.references:
+            evaluation = _evaluate_predictions(arguments)
+        else:
+            evaluation, make_clips = _evaluate_checkpoints(arguments)
     except KeyboardInterrupt:
         print("evacap evaluate: stopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -108,6 +115,55 @@ def run(arguments: argparse.Namespace) -> int:
         print("without plots: Matplotlib is not installed: pip install 'evacap[metrics]'")
     print(f"tables, plots and captions: {arguments.output}")
     return 0
+
+
+def _evaluate_predictions(arguments: argparse.Namespace) -> dict[str, Any]:
+    from ..training.evaluation.predictions import evaluate_predictions
+
+    if not arguments.predictions or not arguments.references or arguments.checkpoints or arguments.data:
+        raise ValueError("give --predictions with --references, or checkpoints with --data")
+    return evaluate_predictions(
+        name_checkpoints(arguments.predictions),
+        arguments.references,
+        arguments.output,
+        arguments.dataset,
+        **_common(arguments),
+    )
+
+
+def _evaluate_checkpoints(arguments: argparse.Namespace) -> tuple[dict[str, Any] | None, "MakeClips"]:
+    from ..training.data.prepared_clips import PreparedClips
+    from ..training.data.worker_pool import usable_cores
+    from ..training.evaluation.evaluate import evaluate
+
+    if not arguments.checkpoints or not arguments.data:
+        raise ValueError("give checkpoints with --data, or --predictions with --references")
+    workers = arguments.workers
+    if workers is None:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = min(usable_cores() // processes, MAX_WORKERS)
+    make_clips = partial(PreparedClips, arguments.data, arguments.split)
+    folder = os.path.basename(os.path.normpath(arguments.data))
+    evaluation = evaluate(
+        name_checkpoints(arguments.checkpoints),
+        make_clips,
+        arguments.output,
+        arguments.dataset or f"{folder} ({arguments.split})",
+        shares=arguments.shuffle,
+        frames=arguments.frames,
+        num_beams=arguments.beams,
+        max_clips=arguments.max_clips,
+        batch_size=arguments.batch_size,
+        num_workers=workers,
+        dataset_id=arguments.dataset_id or folder,
+        **_common(arguments),
+    )
+    return evaluation, make_clips
+
+
+def _common(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("metrics", "seed", "resamples", "sentence_encoder", "fluency_detector")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def name_checkpoints(values: list[str]) -> dict[str, str]:

@@ -60,11 +60,10 @@ def read_manifest(path: str | os.PathLike) -> list[Entry]:
         FileNotFoundError: If the file does not exist.
     """
     path = Path(path)
-    readers = {".jsonl": _json_lines, ".csv": _csv_rows}
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"{path}: a manifest's name ends in .jsonl or .csv")
     clips: dict[str, Entry] = {}
-    for line, row in readers[path.suffix.lower()](path):
+    for line, row in read_rows(path):
+        if path.suffix.lower() == ".csv":
+            row = {name: value for name, value in row.items() if value != ""}
         entry = _entry(path, line, row)
         first = clips.setdefault(entry.id, entry)
         if first is not entry:
@@ -74,6 +73,19 @@ def read_manifest(path: str | os.PathLike) -> list[Entry]:
     if not clips:
         raise ValueError(f"{path}: has no rows")
     return list(clips.values())
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The numbered rows of a file of JSON lines or of a CSV file with a header, where `captions` may be a JSON list.
+
+    Raises:
+        ValueError: If its name ends neither in `.jsonl` nor in `.csv`, or with file and line for what is neither.
+        FileNotFoundError: If there is no such file.
+    """
+    readers = {".jsonl": _json_lines, ".csv": _csv_rows}
+    if path.suffix.lower() not in readers:
+        raise ValueError(f"{path}: its name must end in .jsonl or .csv, which says how to read it")
+    return readers[path.suffix.lower()](path)
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -120,7 +132,6 @@ def to_seconds(name: str, value: Any) -> float:
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for line, row in read_csv(path):
-        row = {name: value for name, value in row.items() if value != ""}
         if row.get("captions", "").startswith("["):
             row["captions"] = _parse(path, line, row["captions"])
         yield line, row

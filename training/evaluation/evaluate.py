@@ -31,7 +31,7 @@ from ..metrics.bootstrap import (
     ratio,
     roc_auc,
 )
-from ..metrics.compute import METRIC_TITLES, METRICS, compute_metrics
+from ..metrics.compute import METRIC_TITLES, METRICS, MODEL_METRICS, combine, compute_metrics
 from ..metrics.java import find_java
 from ..metrics.ptb_tokenizer import tokenize, tokenize_without_java
 from ..procedural.kinds import KINDS
@@ -78,6 +78,7 @@ def evaluate(
     seed: int = 0,
     resamples: int = RESAMPLES,
     dataset_id: str | None = None,
+    **models: str | os.PathLike | None,
 ) -> dict[str, Any] | None:
     """Captions test clips with some checkpoints under some conditions, and scores the captions.
 
@@ -86,7 +87,7 @@ def evaluate(
     that keeps its video at another share, and any video for a model without a video tower.
 
     Intervals come from a percentile bootstrap of the corpus scores over the clips. BLEU and METEOR are computed from the
-    counts of each resample. ROUGE-L, CIDEr-D, SPICE and SPIDEr are means over its clips; CIDEr-D keeps the document
+    counts of each resample. The others are means over its clips; CIDEr-D keeps the document
     frequencies of the whole set. (ours)
 
     Args:
@@ -105,6 +106,7 @@ def evaluate(
         seed (`int`): Seed of the shuffling and of the bootstrap.
         resamples (`int`): Resamples of the bootstrap.
         dataset_id (`str`, *optional*): Name of the clips on the Hub, for model cards; `dataset` by default.
+        **models (`str` or `os.PathLike`): `sentence_encoder` and `fluency_detector`, see [`compute_metrics`].
 
     Returns:
         The content of `evaluation.json`, see [`report.write_report`]; `None` in all processes but the main one.
@@ -149,18 +151,20 @@ def evaluate(
         }
         for captioner, plan in zip(captioners, plans)
     }
-    judged, skipped, tokenizer = _judge(said, clips, metrics, output / "scores.json")
-    draws = draw(len(clips), resamples, seed)
-    settings = {
-        "seed": seed,
-        "num_beams": num_beams,
-        "precision": accelerator.mixed_precision,
-        "resamples": resamples,
-        "confidence": CONFIDENCE,
-        "tokenizer": tokenizer,
+    described = {
+        captioner.name: {
+            "checkpoint": captioner.folder,
+            "parameters": captioner.parameters,
+            "fusion_type": captioner.config.fusion_type,
+            "gate_type": (
+                captioner.config.gate_type if captioner.config.fusion_type == "gated_cross_attention" else None
+            ),
+            "looks": captioner.processor.modalities != "audio",
+        }
+        for captioner in captioners
     }
-    evaluation = _summarise(captioners, judged, clips, draws, settings, dataset, dataset_id or dataset)
-    return evaluation | {"skipped": skipped}
+    settings = {"seed": seed, "num_beams": num_beams, "precision": accelerator.mixed_precision, "resamples": resamples}
+    return judge(said, clips, described, settings, metrics, output, dataset, dataset_id or dataset, **models)
 
 
 def _check(
@@ -173,15 +177,54 @@ def _check(
             raise ValueError(f"a share of {share:g} of the videos cannot be shuffled; choose shares from 0 to 1")
     if any(count < 0 for count in frames):
         raise ValueError(f"frames are {min(frames)}; choose 0, for no video, or more")
-    if not set(metrics) <= set(METRICS):
-        raise ValueError(f"metrics must be of {', '.join(METRICS)}, found {', '.join(metrics)}")
+    if not set(metrics) <= {*METRICS, *MODEL_METRICS}:
+        raise ValueError(f"metrics must be of {', '.join((*METRICS, *MODEL_METRICS))}, found {', '.join(metrics)}")
 
 
-def _judge(
-    said: Mapping[str, Mapping[Condition, tuple[list[Pair], list[Caption]]]],
+Said = Mapping[str, Mapping[Condition, tuple[list[Pair], list[Caption]]]]
+"""The captions of captioners, by name and condition, with a pair for each clip."""
+
+
+def judge(
+    said: Said,
+    clips: Sequence[TestedClip],
+    described: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    metrics: Sequence[str],
+    output: Path,
+    dataset: str,
+    dataset_id: str,
+    **models: str | os.PathLike | None,
+) -> dict[str, Any]:
+    """Scores captions, wherever they come from.
+
+    Args:
+        said (`Said`): The captions.
+        clips (`Sequence[TestedClip]`): All clips.
+        described (`Mapping`): What the result says of each captioner besides its scores, by name.
+        settings (`Mapping`): What the result says of the evaluation; `seed` and `resamples` are of the bootstrap.
+        metrics (`Sequence[str]`): See [`compute_metrics`].
+        output (`Path`): Folder that keeps the slow scores.
+        dataset (`str`): Name of the clips.
+        dataset_id (`str`): Name of the clips on the Hub, for model cards.
+        **models (`str` or `os.PathLike`): `sentence_encoder` and `fluency_detector`, see [`compute_metrics`].
+
+    Returns:
+        The content of `evaluation.json`, see [`report.write_report`].
+    """
+    judged, skipped, tokenizer = _score(said, clips, metrics, output / "scores.json", models)
+    draws = draw(len(clips), settings["resamples"], settings["seed"])
+    settings = {**settings, "confidence": CONFIDENCE, "tokenizer": tokenizer}
+    evaluation = _summarise(described, judged, clips, draws, settings, dataset, dataset_id)
+    return evaluation | {"skipped": skipped}
+
+
+def _score(
+    said: Said,
     clips: Sequence[TestedClip],
     metrics: Sequence[str],
     kept: Path,
+    models: Mapping[str, str | os.PathLike | None],
 ) -> tuple[dict[str, dict[Condition, Judged]], dict[str, str], str | None]:
     """The scored captions, the reasons for missing metrics, and the name of the tokeniser."""
     references = [clip.references for clip in clips]
@@ -191,7 +234,7 @@ def _judge(
     single, skipped = score_singly(sets, references, metrics, kept)
     judged: dict[str, dict[Condition, Judged]] = {}
     for (name, condition), texts in zip(tqdm(places, desc="sets of captions", unit="set"), sets):
-        scores, statistics, missing, tokenizer = score_set(texts, references, metrics, single)
+        scores, statistics, missing, tokenizer = score_set(texts, references, metrics, single, **models)
         if sources is not None:
             counts = count_names(sources, texts).items()
             statistics |= {column: ratio(*pair.T) for column, pair in counts if pair[:, 1].any()}
@@ -219,7 +262,7 @@ def score_singly(
     """
     known: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     pairs = {score_key(text, clip): (text, clip) for texts in sets for text, clip in zip(texts, references)}
-    wanted = {"meteor": ("meteor",), "spice": ("spice", "spider")}
+    wanted = {"meteor": ("meteor",), "spice": ("spice", "spider", "spider_fl")}
     skipped = {}
     for metric in [metric for metric, users in wanted.items() if set(users) & set(metrics)]:
         left = [key for key in pairs if metric not in known.get(key, {})]
@@ -238,8 +281,8 @@ def score_singly(
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_text(path, json.dumps(known))
                 progress.update(len(part))
-    if "spider" in metrics and "spice" in skipped:
-        skipped["spider"] = f"it needs SPICE: {skipped['spice']}"
+    if "spice" in skipped:
+        skipped |= dict.fromkeys(("spider", "spider_fl"), f"it needs SPICE: {skipped['spice']}")
     return known, {metric: reason for metric, reason in skipped.items() if metric in metrics}
 
 
@@ -252,6 +295,7 @@ def score_set(
     references: Sequence[Sequence[str]],
     metrics: Sequence[str],
     single: Mapping[str, Mapping[str, Any]],
+    **models: str | os.PathLike | None,
 ) -> tuple[dict[str, list[float]], dict[str, Statistic], dict[str, str], str | None]:
     """The scores of a whole set, equal to those of [`compute_metrics`].
 
@@ -260,16 +304,17 @@ def score_set(
         references (`Sequence[Sequence[str]]`): See [`compute_metrics`].
         metrics (`Sequence[str]`): See [`compute_metrics`].
         single (`Mapping`): The result of `score_singly` for these captions.
+        **models (`str` or `os.PathLike`): `sentence_encoder` and `fluency_detector`, see [`compute_metrics`].
 
     Returns:
         `tuple`: The scores of the clips by name, the statistics of the set, the reasons for missing metrics, and the
         name of the tokeniser.
     """
-    quick = [metric for metric in ("bleu", "rouge_l", "cider_d") if metric in metrics]
-    if "spider" in metrics and "cider_d" not in quick:
-        quick.append("cider_d")
+    needed = {"spider": ("cider_d",), "spider_fl": ("cider_d", "fluency_error")}
+    parts = {*metrics, *(part for metric in metrics for part in needed.get(metric, ()))}
+    quick = [metric for metric in ("bleu", "rouge_l", "cider_d", "fense", "fluency_error") if metric in parts]
     # Needed without quick metrics too: it tells the tokeniser.
-    scores = compute_metrics(captions, references, quick)
+    scores = compute_metrics(captions, references, quick, **models)
     clips = scores["per_clip"]
     entries = [single.get(score_key(text, clip), {}) for text, clip in zip(captions, references)]
     clips |= {
@@ -277,8 +322,10 @@ def score_set(
         for metric in ("meteor", "spice")
         if all(metric in entry for entry in entries)
     }
-    if "spice" in clips and "cider_d" in clips:
-        clips["spider"] = [sum(pair) / 2 for pair in zip(clips["cider_d"], clips["spice"])]
+    clips |= combine(clips)
+    skipped = scores["skipped"]
+    if "fluency_error" in skipped:
+        skipped = skipped | {"spider_fl": skipped["fluency_error"]}
     wanted = [name for name in METRIC_TITLES if ("bleu" if name.startswith("bleu") else name) in metrics]
     clips = {name: clips[name] for name in wanted if name in clips}
     statistics = {name: mean(values) for name, values in clips.items()}
@@ -286,7 +333,7 @@ def score_set(
         statistics |= bleu(*_tokenize(captions, references, scores["tokenizer"]))
     if "meteor" in clips:
         statistics["meteor"] = meteor([entry["meteor_counts"] for entry in entries])
-    return clips, statistics, scores["skipped"], scores["tokenizer"]
+    return clips, statistics, skipped, scores["tokenizer"]
 
 
 def _tokenize(
@@ -308,7 +355,7 @@ def _sounding_sources(clips: Sequence[TestedClip]) -> list[list[tuple[str, bool]
 
 
 def _summarise(
-    captioners: Sequence[Captioner],
+    described: Mapping[str, Mapping[str, Any]],
     judged: Mapping[str, Mapping[Condition, Judged]],
     clips: Sequence[TestedClip],
     draws: np.ndarray,
@@ -324,15 +371,10 @@ def _summarise(
         for name, conditions in judged.items()
     }
     checkpoints = {}
-    for captioner in captioners:
-        name, config = captioner.name, captioner.config
-        own = Condition()
+    own = Condition()
+    for name, description in described.items():
         checkpoints[name] = {
-            "checkpoint": captioner.folder,
-            "parameters": captioner.parameters,
-            "fusion_type": config.fusion_type,
-            "gate_type": config.gate_type if config.fusion_type == "gated_cross_attention" else None,
-            "looks": captioner.processor.modalities != "audio",
+            **description,
             "conditions": [
                 {
                     "shuffle": condition.shuffle,

@@ -23,7 +23,8 @@ def as_text(evaluation: Evaluation) -> str:
         lines = [["", "", *map(metric_title, block)]]
         for name, condition in rows:
             figures = [condition["metrics"].get(metric, {}) for metric in block]
-            lines.append([name, _setting(condition), *(_number(figure.get("value")) for figure in figures)])
+            setting = "" if _from_files(evaluation) else _setting(condition)
+            lines.append([name, setting, *(_number(figure.get("value")) for figure in figures)])
             lines.append(["", "", *(format_range(figure.get("interval")) for figure in figures)])
         parts += [_align(lines), ""]
     gated = [row for row in rows if row[1]["gate"] and row[1]["gate"]["swapped"] is not None]
@@ -63,13 +64,16 @@ def as_markdown(evaluation: Evaluation, plots: Sequence[str] = ()) -> str:
     frames.sort(key=lambda row: row[1]["frames"])
     settings = evaluation["settings"]
     parts = [f"# {evaluation['dataset']}", ""]
+    facts = f"{evaluation['clips']:,} clips"
+    if not _from_files(evaluation):
+        facts += f", {evaluation['with_picture']:,} with a picture; {settings['num_beams']} beams"
     parts += [
-        f"{evaluation['clips']:,} clips, {evaluation['with_picture']:,} with a picture; {settings['num_beams']} beams; "
-        f"seed {settings['seed']}. {_interval_note(evaluation)}",
+        f"{facts}; seed {settings['seed']}. {_interval_note(evaluation)}",
         *(f"\n{line}" for line in _skipped(evaluation)),
     ]
     if metrics:
-        parts += ["", "## Own videos (layout of the paper's Table 1)", ""]
+        heading = "Captions" if _from_files(evaluation) else "Own videos"
+        parts += ["", f"## {heading} (layout of the paper's Table 1)", ""]
         parts += markdown_table(
             ["model", "params", *map(metric_title, metrics)],
             [[name, _parameters(evaluation, name), *_cells(condition, metrics)] for name, condition in own],
@@ -124,7 +128,7 @@ def _test_tables(evaluation: Evaluation, metrics: Sequence[str], naming: Sequenc
     found: dict[tuple[str, str], dict[str, str]] = {}
     for test in tests:
         p = "" if test["p"] is None else f"<br><sub>p {_p(test['p'])}</sub>"
-        cells = found.setdefault((_setting(test), test["second"]), {})
+        cells = found.setdefault(("–" if _from_files(evaluation) else _setting(test), test["second"]), {})
         cells[test["metric"]] = f"{test['difference']:+.3f}{p}"
     names = [*metrics, *naming]
     return [
@@ -141,6 +145,11 @@ def _test_tables(evaluation: Evaluation, metrics: Sequence[str], naming: Sequenc
         "p: two-sided paired bootstrap test over the clips, the same resamples for both, not corrected for the number of "
         "tests. It says nothing of other training seeds. `evaluation.json` has every pair of checkpoints.",
     ]
+
+
+def _from_files(evaluation: Evaluation) -> bool:
+    """Whether the captions were there already, and nothing is known of videos."""
+    return evaluation["settings"]["num_beams"] is None
 
 
 def list_rows(evaluation: Evaluation) -> list[Row]:
@@ -234,7 +243,10 @@ def _gate_cells(name: str, condition: Mapping[str, Any]) -> list[str]:
 
 
 def _parameters(evaluation: Evaluation, name: str) -> str:
-    millions = evaluation["checkpoints"][name]["parameters"] / 1e6
+    parameters = evaluation["checkpoints"][name]["parameters"]
+    if parameters is None:
+        return "–"
+    millions = parameters / 1e6
     return f"{millions:.0f} M" if millions >= 100 else f"{millions:.1f} M"
 
 

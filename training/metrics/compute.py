@@ -19,8 +19,11 @@ METRIC_TITLES = {
     "cider_d": "CIDEr",
     "spice": "SPICE",
     "spider": "SPIDEr",
+    "spider_fl": "SPIDEr-FL",
+    "fense": "FENSE",
+    "fluency_error": "fluency errors",
 }
-"""The metrics under the paper's names, in its order."""
+"""The metrics under the paper's names, in its order, and those that need a model."""
 
 # What needs models that the user has: a sentence encoder, a detector of errors, or both.
 MODEL_METRICS = {

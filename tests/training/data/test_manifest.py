@@ -96,7 +96,7 @@ def test_wrong_files_are_named(tmp_path):
         "long.csv": ("id,media,caption\na,a.mp4," + "x" * 200_000, "long.csv, line 2: is not CSV .*larger"),
         "latin.csv": (b"id,media,caption\na,a.mp4,caf\xe9\n", "latin.csv: is not in UTF-8"),
         "latin.jsonl": (b'{"caption": "caf\xe9"}', "latin.jsonl: is not in UTF-8"),
-        "clips.txt": ("", r"clips.txt: a manifest's name ends in .jsonl or .csv"),
+        "clips.txt": ("", r"clips.txt: its name must end in .jsonl or .csv"),
     }
     for name, (content, expected) in cases.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
