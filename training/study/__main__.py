@@ -287,7 +287,9 @@ def run_oracles(study: Study) -> None:
     """Scores the oracle captioners by the metrics and on the clips of the runs."""
     path = study.results / "runs" / f"{ORACLE_RESULT}.json"
     settings = {"test.clips": study.test_clips, "test.seed": TEST_SEED, "metrics": list(study.metrics)}
-    if path.exists() and json.loads(path.read_text(encoding="utf-8"))["settings"] == settings:
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    # What could not be had then may be there now.
+    if known.get("settings") == settings and not known["skipped"]:
         return
     say("oracle captioners, for comparison")
     result = {"variant": ORACLE_RESULT, "seed": TEST_SEED, "settings": settings}

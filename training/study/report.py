@@ -121,9 +121,10 @@ def as_markdown(results: Sequence[Result], plots: Sequence[str] = ()) -> str:
         "the same swaps for all. Mean over the training seeds, and ± their standard deviation; a figure without ± is of "
         "one seed. What the choice of the test clips adds to it, as a bootstrap interval, is in the result files.",
     ]
-    if some["skipped"]:
-        missing = ", ".join(METRIC_TITLES.get(metric, metric) for metric in some["skipped"])
-        parts += ["", f"Without {missing}, which were not to be had where the runs were judged."]
+    skipped = {metric for group in runs.values() for result in group for metric in result["skipped"]}
+    if skipped:
+        missing = ", ".join(title for metric, title in METRIC_TITLES.items() if metric in skipped)
+        parts += ["", f"Runs without {missing} were judged where these were not to be had."]
     for heading, names in TABLES.items():
         present = [name for name in names if name in runs]
         if len(present) > 1:
@@ -179,6 +180,7 @@ def _shuffled(runs: Mapping[str, list[Result]], metrics: Sequence[str]) -> list[
             if share != 0
         ],
     )
+    parts += _spice_left(runs)
     parts += ["", "## Sources named", ""]
     parts += markdown_table(
         ["videos shuffled", "model", *COLUMNS],
@@ -196,9 +198,30 @@ def _shuffled(runs: Mapping[str, list[Result]], metrics: Sequence[str]) -> list[
     return parts
 
 
+def _spice_left(runs: Mapping[str, list[Result]]) -> list[str]:
+    """What the paper's abstract tells of: SPICE where every video is another's, seed by seed."""
+    rows = []
+    for name, group in runs.items():
+        for result in group:
+            figure = _metrics(result, 1.0).get("spice", {})
+            if figure.get("retention") is not None:
+                low, high = figure["retention_interval"]
+                left = f"{figure['retention']:.1%}<br><sub>{100 * low:.1f}–{100 * high:.1f}</sub>"
+                rows.append([VARIANT_TITLES[name], str(result["seed"]), f"{figure['value']:.3f}", left])
+    if not rows:
+        return []
+    return [
+        "",
+        "What is left of SPICE at 100 %, with the bootstrap interval of the choice of clips:",
+        "",
+        *markdown_table(["model", "seed", "SPICE at 100 %", "left"], rows),
+    ]
+
+
 CLAIMS = {
     "CIDEr, own videos": lambda result: _value(result, 0.0, "cider_d"),
     "CIDEr left at 100 %": lambda result: _value(result, 1.0, "cider_d", "retention"),
+    "SPICE left at 100 %": lambda result: _value(result, 1.0, "spice", "retention"),
     "distinct lost at 100 %": lambda result: _lost(result, "distinct"),
     "sound-alikes lost at 100 %": lambda result: _lost(result, "sound-alikes"),
     "off screen lost at 100 %": lambda result: _lost(result, "off screen"),
@@ -216,13 +239,15 @@ def _lost(result: Result, column: str) -> float | None:
 def _differences(runs: Mapping[str, list[Result]]) -> list[str]:
     """The difference between EVACap and each other variant, seed by seed."""
     own = {result["seed"]: result for result in runs.get("evacap", [])}
+    results = [result for group in runs.values() for result in group]
+    claims = {name: claim for name, claim in CLAIMS.items() if any(claim(result) is not None for result in results)}
     rows = []
     for name, group in runs.items():
         pairs = [(own[result["seed"]], result) for result in group if result["seed"] in own]
         if name == "evacap" or not pairs:
             continue
         cells = []
-        for claim in CLAIMS.values():
+        for claim in claims.values():
             values = [(claim(one), claim(other)) for one, other in pairs]
             cells.append(" ".join("–" if None in pair else f"{pair[0] - pair[1]:+.3f}" for pair in values))
         rows.append([VARIANT_TITLES[name], *cells])
@@ -232,7 +257,7 @@ def _differences(runs: Mapping[str, list[Result]]) -> list[str]:
         "",
         "## EVACap less the others, seed by seed",
         "",
-        *markdown_table(["EVACap less", *CLAIMS], rows),
+        *markdown_table(["EVACap less", *claims], rows),
         "",
         "The shares lost are of all sources of the column. Where the number is below 0, EVACap lost less than the other, "
         "called fewer sound-alikes by their twin's name, or invented fewer sources.",
@@ -414,7 +439,7 @@ def make_plots(results: Sequence[Result]) -> dict[str, "Figure"]:
 
 
 def _curves(runs: Mapping[str, list[Result]]) -> "Figure":
-    wanted = ("bleu_4", "meteor", "rouge_l", "cider_d", "spider", *COLUMNS)
+    wanted = ("bleu_4", "meteor", "rouge_l", "cider_d", "spice", "spider", *COLUMNS)
     some = next(iter(runs.values()))[0]
     names = [name for name in wanted if name in _metrics(some, 0.0)]
     shares = _shares(runs)

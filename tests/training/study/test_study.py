@@ -439,6 +439,32 @@ def test_oracles_stand_beside_the_models(tmp_path):
     assert len(found["The runs"]) == 2 + len(RESULTS)
 
 
+def test_runs_that_have_spice_say_what_is_left_of_it(tmp_path):
+    write_all(tmp_path, RESULTS)
+    assert "SPICE" not in as_markdown(read_results(tmp_path)).split("## The runs")[0].replace("Runs without SPICE", "")
+    newer = copy.deepcopy([result for result in RESULTS if result["seed"] == 1])
+    for result, left in zip(newer, (0.92, 0.98), strict=True):
+        result["skipped"] = []
+        for condition in result["conditions"]:
+            share = condition["shuffle"] * (1 - left)
+            figure = {"value": 0.2 * (1 - share), "retention": 1 - share, "retention_interval": [0.9, 0.99]}
+            condition["metrics"]["spice"] = figure
+    write_all(tmp_path, newer)
+    text = as_markdown(read_results(tmp_path))
+    assert "Runs without SPICE were judged where these were not to be had." in text
+    found = tables(text)
+    shuffled = [
+        row for row in found["Shuffled test videos (layout of the paper's Table 3)"] if "<sub>90.0–99.0" in row[-1]
+    ]
+    assert shuffled == [
+        ["AVCap", "1", "0.184", "92.0%<br><sub>90.0–99.0</sub>"],
+        ["EVACap (SMS 5 %)", "1", "0.196", "98.0%<br><sub>90.0–99.0</sub>"],
+    ]
+    head, _, *rows = found["EVACap less the others, seed by seed"]
+    (cell,) = [row[head.index("SPICE left at 100 %")] for row in rows if row[0] == "AVCap"]
+    assert cell == "– +0.060"
+
+
 def test_the_report_is_made_of_the_files_alone(tmp_path, capsys):
     assert main(["--report", "--results", str(tmp_path)]) == 1
     assert "holds no result" in capsys.readouterr().err
