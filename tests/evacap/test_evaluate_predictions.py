@@ -64,6 +64,26 @@ def test_two_systems(references, predictions, tmp_path, capsys):
     assert "| ours | – |" in tables and "beams" not in tables and "Own videos" not in tables
 
 
+def test_spice_and_spider(references, predictions, spice_parser, tmp_path):
+    files = ["--predictions", predictions, "--references", references, "--metrics", "spice", "spider"]
+    assert run(tmp_path / "out", *files) == 0
+    evaluation = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert evaluation["skipped"] == {}
+    (condition,) = evaluation["checkpoints"]["mine.jsonl"]["conditions"]
+    expected = compute_metrics(
+        list(CAPTIONS.values()),
+        [REFERENCES["a"], [*REFERENCES["b"], "It rains"], REFERENCES["c"]],
+        ("spice", "spider"),
+    )
+    for name, value in expected["corpus"].items():
+        figure = condition["metrics"][name]
+        assert figure["value"] == pytest.approx(value, abs=1e-12)
+        assert figure["interval"][0] <= value <= figure["interval"][1]
+    # Kept for the next time.
+    kept = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert sorted(entry["spice"] for entry in kept.values()) == sorted(expected["per_clip"]["spice"])
+
+
 def test_what_evacap_caption_writes(references, tmp_path):
     rows = [{"file": f"clips/{name}.mp4", "text": text} for name, text in CAPTIONS.items()]
     path = write_lines(tmp_path / "captions.jsonl", rows)
@@ -77,7 +97,7 @@ def test_what_evacap_caption_writes(references, tmp_path):
         ("p.jsonl", '{"id": "a", "caption": "x"}\n{"caption": "y"}\n', "p.jsonl, line 2: `id` is missing"),
         ("p.jsonl", '{"id": "a", "capton": "x"}\n', "p.jsonl, line 1: `caption` must be a sentence, .* got None"),
         ("p.jsonl", '{"id": "a", "caption": 3}\n', "p.jsonl, line 1: `caption` must be a sentence, .* got 3"),
-        ("p.jsonl", '{"id": "a", "caption": "x"\n', "p.jsonl, line 1: is no JSON"),
+        ("p.jsonl", '{"id": "a", "caption": "x"\n', "p.jsonl, line 1: is not JSON"),
         ("p.jsonl", '{"file": "b.mp4", "error": "no sound"}\n', "line 1: 'b.mp4' has an error and no caption"),
         ("p.jsonl", '{"id": "a", "caption": "x"}\n', r"2 of its clips have no caption .*: 'b', 'c'$"),
         ("p.csv", "id,caption\na,x\nb,y\nc,z\nd,w\n", r"p.csv: 1 of its clips are not in .*: 'd'"),

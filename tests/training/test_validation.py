@@ -47,6 +47,13 @@ def test_captions_are_scored_against_all_references(config):
     assert perfect["bleu_4"] == pytest.approx(1.0) and perfect["cider_d"] > 1
 
 
+def test_spider_tells_the_best(config, spice_parser):
+    config.validation.metrics, config.validation.best = ["cider_d", "spice", "spider"], "spider"
+    validation, _ = make_validation(config)
+    figures = validation._score([references[-1] for references in validation.references])
+    assert figures["spider"] == pytest.approx((figures["cider_d"] + figures["spice"]) / 2) and figures["spice"] > 0.5
+
+
 def test_the_first_clips_alone(config):
     config.validation.max_clips = 2
     validation, model = make_validation(config)

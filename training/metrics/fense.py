@@ -105,7 +105,9 @@ def _load_detector(folder: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedMod
         weights.pop("encoder.embeddings.position_ids", None)
         model.load_state_dict({name.removeprefix("encoder."): value for name, value in weights.items()})
     except (OSError, KeyError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
-        raise RuntimeError(f"{files[0]} does not fit, or is no detector of FENSE: {error}") from error
+        raise RuntimeError(
+            f"{files[0]} is not a detector of FENSE, or does not fit the model beside it: {error}"
+        ) from error
     return tokenizer, model, classifier
 
 

@@ -144,5 +144,5 @@ def test_another_pooling_and_another_file_are_refused(encoder, tmp_path):
     with pytest.raises(RuntimeError, match="pooling_mode_cls_token, expected the mean"):
         sentence_similarities(PREDICTIONS, REFERENCES, tmp_path / "other")
     torch.save({"state_dict": {"clf.weight": torch.zeros(6, 32)}}, tmp_path / "other" / "x.ckpt")
-    with pytest.raises(RuntimeError, match="x.ckpt does not fit, or is no detector"):
+    with pytest.raises(RuntimeError, match="x.ckpt is not a detector of FENSE, or does not fit"):
         fluency_errors(PREDICTIONS, tmp_path / "other")
