@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard
 from jinja2 import StrictUndefined, Template
-from transformers import AutoProcessor
 
 from .modeling_evacap.configuration_evacap import EVACapConfig
 from .modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from .modeling_evacap.presets import PRESETS
+from .processing.model_processor import load_processor
 from .processing.processing_evacap import EVACapProcessor
 from .training.evaluation.tables import markdown_table
 
@@ -53,7 +53,7 @@ def fill_model_card(folder: str | os.PathLike, repo_id: str) -> ModelCard:
     """
     folder = Path(folder)
     config = EVACapConfig.from_pretrained(folder)
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = load_processor(folder)
     name = repo_id.split("/")[-1]
     training = _read(folder / TRAINING_FILE, lambda file: (file["data"], list(file["datasets"])))
     results = _read(folder / EVALUATION_FILE, lambda file: (_results_table(file), _eval_results(file)))

@@ -47,6 +47,11 @@ def make_processor(
     )
 
 
+def load_processor(name: str | os.PathLike) -> EVACapProcessor:
+    """The processor of a model folder or of a model of the Hub, without running code of theirs or asking to do so."""
+    return EVACapProcessor.from_pretrained(name, trust_remote_code=False)
+
+
 def load_tokenizer(name: str | os.PathLike) -> BertTokenizer:
     """
     A BERT tokenizer of the Hub, or of a folder that holds at least `vocab.txt`.

@@ -165,8 +165,13 @@ class WindowDataset(IterableDataset):
 def numbered(error: Exception, index: int) -> Exception:
     """The error with the number of its input in front of its message, unless that names a file."""
     if not isinstance(error, MediaError) or str(error).startswith("<"):
-        error.args = (f"inputs[{index}]: {error}", *error.args[1:])
+        error.args = (f"inputs[{index}]: {message(error)}", *error.args[1:])
     return error
+
+
+def message(error: Exception) -> str:
+    """What an error says; what it is where it says nothing, as `MemoryError` does."""
+    return str(error) or type(error).__name__
 
 
 def portable(error: Exception) -> Exception:
@@ -406,7 +411,7 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
                 if isinstance(result, Exception):
                     if on_error == "raise":
                         raise result
-                    result = {"error": str(result)}
+                    result = {"error": message(result)}
                 yield result
                 upcoming += 1
 

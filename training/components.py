@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..modeling_evacap.configuration_evacap import EVACapConfig
 from ..modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from ..modeling_evacap.presets import get_preset
-from ..processing.model_processor import load_tokenizer, make_processor
+from ..processing.model_processor import load_processor, load_tokenizer, make_processor
 from ..processing.processing_evacap import EVACapProcessor
 from .data.augmentation import Augmentation
 from .data.collator import EVACapDataCollator
@@ -41,7 +41,7 @@ def make_processor_and_config(section: ModelSection) -> tuple[EVACapProcessor, E
                 f"{_variant(wanted)}: choose the preset that fits, or import the weights with --as {section.preset}."
             )
         config = EVACapConfig.from_dict(_with_fields(config.to_dict(), section.config, "model.config"))
-        return EVACapProcessor.from_pretrained(section.start), config
+        return load_processor(section.start), config
     if section.tokenizer is None:
         raise ValueError(
             "Give `model.start`, a model folder as `evacap import-weights` makes it, or `model.tokenizer` to begin with "
