@@ -459,6 +459,8 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
         Saves the model, the processor, the code of all, so that the folder loads without this package, and the known
         answer by which `evacap check-install` sees whether another machine captions as this one does.
         """
+        # First, as it is small: where the folder cannot be written, no large file is left in it.
+        self.processor.save_pretrained(save_directory, **kwargs)
         # The base class would write two parts of the processor once more, into files that nobody reads.
         parts = {name: getattr(self, name) for name in ("tokenizer", "feature_extractor")}
         self.tokenizer = self.feature_extractor = None
@@ -466,7 +468,6 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
             super().save_pretrained(save_directory, **kwargs)
         finally:
             vars(self).update(parts)
-        self.processor.save_pretrained(save_directory, **kwargs)
         write_known_answer(save_directory, self.model, self.processor)
 
 

@@ -109,9 +109,11 @@ def load_captioner(arguments: argparse.Namespace) -> "AudioVisualCaptioningPipel
 
     import evacap
 
+    from ..processing.model_processor import loading
+
     begin = time.perf_counter()
     model = arguments.model or evacap.TINY
-    try:
+    with loading(model):
         captioner = pipeline(
             evacap.TASK,
             model=model,
@@ -120,8 +122,6 @@ def load_captioner(arguments: argparse.Namespace) -> "AudioVisualCaptioningPipel
             trust_remote_code=arguments.trust_remote_code,
             **({"dtype": arguments.dtype} if arguments.dtype else {}),
         )
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{model} cannot be loaded: {error}") from error
     print(f"loaded {printable(captioner.model.name_or_path)} in {time.perf_counter() - begin:.1f} s", file=sys.stderr)
     return captioner
 

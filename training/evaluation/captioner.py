@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ...modeling_evacap.configuration_evacap import EVACapConfig
 from ...modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from ...processing.captioning_evacap import CaptionedBatch, caption_batch, has_gate
-from ...processing.model_processor import load_processor
+from ...processing.model_processor import load_processor, loading
 from ...processing.processing_evacap import EVACapProcessor
 from ..data.collator import EVACapDataCollator
 from ..data.prepared_clips import PreparedClips
@@ -161,11 +161,9 @@ class Captioner:
         self.name = name
         self.folder = os.fspath(folder)
         self.output = Path(output) / re.sub(r"[^\w.-]+", "-", name)
-        try:
+        with loading(self.folder):
             self.config = EVACapConfig.from_pretrained(self.folder)
-            self.processor = load_processor(self.folder)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.folder} cannot be loaded: {error}") from error
+        self.processor = load_processor(self.folder)
 
     def pairs(self, condition: Condition, clips: Sequence[TestedClip], seed: int = 0) -> list[Pair] | None:
         """The pairs of all clips under a condition.
@@ -228,7 +226,8 @@ class Captioner:
         Raises:
             ValueError: If the folder holds captions of other settings, or if a clip cannot be read.
         """
-        model = EVACapForConditionalGeneration.from_pretrained(self.folder)
+        with loading(self.folder):
+            model = EVACapForConditionalGeneration.from_pretrained(self.folder)
         self.parameters = model.num_parameters()
         self._settle(
             {
