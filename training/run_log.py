@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -54,16 +55,28 @@ def record_start(folder: Path, config: RunConfig, command: list[str], num_proces
 
 def _git_commit() -> str | None:
     """The commit that the working directory is at, with `+changes` where files differ from it."""
+    # A repository can name commands that git runs to compare its files: they are for who works in it, and not run here.
+    options = ["-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}"]
+    for line in (_git("config", "--name-only", "--get-regexp", r"^filter\..*\.(clean|process)$") or "").splitlines():
+        options += ["-c", f"{line}="]
+    for line in (_git("config", "--name-only", "--get-regexp", r"^filter\..*\.required$") or "").splitlines():
+        options += ["-c", f"{line}=false"]
+    commit = _git(*options, "rev-parse", "--verify", "--quiet", "HEAD")
+    if not commit:
+        return None
+    # A submodule has commands of its own.
+    changes = _git(*options, "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")
+    return commit + ("+changes" if changes else "")
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints, without white space around it; `None` where it cannot tell."""
+    command = ["git", "--no-optional-locks", "--no-pager", *arguments]
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return described.stdout.strip() or None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 class RunLog:

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from .manifest import Entry, read_csv, to_seconds
 
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger(f"transformers.{__name__}")
 
 COLUMNS = ("audiocap_id", "youtube_id", "start_time", "caption")
 CLIP_SECONDS = 10.0
@@ -86,7 +86,7 @@ def _joined(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     last, broken = None, []
     for line, row in read_csv(path, allow_missing=True):
         first, *rest = row.values()
-        if last is not None and first.strip() and not any(rest):
+        if last is not None and "caption" in last[1] and first.strip() and not any(rest):
             last[1]["caption"] = f"{last[1]['caption'].rstrip()} {first.strip()}"
             broken.append(line)
             continue
