@@ -46,6 +46,7 @@ setup(
         "evaluate>=0.4.6",
         "huggingface-hub>=1.33",
         "safetensors>=0.8",
+        "filelock>=4.3",
         "pyyaml>=6.0",
         "tensorboard>=2.21",
         "av>=18.1",

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from evacap.training.evaluation.tables import markdown_table
-from evacap.training.files import write_text
+from evacap.training.files import check_settings, write_json
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -267,11 +267,7 @@ class Results:
         self.machine, self.rows = machine(device), []
         if self.path.exists():
             stored = json.loads(self.path.read_text())
-            if stored["machine"] != self.machine:
-                raise ValueError(
-                    f"{self.path} holds figures of {stored['machine']}, but this is {self.machine}: give another "
-                    "file by --output."
-                )
+            check_settings(self.path, stored["machine"], self.machine, "Give another file by --output.")
             self.rows = stored["rows"]
 
     def find(self, **settings) -> dict[str, Any] | None:
@@ -287,8 +283,7 @@ class Results:
             self.rows.append(row)
         else:
             self.rows[self.rows.index(old)] = row
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, json.dumps({"machine": self.machine, "rows": self.rows}, indent=1) + "\n")
+        write_json(self.path, {"machine": self.machine, "rows": self.rows}, indent=1)
 
 
 def markdown(header: list[str], rows: Iterable[Iterable[Any]]) -> str:

@@ -2,10 +2,12 @@
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
 from . import __version__
+from .training.terminal import PrintableRecord, explain
 
 
 COMMANDS = {
@@ -24,6 +26,11 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status: 0, 1 after an error that a sentence explains, 2 for a wrong call."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    logging.setLogRecordFactory(PrintableRecord)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal need not have the letters of every name and caption.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(prog="evacap", description="Audio-visual captioning with EVACap.")
     parser.add_argument("--version", action="version", version=f"evacap {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -36,9 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return module.run(arguments) or 0
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        # Some libraries wrap their messages over several lines.
-        print(f"evacap {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
+        print(f"evacap {arguments.command}: {explain(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"evacap {arguments.command}: stopped", file=sys.stderr)

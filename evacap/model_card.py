@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub.utils import validate_repo_id
 from jinja2 import StrictUndefined, Template
-from transformers import AutoProcessor
 
 from .modeling_evacap.configuration_evacap import EVACapConfig
 from .modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from .modeling_evacap.presets import PRESETS
+from .processing.model_processor import load_processor, loading
 from .processing.processing_evacap import EVACapProcessor
 from .training.evaluation.tables import markdown_table
 
@@ -45,6 +46,8 @@ def fill_model_card(folder: str | os.PathLike, repo_id: str) -> ModelCard:
         folder (`str` or `os.PathLike`): A model folder with its processor.
         repo_id (`str`): `ORG/NAME` on the Hub, for the example code.
 
+    What they say becomes text on one line and nothing else: no block of code, no table, no metadata of their own.
+
     Returns:
         The card; `str(card)` is the text of a `README.md`.
 
@@ -52,19 +55,21 @@ def fill_model_card(folder: str | os.PathLike, repo_id: str) -> ModelCard:
         ValueError: If one of the two files does not have this form.
     """
     folder = Path(folder)
-    config = EVACapConfig.from_pretrained(folder)
-    processor = AutoProcessor.from_pretrained(folder)
+    with loading(folder):
+        config = EVACapConfig.from_pretrained(folder)
+    processor = load_processor(folder)
     name = repo_id.split("/")[-1]
-    training = _read(folder / TRAINING_FILE, lambda file: (file["data"], list(file["datasets"])))
+    training = _read(folder / TRAINING_FILE, lambda file: (_text(file["data"]), _names(file["datasets"])))
     results = _read(folder / EVALUATION_FILE, lambda file: (_results_table(file), _eval_results(file)))
     values = _describe(config, processor) | {
         "repo_id": repo_id,
         "name": name,
         "training_data": training[0] if training else "Not stated.",
-        "results": results[0] if results else "",
     }
-    template = files(__package__).joinpath("model_card.md").read_text(encoding="utf-8")
-    card = ModelCard(Template(template, undefined=StrictUndefined, keep_trailing_newline=True).render(values))
+    values = {name: _inline(value) if isinstance(value, str) else value for name, value in values.items()}
+    # Its cells are escaped, its rows are its own.
+    values["results"] = results[0] if results else ""
+    card = ModelCard(_template().render(values))
     card.data.datasets = (training and training[1]) or None
     if results:
         card.data.model_name, card.data.eval_results = name, results[1]
@@ -90,9 +95,45 @@ def check_metadata(card: ModelCard, source: str) -> None:
         raise ValueError(f"{source}: `library_name` is {data['library_name']!r}, but it must be 'transformers'.")
 
 
-def python_examples(card: ModelCard) -> str:
+def python_examples(text: str) -> str:
     """The Python code blocks of a card, joined."""
-    return "\n".join(re.findall(r"^```python\n(.*?)^```", card.text, flags=re.DOTALL | re.MULTILINE))
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
+
+
+def example_code(repo_id: str) -> str:
+    """The examples of the template for a repository; the files of a model folder have no part in them."""
+    validate_repo_id(repo_id)
+    return _template(python_examples).render(repo_id=repo_id)
+
+
+def _template(part: Callable[[str], str] = str) -> Template:
+    """The template, or the part of it that `part` takes."""
+    text = files(__package__).joinpath("model_card.md").read_text(encoding="utf-8")
+    return Template(part(text), undefined=StrictUndefined, keep_trailing_newline=True)
+
+
+def _inline(text: str) -> str:
+    """Text as one paragraph of Markdown, with inline code at most: nothing in it can begin a block."""
+    text = re.sub(r"\s+", " ", text).strip()
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    text = re.sub(r"`{3,}|~{3,}", lambda run: "".join(f"\\{character}" for character in run[0]), text)
+    # A heading, a quotation, a list, a rule, a table.
+    return re.sub(r"^(?:[#>+=|*-]|\d+[.)](?= ))", lambda start: f"{start[0][:-1]}\\{start[0][-1]}", text)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not text")
+    return value
+
+
+def _names(values: Any) -> list[str]:
+    """Checks the names of datasets on the Hub."""
+    if not isinstance(values, list):
+        raise TypeError(f"{values!r} is not a list of names")
+    for value in values:
+        validate_repo_id(_text(value))
+    return values
 
 
 def _read(path: Path, extract: Callable[[Any], Any]) -> Any:
@@ -148,13 +189,17 @@ def _variant(config: EVACapConfig) -> str:
 def _results_table(evaluation: dict[str, Any]) -> str:
     names = list(dict.fromkeys(name for result in evaluation["results"] for name in result["metrics"]))
     rows = [
-        [result["setting"], *(_cell(result["metrics"].get(name)) for name in names)]
+        [_cell(result["setting"]), *(_figure(result["metrics"].get(name)) for name in names)]
         for result in evaluation["results"]
     ]
-    return "\n".join(markdown_table([evaluation["dataset"], *names], rows))
+    return "\n".join(markdown_table([_cell(evaluation["dataset"]), *map(_cell, names)], rows))
 
 
-def _cell(value: float | None) -> str:
+def _cell(text: Any) -> str:
+    return _inline(_text(text))
+
+
+def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
@@ -163,9 +208,9 @@ def _eval_results(evaluation: dict[str, Any]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=PIPELINE_TAG,
-            dataset_type=evaluation["dataset_id"],
-            dataset_name=evaluation["dataset"],
-            metric_type=name,
+            dataset_type=_names([evaluation["dataset_id"]])[0],
+            dataset_name=_inline(evaluation["dataset"]),
+            metric_type=_inline(name),
             metric_value=value,
         )
         for name, value in first["metrics"].items()

@@ -70,7 +70,11 @@ def _load_tensors_only(path: Path) -> Any:
 
 
 def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(item, torch.Tensor) for item in value.values())
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(name, str) and isinstance(item, torch.Tensor) for name, item in value.items())
+    )
 
 
 def _find_state_dict(path: Path, content: Any) -> dict[str, torch.Tensor]:

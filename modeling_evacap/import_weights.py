@@ -336,7 +336,9 @@ def _untie_if_needed(config: EVACapConfig, tensors: dict[str, torch.Tensor], not
     AVCap and GIT tie them, but a GIT that was fine-tuned in Transformers may not.
     """
     words, output = tensors.get("textual.embedding.words.weight"), tensors.get("textual.output.weight")
-    if words is not None and output is not None and not torch.equal(words, output):
+    if words is None or output is None or _fault(words) or _fault(output):
+        return
+    if not torch.equal(words, output):
         config.tie_word_embeddings = False
         notes.append("the output layer has weights of its own: it is not tied to the word embeddings")
 
@@ -353,12 +355,16 @@ def _convert(
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in EVACapForConditionalGeneration(config).state_dict().items()}
     names = NameTable(config.fusion_type)
-    state, unknown, misfits = {}, [], []
+    state, unknown, misfits, unusable = {}, [], [], []
     for name, tensor in tensors.items():
         target = names.target(name)
         if target is None or (QKV.fullmatch(target) is None and target not in shapes):
             known = names.is_known_unused(name) or any(fnmatch.fnmatchcase(name, pattern) for pattern in allow_missing)
             (report.unused if known else unknown).append(name)
+            continue
+        fault = _fault(tensor)
+        if fault is not None:
+            unusable.append(f"{name} ({fault})")
             continue
         for part_name, part in _parts(target, tensor.float()):
             part = _fit(part_name, part, config.video_config, is_picture)
@@ -369,6 +375,11 @@ def _convert(
             (report.loaded if part.shape == tensor.shape else report.reshaped).append(part_name)
             state[part_name] = part
 
+    if unusable:
+        raise ValueError(
+            f"The files hold tensors that are no weights: {_list(unusable)}. Save the model again from where it was "
+            "trained, or download it again."
+        )
     if config.tie_word_embeddings:
         # One tensor with two names, which Transformers ties.
         state.pop("lm_head.weight", None)
@@ -381,6 +392,20 @@ def _convert(
         (report.new if allowed else missing).append(name)
     _raise_mismatch(unknown, missing, misfits)
     return state
+
+
+def _fault(tensor: torch.Tensor) -> str | None:
+    """Why a tensor cannot be a parameter."""
+    if tensor.is_meta:
+        return "on the meta device, without values"
+    if tensor.layout != torch.strided:
+        return f"of layout {tensor.layout}"
+    if not tensor.is_floating_point():
+        return f"of type {tensor.dtype}"
+    # One pass, and a sum of large finite values may overflow: only then a second one.
+    if not tensor.float().sum().isfinite() and not tensor.float().isfinite().all():
+        return "with values that are not finite"
+    return None
 
 
 def _raise_mismatch(unknown: list[str], missing: list[str], misfits: list[str]) -> None:

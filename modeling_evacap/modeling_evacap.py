@@ -33,7 +33,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -44,6 +44,8 @@ from .fusion_evacap import EVACapGatedCrossAttention
 from .loss_evacap import gate_stability, label_smoothed_kl, semantic_consistency
 from .versions_evacap import tested_versions
 
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 # Tokens of the longest caption, with [CLS] and [SEP] (AVCap).
 MAX_CAPTION_LENGTH = 40
@@ -1063,6 +1065,12 @@ class EVACapModel(EVACapPreTrainedModel):
         )
 
 
+def shift_tokens_right(labels: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
+    """The decoder's input (batch_size, length) for `labels`: the start token, then the labels but their last."""
+    shifted = F.pad(labels[:, :-1], (1, 0), value=decoder_start_token_id)
+    return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
 # What the decoder reads besides the encoder's output, a row a caption.
 TEXT_ARGUMENTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "decoder_position_ids")
 
@@ -1174,6 +1182,8 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        elif labels is None:
+            self._check_without_labels(decoder_input_ids is not None or decoder_inputs_embeds is not None)
         text = [decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, decoder_position_ids]
         pairs = {"pixel_values_videos": pixel_values_videos, "pixel_values_videos_mask": pixel_values_videos_mask}
         swapped = None
@@ -1227,6 +1237,21 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
             encoder_attentions=outputs.encoder_attentions,
             **terms,
         )
+
+    def _check_without_labels(self, has_text: bool) -> None:
+        """Says what is missing where somebody else has the labels, as a `Trainer` with a loss of its own."""
+        if not has_text:
+            raise ValueError(
+                "Give `labels`, `decoder_input_ids` or `decoder_inputs_embeds`. A `Trainer` with "
+                "`label_smoothing_factor` or `compute_loss_func` keeps the labels to itself: give the model to the data "
+                "collator, `EVACapDataCollator(model=model)`, which then makes `decoder_input_ids`."
+            )
+        weights = (self.config.gate_stability_weight, self.config.semantic_consistency_weight)
+        if self.training and max(weights) > 0:
+            logger.warning_once(
+                "Without `labels` the model computes no loss: its terms `gate_stability` and `semantic_consistency` are "
+                "left out of whatever is computed from its logits."
+            )
 
     @staticmethod
     def _add_matched_pairs(
@@ -1289,8 +1314,7 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
         """The decoder's input (batch_size, length) for `labels`: the start token, then the labels but their last."""
-        shifted = F.pad(labels[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
-        return shifted.masked_fill(shifted == -100, self.config.text_config.pad_token_id)
+        return shift_tokens_right(labels, self.config.text_config.pad_token_id, self.config.decoder_start_token_id)
 
     def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any):
         """As `GenerationMixin` does it, and refuses to go on where the last step has left nothing in the cache."""

@@ -1,7 +1,8 @@
 """The processor that belongs to a model, and its tokenizer."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import BertTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
@@ -45,6 +46,36 @@ def make_processor(
         tokenizer,
         modalities=FUSION_MODALITIES.get(config.fusion_type, "audio_video"),
     )
+
+
+@contextmanager
+def loading(name: str | os.PathLike) -> Iterator[None]:
+    """
+    Within it whatever a damaged file of the model `name` makes the libraries raise, which has no common type, becomes a
+    `ValueError` with a sentence.
+    """
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{name} cannot be loaded: {error}") from error
+    except Exception as error:
+        raise ValueError(
+            f"{name} cannot be loaded ({type(error).__name__}: {error}): a file of it is damaged, or not what "
+            "`save_pretrained` writes. Save the model again, or download it again."
+        ) from error
+
+
+def load_processor(name: str | os.PathLike) -> EVACapProcessor:
+    """
+    The processor of a model folder or of a model of the Hub, without running code of theirs or asking to do so.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    with loading(name):
+        return EVACapProcessor.from_pretrained(name, trust_remote_code=False)
 
 
 def load_tokenizer(name: str | os.PathLike) -> BertTokenizer:

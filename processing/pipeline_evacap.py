@@ -165,8 +165,13 @@ class WindowDataset(IterableDataset):
 def numbered(error: Exception, index: int) -> Exception:
     """The error with the number of its input in front of its message, unless that names a file."""
     if not isinstance(error, MediaError) or str(error).startswith("<"):
-        error.args = (f"inputs[{index}]: {error}", *error.args[1:])
+        error.args = (f"inputs[{index}]: {message(error)}", *error.args[1:])
     return error
+
+
+def message(error: Exception) -> str:
+    """What an error says; what it is where it says nothing, as `MemoryError` does."""
+    return str(error) or type(error).__name__
 
 
 def portable(error: Exception) -> Exception:
@@ -406,7 +411,7 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
                 if isinstance(result, Exception):
                     if on_error == "raise":
                         raise result
-                    result = {"error": str(result)}
+                    result = {"error": message(result)}
                 yield result
                 upcoming += 1
 
@@ -454,6 +459,8 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
         Saves the model, the processor, the code of all, so that the folder loads without this package, and the known
         answer by which `evacap check-install` sees whether another machine captions as this one does.
         """
+        # First, as it is small: where the folder cannot be written, no large file is left in it.
+        self.processor.save_pretrained(save_directory, **kwargs)
         # The base class would write two parts of the processor once more, into files that nobody reads.
         parts = {name: getattr(self, name) for name in ("tokenizer", "feature_extractor")}
         self.tokenizer = self.feature_extractor = None
@@ -461,7 +468,6 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
             super().save_pretrained(save_directory, **kwargs)
         finally:
             vars(self).update(parts)
-        self.processor.save_pretrained(save_directory, **kwargs)
         write_known_answer(save_directory, self.model, self.processor)
 
 

@@ -36,6 +36,12 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 MODALITIES = ("audio_video", "audio", "video")
 # Containers round a stream's length up to whole codec frames: a rest shorter than this is no content to warn about.
+MODEL_OPTIONS = frozenset(
+    "attn_implementation device_map device_mesh distributed_config dtype experts_implementation key_mapping "
+    "low_cpu_mem_usage max_memory offload_buffers offload_folder offload_state_dict quantization_config torch_dtype tp_plan "
+    "tp_size use_kernels use_safetensors variant weights_only".split()
+)
+"""Options of `PreTrainedModel.from_pretrained` that no processor has."""
 NEGLIGIBLE_SECONDS = 0.5
 
 
@@ -375,6 +381,13 @@ class EVACapProcessor(ProcessorMixin):
             length = max_length - 1 if fixed else max(map(len, labels))
             labels = [ids + [-100] * (length - len(ids)) for ids in labels]
         return labels
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "EVACapProcessor":
+        """As in every [`ProcessorMixin`]; what is for a model alone, such as `dtype`, is left out."""
+        # `pipeline` hands the model's options to the processor, whose tokenizer would keep them, and save them.
+        kwargs = {name: value for name, value in kwargs.items() if name not in MODEL_OPTIONS}
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
         """As in every [`ProcessorMixin`]."""

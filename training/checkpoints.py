@@ -1,24 +1,38 @@
 """The files of a run that must survive it: checkpoints to go on from, and models to use."""
 
+import hashlib
 import json
 import os
+import random
 import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from ..modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from ..processing.known_answer_evacap import write_known_answer
 from ..processing.processing_evacap import EVACapProcessor
-from .files import write_text
+from .files import files_in, remove_folder, replace_folder, write_json
 
 
+VERSION = 2
+"""Of the form of a checkpoint. The first one held pickled objects."""
 CONTENTS = "contents.json"
-"""The file of a checkpoint that lists the others with their sizes."""
+"""The file of a checkpoint that lists the others with their sizes and checksums."""
+MODEL, OPTIMIZER, PROGRESS = "model.safetensors", "optimizer.safetensors", "progress.json"
+RANDOM_STATES = "random_states_{}.safetensors"
+"""The file of each process."""
 
 
 @dataclass
@@ -64,16 +78,31 @@ class Checkpoints:
     """
     The folder `checkpoints` of a run. A checkpoint has its name when it is complete, and not before.
 
+    It holds tensors (safetensors) and JSON, which run no code when they are loaded, and is the same whether the model
+    is whole in each process or shared out among them (FSDP).
+
     Args:
         folder (`Path`): The folder of the run.
-        accelerator (`Accelerator`): What it holds is saved: model, optimizer and whatever is registered, and the
-            states of the generators of random numbers.
+        accelerator (`Accelerator`): Its processes, and its gradient scaler where there is one.
+        model (`torch.nn.Module`), optimizer (`AcceleratedOptimizer`): As Accelerate has prepared them.
+        parts (`dict`): What else is saved, by name: objects whose `state_dict()` is JSON.
         keep (`int`): Newest checkpoints to keep.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, keep: int):
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        model: torch.nn.Module,
+        optimizer: AcceleratedOptimizer,
+        parts: dict[str, Any],
+        keep: int,
+    ):
         self.folder = folder / "checkpoints"
         self.accelerator = accelerator
+        self.model = model
+        self.optimizer = optimizer.optimizer
+        self.parts = parts if accelerator.scaler is None else {**parts, "scaler": accelerator.scaler}
         self.keep = keep
 
     def list(self) -> list[Path]:
@@ -92,12 +121,24 @@ class Checkpoints:
 
     def _write(self, folder: Path) -> None:
         accelerator = self.accelerator
-        accelerator.save_state(folder)
+        # All processes take part, and the main one gets the whole.
+        weights, states = get_state_dict(
+            self.model,
+            self.optimizer,
+            options=StateDictOptions(full_state_dict=True, cpu_offload=True),
+        )
+        save_states(random_states(accelerator.device), folder / RANDOM_STATES.format(accelerator.process_index))
+        if accelerator.is_main_process:
+            save_states(weights, folder / MODEL)
+            moments = {f"{name}.{key}": value for name, kept in states["state"].items() for key, value in kept.items()}
+            save_states({**moments, "param_groups": states["param_groups"]}, folder / OPTIMIZER)
+            write_json(folder / PROGRESS, {name: part.state_dict() for name, part in self.parts.items()})
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            sizes = {str(file.relative_to(folder)): file.stat().st_size for file in _files(folder)}
-            content = {"num_processes": accelerator.num_processes, "files": sizes}
-            write_text(folder / CONTENTS, json.dumps(content, indent=2) + "\n")
+            files = {str(file.relative_to(folder)): checksum(file) for file in files_in(folder)}
+            write_json(
+                folder / CONTENTS, {"version": VERSION, "num_processes": accelerator.num_processes, "files": files}
+            )
 
     def resume(self) -> bool:
         """
@@ -105,29 +146,124 @@ class Checkpoints:
 
         Raises:
             FileNotFoundError: a file of it is missing or incomplete.
-            ValueError: it was made by another number of processes.
+            ValueError: a file is damaged, or it was made by another number of processes or an earlier version.
         """
         checkpoints = self.list()
         if not checkpoints:
             return False
         newest = checkpoints[-1]
+        in_main_process(self.accelerator, lambda: self._check(newest))
+        for name, part in json.loads((newest / PROGRESS).read_text(encoding="utf-8")).items():
+            self.parts[name].load_state_dict(part)
+        moments = load_states(newest / OPTIMIZER)
+        states = {"param_groups": moments.pop("param_groups"), "state": defaultdict(dict)}
+        for name, value in moments.items():
+            parameter, key = name.rsplit(".", 1)
+            states["state"][parameter][key] = value
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=load_states(newest / MODEL),
+            optim_state_dict=states,
+            options=StateDictOptions(full_state_dict=True),
+        )
+        states = load_states(newest / RANDOM_STATES.format(self.accelerator.process_index))
+        set_random_states(states, self.accelerator.device)
+        return True
+
+    def _check(self, newest: Path) -> None:
         advice = f"Remove {newest} to go on from the checkpoint before it, or from the beginning."
         try:
             content = json.loads((newest / CONTENTS).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            version, num_processes, files = content.get("version"), content["num_processes"], dict(content["files"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise FileNotFoundError(f"{newest / CONTENTS} cannot be read ({error}). {advice}") from error
-        for name, size in content["files"].items():
-            found = (newest / name).stat().st_size if (newest / name).exists() else None
-            if found != size:
-                state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-                raise FileNotFoundError(f"{newest / name} {state}. {advice}")
-        if content["num_processes"] != self.accelerator.num_processes:
+        if version != VERSION:
             raise ValueError(
-                f"{newest} was made by {content['num_processes']} processes, but there are "
-                f"{self.accelerator.num_processes}: launch as many, or start a run in a new `output` from the model."
+                f"{newest} was written by another version of this package, as pickled objects that could run any code "
+                "when they are loaded. End the run with the version that began it, or begin a new one in a new "
+                f"`output`, with `model.start` one of the models in {newest.parents[1]} if there is one."
             )
-        self.accelerator.load_state(newest)
-        return True
+        if num_processes != self.accelerator.num_processes:
+            raise ValueError(
+                f"{newest} was made by {num_processes} processes, but there are {self.accelerator.num_processes}: "
+                "launch as many, or start a run in a new `output` from the model."
+            )
+        needed = [MODEL, OPTIMIZER, PROGRESS, *(RANDOM_STATES.format(number) for number in range(num_processes))]
+        for name in dict.fromkeys([*needed, *files]):
+            path, expected = newest / name, files.get(name)
+            if not path.is_file() or expected is None:
+                raise FileNotFoundError(f"{path} is missing. {advice}")
+            if path.stat().st_size != expected["bytes"]:
+                raise FileNotFoundError(
+                    f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}. {advice}"
+                )
+            if checksum(path) != expected:
+                raise ValueError(f"{path} is damaged: its SHA-256 is not that of the file that was saved. {advice}")
+
+
+def in_main_process(accelerator: Accelerator, call: Callable[[], Any]) -> None:
+    """Calls a function in the main process. What it raises (`OSError`, `ValueError`) is raised in all of them."""
+    error = None
+    if accelerator.is_main_process:
+        try:
+            call()
+        except (OSError, ValueError) as found:
+            error = found
+    error = broadcast_object_list([error])[0]
+    if error is not None:
+        raise error
+
+
+def checksum(file: Path) -> dict[str, Any]:
+    """The size of a file and its SHA-256."""
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def save_states(states: dict[str, Any], path: Path) -> None:
+    """Saves tensors, and whatever else is JSON, as one safetensors file."""
+    tensors, storages = {}, set()
+    for name, value in states.items():
+        if isinstance(value, torch.Tensor):
+            # A tensor under two names, as tied weights are, is written twice: the format knows no links.
+            is_again = value.untyped_storage().data_ptr() in storages
+            storages.add(value.untyped_storage().data_ptr())
+            tensors[name] = value.clone() if is_again else value.contiguous()
+    others = {name: value for name, value in states.items() if name not in tensors}
+    save_file(tensors, path, metadata={"others": json.dumps(others)})
+
+
+def load_states(path: Path) -> dict[str, Any]:
+    """What [`save_states`] saved."""
+    with safe_open(path, framework="pt") as file:
+        others = json.loads(file.metadata()["others"])
+        return {name: file.get_tensor(name) for name in file.keys()} | others
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """The states of all generators from which a process draws."""
+    numpy_state = np.random.get_state(legacy=False)
+    states = {
+        "python": random.getstate(),
+        "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": numpy_state["state"]["key"].tolist()}},
+        "torch": torch.get_rng_state(),
+    }
+    if device.type != "cpu":
+        states["device"] = torch.get_device_module(device).get_rng_state()
+    return states
+
+
+def set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    """Sets the generators to what [`random_states`] returned."""
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    numpy_state = states["numpy"]
+    key = np.array(numpy_state["state"]["key"], dtype=np.uint32)
+    np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": key}})
+    torch.set_rng_state(states["torch"])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states["device"])
 
 
 class Models:
@@ -191,7 +327,7 @@ class Models:
         if accelerator.is_main_process:
             accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=weights)
             self.processor.save_pretrained(folder)
-            write_text(folder / "training.json", json.dumps(self.training, indent=2) + "\n")
+            write_json(folder / "training.json", self.training)
             if not self.code:
                 strip_code(folder)
 
@@ -204,6 +340,7 @@ def write_folder(target: Path, accelerator: Accelerator, write: Callable[[Path],
     Raises:
         OSError: it could not be written. What was there before is as it was.
     """
+    # All processes must know it; the lock of the run keeps other runs away.
     partial = target.with_name(f".{target.name}.partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
@@ -211,10 +348,9 @@ def write_folder(target: Path, accelerator: Accelerator, write: Callable[[Path],
     accelerator.wait_for_everyone()
     try:
         write(partial)
-        for file in _files(partial) if accelerator.is_main_process else ():
-            # After a power cut a folder must not have its name before the disk has its content.
-            with file.open("rb+") as stream:
-                os.fsync(stream.fileno())
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            replace_folder(partial, target)
     except Exception as error:
         # PyTorch and safetensors report a full disk as errors of their own.
         free = shutil.disk_usage(target.parent).free
@@ -224,26 +360,6 @@ def write_folder(target: Path, accelerator: Accelerator, write: Callable[[Path],
             "was saved before is kept: make room, then give the same command again."
         ) from error
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if target.exists():
-            remove_folder(target)
-        partial.rename(target)
-    accelerator.wait_for_everyone()
-
-
-def remove_folder(folder: Path) -> None:
-    """Removes a folder so that, if it is stopped on the way, no part of it is left under its name."""
-    hidden = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(hidden, ignore_errors=True)
-    folder.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
-
-
-def remove_partial_folders(folder: Path) -> None:
-    """Removes what a stopped run has left half-written or half-removed in its folder."""
-    for kept in (folder, folder / "checkpoints", folder / "best"):
-        for leftover in [*kept.glob(".*.partial"), *kept.glob(".*.old")]:
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
 
 
 def strip_code(folder: str | os.PathLike) -> None:
@@ -256,10 +372,6 @@ def strip_code(folder: str | os.PathLike) -> None:
 
     for file in Path(folder).glob("*config.json"):
         content = without_mention(json.loads(file.read_text(encoding="utf-8")))
-        write_text(file, json.dumps(content, indent=2) + "\n")
+        write_json(file, content)
     for file in Path(folder).glob("*_evacap.py"):
         file.unlink()
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())

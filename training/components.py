@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..modeling_evacap.configuration_evacap import EVACapConfig
 from ..modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from ..modeling_evacap.presets import get_preset
-from ..processing.model_processor import load_tokenizer, make_processor
+from ..processing.model_processor import load_processor, load_tokenizer, loading, make_processor
 from ..processing.processing_evacap import EVACapProcessor
 from .data.augmentation import Augmentation
 from .data.collator import EVACapDataCollator
@@ -33,7 +33,8 @@ def make_processor_and_config(section: ModelSection) -> tuple[EVACapProcessor, E
     """
     preset = get_preset(section.preset)
     if section.start is not None:
-        config = EVACapConfig.from_pretrained(section.start)
+        with loading(section.start):
+            config = EVACapConfig.from_pretrained(section.start)
         wanted = preset.config()
         if _variant(config) != _variant(wanted):
             raise ValueError(
@@ -41,7 +42,7 @@ def make_processor_and_config(section: ModelSection) -> tuple[EVACapProcessor, E
                 f"{_variant(wanted)}: choose the preset that fits, or import the weights with --as {section.preset}."
             )
         config = EVACapConfig.from_dict(_with_fields(config.to_dict(), section.config, "model.config"))
-        return EVACapProcessor.from_pretrained(section.start), config
+        return load_processor(section.start), config
     if section.tokenizer is None:
         raise ValueError(
             "Give `model.start`, a model folder as `evacap import-weights` makes it, or `model.tokenizer` to begin with "
@@ -65,7 +66,8 @@ def make_model(section: ModelSection, config: EVACapConfig) -> EVACapForConditio
     """The model to train, with weights in float32: those of `model.start`, or random ones."""
     options = {"attn_implementation": section.attn_implementation, "dtype": torch.float32}
     if section.start is not None:
-        model = EVACapForConditionalGeneration.from_pretrained(section.start, config=config, **options)
+        with loading(section.start):
+            model = EVACapForConditionalGeneration.from_pretrained(section.start, config=config, **options)
     else:
         model = EVACapForConditionalGeneration._from_config(config, **options)
     if section.gradient_checkpointing:

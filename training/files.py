@@ -1,15 +1,271 @@
-"""Files that are whole or not there."""
+"""Files and folders that are whole or not there, lines that survive a killed process, and outputs with one writer."""
 
+import json
 import os
+import shutil
+import socket
+import sys
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes `text` as UTF-8 beside `path` and moves it there, so that no reader ever sees a part of it."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+_NAME_LENGTH = 40
+"""Characters of a name that its temporary neighbour repeats: together they must stay below a file system's limit."""
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """
+    Gives a temporary path to write to, and moves what is there to `path` at the end.
+
+    No reader ever sees a part of the file, and two processes that write it do not share the temporary one. Missing
+    folders above `path` are made. If the block raises, or the disk is full, what was there before stays.
+
+    Args:
+        path (`str` or `os.PathLike`): The file to write. A symbolic link stays, and the file that it leads to is
+            replaced.
+
+    Raises:
+        FileExistsError: `path` is a folder, a device or a pipe.
+        OSError: it cannot be written.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is not a regular file. Give another name.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _neighbour(path, "partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
+        sync(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes `text` as UTF-8, whole or not at all; see [`whole_file`]."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, content: Any, indent: int | None = 2) -> None:
+    """Writes `content` as a JSON file, whole or not at all; see [`whole_file`]."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+@contextmanager
+def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
+    """
+    Gives a temporary folder to fill, which becomes `target` at the end.
+
+    Args:
+        target (`str` or `os.PathLike`): The folder to make. If it exists it is replaced.
+    """
+    target = Path(os.path.realpath(target))
+    partial = _neighbour(target, "partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        replace_folder(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_folder(partial: Path, target: Path) -> None:
+    """Gives a finished folder the name `target`, in the place of what has it now."""
+    for file in files_in(partial):
+        # After a power cut a folder must not have its name before the disk has its content.
+        sync(file)
+    if target.exists():
+        remove_folder(target)
+    partial.rename(target)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder so that, if it is stopped on the way, no part of it is left under its name."""
+    hidden = _neighbour(folder, "old")
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """
+    Removes what killed processes have left half-written or half-removed directly in these folders.
+
+    Whoever calls it must hold the lock of the output, or it takes a file away from a process that is writing it.
+    """
+    for folder in folders:
+        for leftover in [*folder.glob(".*.partial"), *folder.glob(".*.old")]:
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def files_in(folder: Path) -> list[Path]:
+    """All files in and below a folder, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def sync(file: Path) -> None:
+    """Waits until the disk has the content of `file`."""
+    with file.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def _neighbour(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name[:_NAME_LENGTH]}.{uuid.uuid4().hex[:12]}.{kind}")
+
+
+class JsonLines:
+    """
+    A file with a JSON object a line. Lines are added at its end, so a process that is killed costs the line that it
+    was writing and no other.
+
+    Args:
+        path (`str` or `os.PathLike`): The file; it need not exist.
+        first (`str`): The key with which each object begins: it tells the file from others.
+        parse (`Callable`, *optional*): What becomes of an object. It raises `ValueError`, `KeyError`, `TypeError` or
+            `AttributeError` for one that does not belong into the file. By default it stays as it is.
+        advice (`str`, *optional*): What to do where the file holds something else, as a sentence.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        first: str,
+        parse: Callable[[dict[str, Any]], Any] = dict,
+        advice: str = "Give another file, or remove this one.",
+    ):
+        self.path = Path(path)
+        self.begin = f'{{"{first}": '.encode()
+        self.parse = parse
+        self.advice = advice
+
+    def read(self) -> list[Any]:
+        """
+        What the whole lines hold, in their order; nothing where there is no file.
+
+        Raises:
+            ValueError: a line holds something else, or what stands after the last whole line is not the beginning of
+                a line. The file is left as it is.
+        """
+        return self._read()[0]
+
+    def recover(self) -> list[Any]:
+        """Cuts off the half line that a killed process has left at the end, and returns what [`read`] does."""
+        parsed, size = self._read()
+        if self.path.exists() and size < self.path.stat().st_size:
+            os.truncate(self.path, size)
+        return parsed
+
+    def _read(self) -> tuple[list[Any], int]:
+        """The whole lines, and how many bytes they have."""
+        parsed, size = [], 0
+        if not self.path.exists():
+            return parsed, size
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    if line[: len(self.begin)] != self.begin[: len(line)]:
+                        raise ValueError("another file")
+                    if line.endswith(b"\n"):
+                        parsed.append(self.parse(json.loads(line)))
+                        size += len(line)
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise ValueError(
+                        f"{self.path}: line {number} was not written by this command. {self.advice}"
+                    ) from error
+        return parsed, size
+
+    def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Adds lines at the end, in one write."""
+        with self.path.open("ab") as file:
+            file.write(_encode(lines))
+
+    def rewrite(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Replaces the file by one with these lines."""
+        with whole_file(self.path) as partial:
+            partial.write_bytes(_encode(lines))
+
+
+def _encode(lines: Iterable[Mapping[str, Any]]) -> bytes:
+    # With escapes, as the path of a file need not be valid UTF-8.
+    return "".join(json.dumps(line) + "\n" for line in lines).encode("ascii")
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The fields of `expected` that `found` lacks, or has with another value, in words; those within fields, too."""
+    different = []
+    for name, value in expected.items():
+        if isinstance(value, Mapping) and isinstance(found.get(name), Mapping):
+            different += differences(found[name], value, f"{prefix}{name}.")
+        elif found.get(name) != value:
+            different.append(f"`{prefix}{name}` is {found.get(name)!r} there and {value!r} here")
+    return different
+
+
+def check_settings(
+    output: str | os.PathLike, found: Mapping[str, Any], expected: Mapping[str, Any], advice: str
+) -> None:
+    """
+    Refuses to go on with an output that was begun with other settings.
+
+    Args:
+        output (`str` or `os.PathLike`): What is gone on with.
+        found (`Mapping`): The settings that it was begun with.
+        expected (`Mapping`): Those of now; all of them must be among `found`.
+        advice (`str`): What to do, as a sentence.
+
+    Raises:
+        ValueError: they differ; the message names the settings.
+    """
+    different = differences(found, expected)
+    if different:
+        raise ValueError(f"{output} was begun with other settings: {'; '.join(different)}. {advice}")
+
+
+@contextmanager
+def locked(output: str | os.PathLike) -> Iterator[None]:
+    """
+    Keeps other processes that call this from writing to the same output at the same time.
+
+    The lock is a hidden file in the folder, or beside the file. It ends with the process, however that ends.
+
+    Args:
+        output (`str` or `os.PathLike`): A folder that exists, or a file, which need not exist.
+
+    Raises:
+        BlockingIOError: another process has it; the message says which.
+    """
+    output = Path(os.path.realpath(output))
+    path = output / ".lock" if output.is_dir() else output.with_name(f".{output.name[:_NAME_LENGTH]}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BlockingIOError(
+            f"{output} is being written by {_holder(path)}. Wait for it to end, or give another output."
+        ) from None
+    try:
+        with suppress(OSError):  # Windows locks the content as well, so that nobody can be named there.
+            command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200]
+            since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+            holder = f"process {os.getpid()} on {socket.gethostname()}, since {since} ({command})"
+            path.write_text(holder, encoding="utf-8", errors="backslashreplace")
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        lock.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8") or "another process"
+    except (OSError, UnicodeDecodeError):
+        return "another process"

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from .files import write_text
+from .files import JsonLines, check_settings, write_json
 from .run_config import RunConfig, flatten
 
 
@@ -20,21 +21,16 @@ SETTLED = ("seed", "model.", "data.", "optimization.")
 """What a run keeps from its beginning to its end: the beginnings of these keys of the configuration."""
 
 
-def check_settings(folder: Path, config: RunConfig) -> None:
+def check_run(folder: Path, config: RunConfig) -> None:
     """Raises a `ValueError` if the run in this folder was begun with other settings than `config` has."""
     path = folder / "run.json"
-    before = flatten(json.loads(path.read_text(encoding="utf-8"))["config"]) if path.exists() else flatten(config)
-    now = flatten(config)
-    changed = [
-        f"`{key}` was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if key.startswith(SETTLED) and before.get(key) != now.get(key)
-    ]
-    if changed:
-        raise ValueError(
-            f"{folder} holds a run with other settings: {'; '.join(changed)}. Give a new `output`, or the settings of "
-            "before to go on."
-        )
+    if path.exists():
+        before = flatten(json.loads(path.read_text(encoding="utf-8"))["config"])
+        # A setting that was not there yet had what is its default now.
+        before = flatten(RunConfig(output="")) | before
+        now = dict.fromkeys(before) | flatten(config)
+        settled = {key: now[key] for key in sorted(now) if key.startswith(SETTLED)}
+        check_settings(folder, before, settled, "Give a new `output`, or the settings of before to go on.")
 
 
 def record_start(folder: Path, config: RunConfig, command: list[str], num_processes: int, step: int) -> None:
@@ -54,21 +50,33 @@ def record_start(folder: Path, config: RunConfig, command: list[str], num_proces
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
     content = {"seed": config.seed, "config": dataclasses.asdict(config), "starts": [*starts, start]}
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_json(path, content)
 
 
 def _git_commit() -> str | None:
     """The commit that the working directory is at, with `+changes` where files differ from it."""
+    # A repository can name commands that git runs to compare its files: they are for who works in it, and not run here.
+    options = ["-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}"]
+    for line in (_git("config", "--name-only", "--get-regexp", r"^filter\..*\.(clean|process)$") or "").splitlines():
+        options += ["-c", f"{line}="]
+    for line in (_git("config", "--name-only", "--get-regexp", r"^filter\..*\.required$") or "").splitlines():
+        options += ["-c", f"{line}=false"]
+    commit = _git(*options, "rev-parse", "--verify", "--quiet", "HEAD")
+    if not commit:
+        return None
+    # A submodule has commands of its own.
+    changes = _git(*options, "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")
+    return commit + ("+changes" if changes else "")
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints, without white space around it; `None` where it cannot tell."""
+    command = ["git", "--no-optional-locks", "--no-pager", *arguments]
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return described.stdout.strip() or None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 class RunLog:
@@ -82,19 +90,15 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, step: int):
-        self.path = folder / "log.jsonl"
+        self.lines = JsonLines(folder / "log.jsonl", "step")
         self.accelerator = accelerator
-        if accelerator.is_main_process and self.path.exists():
-            # A line that was being written when the run was killed has no end.
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_text(self.path, "".join(kept))
+        if accelerator.is_main_process and self.lines.path.exists():
+            self.lines.rewrite(line for line in self.lines.read() if line["step"] <= step)
 
     def write(self, step: int, figures: dict[str, float], **passing: float) -> None:
         """Adds a line; `passing` figures, such as speed, go to the trackers alone, so that a line can be reproduced."""
         if self.accelerator.is_main_process:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **figures}) + "\n")
+            self.lines.append([{"step": step, **figures}])
             self.accelerator.log({**figures, **passing}, step=step)
 
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from .checkpoints import Checkpoints, Models, TrainingState, remove_partial_folders
+from .checkpoints import Checkpoints, Models, TrainingState, in_main_process
 from .components import (
     describe_training,
     make_clips,
@@ -32,9 +32,11 @@ from .components import (
     make_validation_clips,
 )
 from .data.collator import EVACapDataCollator
+from .files import locked, remove_leftovers
 from .optimization import freeze, make_optimizer, make_scheduler
 from .run_config import RunConfig, flatten, load_run_config, shipped_configs
-from .run_log import RunLog, check_settings, command_line, record_start
+from .run_log import RunLog, check_run, command_line, record_start
+from .terminal import explain, printable
 from .validation import LOWER_IS_BETTER, Validation
 
 
@@ -54,11 +56,17 @@ def train(config: RunConfig, run_class: type["TrainingRun"] | None = None) -> in
 
     Raises:
         ValueError: the configuration does not fit itself, its data or the run that is in its folder.
-        OSError: something cannot be read or written.
+        OSError: something cannot be read or written; a `BlockingIOError` if another process trains in this folder.
         RuntimeError: the loss or the gradient is no finite number. The last checkpoint is the one before.
     """
     run = (run_class or TrainingRun)(config)
-    log = run.begin()
+    with run.locked():
+        return run_steps(run)
+
+
+def run_steps(run: "TrainingRun") -> int:
+    """The loop of [`train`]."""
+    config, log = run.config, run.begin()
     state, every = run.state, config.logging.every_steps
     progress = tqdm(
         desc=run.folder.name,
@@ -122,8 +130,8 @@ class TrainingRun:
             clips = make_validation_clips(config, processor)
             self.validation = Validation(clips, processor, config, accelerator, validation_collator)
         self.state = TrainingState()
-        accelerator.register_for_checkpointing(self.state, self.scheduler)
-        self.checkpoints = Checkpoints(self.folder, accelerator, config.saving.keep)
+        parts = {"state": self.state, "scheduler": self.scheduler}
+        self.checkpoints = Checkpoints(self.folder, accelerator, self.model, self.optimizer, parts, config.saving.keep)
         training = describe_training(config, len(self.clips))
         self.models = Models(self.folder, accelerator, self.model, processor, training, config.saving.code)
 
@@ -144,17 +152,28 @@ class TrainingRun:
         self.total_steps = min(section.epochs * self.steps_per_epoch, section.max_steps or sys.maxsize)
         self.save_every = self.config.saving.every_steps or self.steps_per_epoch
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder of the run, and keeps other runs away from it."""
+        with ExitStack() as stack:
+
+            def lock():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.folder))
+
+            in_main_process(self.accelerator, lock)
+            yield
+
     def begin(self) -> RunLog:
         """Goes to the newest checkpoint, writes down the start, and opens the logs."""
         accelerator, config = self.accelerator, self.config
         if accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            remove_partial_folders(self.folder)
+            remove_leftovers(self.folder, self.folder / "checkpoints", self.folder / "best")
         accelerator.wait_for_everyone()
         # Dropout differs between processes. A checkpoint brings its own state of the generators.
         set_seed(config.seed, device_specific=True)
         if self.checkpoints.list():
-            check_settings(self.folder, config)
+            check_run(self.folder, config)
         if self.checkpoints.resume():
             self.say(f"going on after step {self.state.step} of {self.total_steps}")
         if accelerator.is_main_process:
@@ -291,7 +310,7 @@ class TrainingRun:
     def say(self, line: str) -> None:
         """Tells a line, above the progress bar, in one of the processes."""
         if self.accelerator.is_main_process:
-            tqdm.write(f"{self.folder.name}: {line}", file=sys.stderr)
+            tqdm.write(printable(f"{self.folder.name}: {line}"), file=sys.stderr)
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -402,8 +421,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return train(load_run_config(options.config, options.overrides))
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"train: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
+        print(f"train: {explain(error)}", file=sys.stderr)
         return 1
 
 

@@ -11,6 +11,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from ..cli import positive_int, whole_number
+from ..training.files import JsonLines, locked
+from ..training.terminal import one_line, printable
 
 
 if TYPE_CHECKING:
@@ -25,8 +27,6 @@ SUFFIXES = frozenset(
 # Of a run that writes a file: on a CPU, too, a batch reads the decoder's weights once for all its clips.
 BATCH_SIZE = 8
 MAX_WORKERS = 16
-
-_LINE = b'{"file": '
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,10 +74,14 @@ def run(arguments: argparse.Namespace) -> int:
     return print_captions(arguments, media)
 
 
-def find_media(names: Iterable[str]) -> list[str]:
+def find_media(names: Iterable[str]) -> list[str | Path]:
     """
     Each file once, in the order of the names, folders replaced by the media files in and below them in the order of
     their paths; hidden files and folders are left out.
+
+    Returns:
+        A `Path` for whatever is there, so that a file which is called like a URL is not taken for one; the name itself
+        for all else.
 
     Raises:
         ValueError: a folder has no media file.
@@ -85,10 +89,10 @@ def find_media(names: Iterable[str]) -> list[str]:
     files = []
     for name in names:
         if not os.path.isdir(name):
-            files.append(name)
+            files.append(Path(name) if os.path.lexists(name) else name)
             continue
         found = [
-            str(path)
+            path
             for path in sorted(Path(name).rglob("*"))
             if path.suffix.lower() in SUFFIXES
             and not any(part.startswith(".") for part in path.relative_to(name).parts)
@@ -105,43 +109,44 @@ def load_captioner(arguments: argparse.Namespace) -> "AudioVisualCaptioningPipel
 
     import evacap
 
+    from ..processing.model_processor import loading
+
     begin = time.perf_counter()
     model = arguments.model or evacap.TINY
-    try:
+    with loading(model):
         captioner = pipeline(
             evacap.TASK,
             model=model,
             device=arguments.device,
-            trust_remote_code=arguments.trust_remote_code or None,
+            # `None` would ask at the terminal, for whatever a folder says of itself.
+            trust_remote_code=arguments.trust_remote_code,
             **({"dtype": arguments.dtype} if arguments.dtype else {}),
         )
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{model} cannot be loaded: {error}") from error
-    print(f"loaded {captioner.model.name_or_path} in {time.perf_counter() - begin:.1f} s", file=sys.stderr)
+    print(f"loaded {printable(captioner.model.name_or_path)} in {time.perf_counter() - begin:.1f} s", file=sys.stderr)
     return captioner
 
 
-def print_captions(arguments: argparse.Namespace, media: list[str]) -> int:
+def print_captions(arguments: argparse.Namespace, media: list[str | Path]) -> int:
     captioner = load_captioner(arguments)
     gated = captioner.model.config.fusion_type == "gated_cross_attention"
     failures, begin = 0, time.perf_counter()
 
-    def show(file: str, result: dict[str, Any]) -> None:
+    def show(file: str | Path, result: dict[str, Any]) -> None:
         nonlocal failures, begin
         seconds, begin = time.perf_counter() - begin, time.perf_counter()
         if arguments.json:
-            print(json.dumps({"media": file, **result}), flush=True)
+            print(json.dumps({"media": str(file), **result}), flush=True)
         elif "error" not in result:
-            print(f"{file}: {result['text']}")
+            print(f"{printable(file)}: {printable(result['text'])}")
             for chunk in result.get("chunks", []):
-                print(f"  {chunk['timestamp'][0]:.2f}–{chunk['timestamp'][1]:.2f} s: {chunk['text']}")
+                print(f"  {chunk['timestamp'][0]:.2f}–{chunk['timestamp'][1]:.2f} s: {printable(chunk['text'])}")
             if gated:
                 gate, entropy = fmean(result["gate"]), fmean(result["entropy"])
                 print(f"  gate {gate:.2f} (0 ignores the picture, 1 trusts it), attention entropy {entropy:.2f}")
             print(f"  {seconds:.2f} s", flush=True)
         if "error" in result:
             failures += 1
-            print(f"evacap caption: {result['error']}", file=sys.stderr)
+            print(f"evacap caption: {one_line(result['error'])}", file=sys.stderr)
 
     caption(
         captioner,
@@ -155,26 +160,33 @@ def print_captions(arguments: argparse.Namespace, media: list[str]) -> int:
     return 1 if failures else 0
 
 
-def write_captions(arguments: argparse.Namespace, media: list[str]) -> int:
+def write_captions(arguments: argparse.Namespace, media: list[str | Path]) -> int:
     output = arguments.output
-    output.parent.mkdir(parents=True, exist_ok=True)
-    done = read_results(output, drop_failed=arguments.retry_failed)
-    left = [file for file in media if file not in done]
-    failures = sum("error" in done[file] for file in media if file in done)
-    if len(left) < len(media):
-        print(f"{len(media) - len(left)} of {len(media)} files are in {output} already", file=sys.stderr)
-    if left:
-        failures += _append_captions(arguments, left, total=len(media))
+    if output.exists() and not output.is_file():
+        raise ValueError(
+            f"{output} is not a regular file, so no call could go on with it. Give a file such as captions.jsonl; --json "
+            "without --output prints the same."
+        )
+    with locked(output):
+        lines, done = open_results(output, drop_failed=arguments.retry_failed)
+        left = [file for file in media if str(file) not in done]
+        failures = sum("error" in done[str(file)] for file in media if str(file) in done)
+        if len(left) < len(media):
+            print(
+                f"{len(media) - len(left)} of {len(media)} files are in {printable(output)} already", file=sys.stderr
+            )
+        if left:
+            failures += _append_captions(arguments, lines, left, total=len(media))
     if failures:
         print(
-            f"evacap caption: {failures} of {len(media)} files failed: see `error` in {output}; --retry-failed tries "
-            "them again",
+            f"evacap caption: {failures} of {len(media)} files failed: see `error` in {printable(output)}; "
+            "--retry-failed tries them again",
             file=sys.stderr,
         )
     return 1 if failures else 0
 
 
-def _append_captions(arguments: argparse.Namespace, media: list[str], total: int) -> int:
+def _append_captions(arguments: argparse.Namespace, lines: JsonLines, media: list[str | Path], total: int) -> int:
     from tqdm.auto import tqdm
 
     # Read when torch is loaded: its threads would wait actively, on cores that the reading processes need. With as many
@@ -185,15 +197,11 @@ def _append_captions(arguments: argparse.Namespace, media: list[str], total: int
     captioner = load_captioner(arguments)
     gated = arguments.json and captioner.model.config.fusion_type == "gated_cross_attention"
     failures = 0
-    with (
-        arguments.output.open("a", encoding="utf-8") as lines,
-        tqdm(total=total, initial=total - len(media), unit="clip", smoothing=0.05) as progress,
-    ):
+    with tqdm(total=total, initial=total - len(media), unit="clip", smoothing=0.05) as progress:
 
-        def write(file: str, result: dict[str, Any]) -> None:
+        def write(file: str | Path, result: dict[str, Any]) -> None:
             nonlocal failures
-            lines.write(json.dumps({"file": file, **result}) + "\n")
-            lines.flush()
+            lines.append([{"file": str(file), **result}])
             failures += "error" in result
             progress.update()
 
@@ -209,9 +217,9 @@ def _append_captions(arguments: argparse.Namespace, media: list[str], total: int
     return failures
 
 
-def read_results(path: Path, drop_failed: bool = False) -> dict[str, dict[str, Any]]:
+def open_results(path: Path, drop_failed: bool = False) -> tuple[JsonLines, dict[str, dict[str, Any]]]:
     """
-    The results that an output file holds, by file.
+    An output file to add results to, and those that it holds, by file.
 
     Half a line at the end, as a killed run can leave it, is cut off from the file, and with `drop_failed` every line
     that has an error.
@@ -219,37 +227,25 @@ def read_results(path: Path, drop_failed: bool = False) -> dict[str, dict[str, A
     Raises:
         ValueError: the file holds something else.
     """
-    from ..training.files import write_text
-
-    if not path.exists():
-        return {}
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    rest = data[len(whole) :]
-    results = {}
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            result = json.loads(line)
-            results[result.pop("file")] = result
-            known = "text" in result or "error" in result
-        except (ValueError, KeyError, TypeError, AttributeError):
-            known = False
-        if not known:
-            raise ValueError(f"{path}: line {number} is no caption that this command wrote; give another --output")
-    if rest[: len(_LINE)] != _LINE[: len(rest)]:
-        raise ValueError(f"{path}: its end is no caption that this command wrote; give another --output")
+    lines = JsonLines(path, "file", _parse_result, "Give another --output.")
+    results = dict(lines.recover())
     kept = {file: result for file, result in results.items() if not (drop_failed and "error" in result)}
     if len(kept) < len(results):
-        write_text(path, "".join(json.dumps({"file": file, **result}) + "\n" for file, result in kept.items()))
-    elif rest:
-        os.truncate(path, len(whole))
-    return kept
+        lines.rewrite({"file": file, **result} for file, result in kept.items())
+    return lines, kept
+
+
+def _parse_result(result: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    file = result.pop("file")
+    if not isinstance(file, str) or not result.keys() & {"text", "error"}:
+        raise ValueError("not a result")
+    return file, result
 
 
 def caption(
     captioner: "AudioVisualCaptioningPipeline",
-    media: list[str],
-    take: Callable[[str, dict[str, Any]], None],
+    media: list[str | Path],
+    take: Callable[[str | Path, dict[str, Any]], None],
     num_workers: int,
     batch_size: int,
     **options: Any,
@@ -282,6 +278,6 @@ def caption(
             if careful:
                 take(media[position], {"error": f"{media[position]}: it ended the process that read it: {error}"})
                 position += 1
-            print(f"evacap caption: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"evacap caption: {one_line(error)}", file=sys.stderr)
             # Enough for what the workers hold: what they are reading, what they have ready, what they were asked for.
             careful = 0 if careful else 4 * num_workers * batch_size

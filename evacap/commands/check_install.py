@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     import torch
-    from transformers import AutoModel, AutoProcessor
+    from transformers import AutoModel
     from transformers.utils import logging
 
     import evacap
@@ -50,6 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         read_known_answer,
         write_known_answer,
     )
+    from ..processing.model_processor import load_processor, loading
 
     print(f"system: {platform.platform()}, {platform.machine()}")
     print(", ".join(f"{name} {version}" for name, version in installed_versions(*PACKAGES).items()))
@@ -66,8 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
             "captions rightly."
         )
     logging.disable_progress_bar()
-    model = AutoModel.from_pretrained(folder, dtype=getattr(torch, arguments.dtype)).to(arguments.device)
-    processor = AutoProcessor.from_pretrained(folder)
+    with loading(folder):
+        model = AutoModel.from_pretrained(folder, dtype=getattr(torch, arguments.dtype), trust_remote_code=False)
+    model.to(arguments.device)
+    processor = load_processor(folder)
     if arguments.write:
         print(f"{folder}: the known answer is {write_known_answer(folder, model, processor)['caption']!r}")
         return 0

@@ -1,9 +1,7 @@
 """`evacap import-weights`: published weights to a model folder with its processor."""
 
 import argparse
-import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from ..modeling_evacap.configuration_evacap import EVACapConfig
 from ..modeling_evacap.import_weights import VIDEO_EMBEDDINGS, ImportReport, model_from_weights, module_of
 from ..modeling_evacap.presets import PRESETS
 from ..processing.model_processor import load_tokenizer, make_processor
+from ..training.files import whole_folder, write_json
 
 
 BERT_TOKENIZER = "google-bert/bert-base-uncased"
@@ -105,15 +104,10 @@ def import_weights(
     _check_tokenizer(text, tokenizer, model.config)
     processor = make_processor(model.config, PRESETS[preset].processing, text)
 
-    beside = output.with_name(f".{output.name}.{os.getpid()}")
-    beside.mkdir(parents=True)
-    try:
-        model.save_pretrained(beside)
-        processor.save_pretrained(beside)
-        (beside / TRAINING_FILE).write_text(json.dumps({"data": _origin(report, sources), "datasets": []}) + "\n")
-        beside.rename(output)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with whole_folder(output) as partial:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        write_json(partial / TRAINING_FILE, {"data": _origin(report, sources), "datasets": []})
     return report
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..cli import positive_int
 from ..modeling_evacap.presets import PRESETS
+from ..training.terminal import printable
 
 
 SPLITS = {
@@ -39,6 +40,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard-size", type=positive_int, default=256, metavar="N", help="rows (default: %(default)s)"
     )
     parser.add_argument("--workers", type=positive_int, metavar="N", help="processes (default: one for each core)")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="that a clip may take; one that takes longer twice is left out (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--accept-failures",
+        action="store_true",
+        help="go on without the clips that failed for a reason that may pass, such as a file that is not there now",
+    )
     parser.add_argument("--jpeg-quality", type=positive_int, default=95, help="of the frames (default: %(default)s)")
 
 
@@ -66,6 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
             jpeg_quality=arguments.jpeg_quality,
             shard_size=arguments.shard_size,
             num_workers=arguments.workers,
+            time_limit=arguments.time_limit,
+            accept_failures=arguments.accept_failures,
         )
     except KeyboardInterrupt:
         print("evacap prepare: stopped; the same command goes on from here")
@@ -75,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"picture, {counts['damaged']:,} damaged but usable"
     )
     if counts["clips"] < counts["rows"] or counts["damaged"]:
-        print(f"why: {Path(arguments.output) / 'report.jsonl'}")
+        print(printable(f"why: {Path(arguments.output) / 'report.jsonl'}"))
     return 0
 
 
@@ -90,13 +105,11 @@ def split_of(source: str) -> str:
 
 
 def _processor(model: str | None, preset: str):
-    from transformers import AutoProcessor
-
-    from ..processing.model_processor import make_processor
+    from ..processing.model_processor import load_processor, make_processor
     from ..training.procedural.captions import build_tokenizer
 
     if model is not None:
-        return AutoProcessor.from_pretrained(model)
+        return load_processor(model)
     chosen = PRESETS[preset]
     # Features depend on no tokenizer, but there is no processor without one.
     return make_processor(chosen.config(), chosen.processing, build_tokenizer())

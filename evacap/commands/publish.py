@@ -3,23 +3,60 @@
 import argparse
 import json
 import os
+import re
+import site
 import subprocess
 import sys
 import tempfile
+from importlib.resources import files
 from pathlib import Path
 
-from huggingface_hub import ModelCard, create_repo, get_token, upload_folder
+from huggingface_hub import CommitOperationAdd, ModelCard, create_commit, create_repo, get_token
 from huggingface_hub.utils import validate_repo_id
+from yaml import YAMLError
 
-from ..model_card import check_metadata, fill_model_card, python_examples
+from .. import modeling_evacap, processing
+from ..model_card import EVALUATION_FILE, TRAINING_FILE, check_metadata, example_code, fill_model_card
+from ..processing.known_answer_evacap import KNOWN_ANSWER_FILE
 from ..training.files import write_text
 from ..training.procedural.scenes import make_scene, write_clip
+from ..training.terminal import one_line, printable
 
 
 CARD = "README.md"
-UPLOADED = ("*.json", "*.safetensors", "*.py", "*.txt", CARD)
-STATES = ("trainer_state.json",)
-"""Files of a training run, which are not uploaded; neither are logs and optimizer states."""
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+UPLOADED = frozenset(
+    {
+        CARD,
+        "LICENSE",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "processor_config.json",
+        "preprocessor_config.json",
+        "video_preprocessor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.txt",
+        TRAINING_FILE,
+        EVALUATION_FILE,
+        KNOWN_ANSWER_FILE,
+        *(
+            path.name
+            for package in (modeling_evacap, processing)
+            for path in files(package).iterdir()
+            if path.name.endswith("_evacap.py")
+        ),
+    }
+)
+"""The files of a model, beside its weights: all else in the folder stays here. Code is that of this package, by name."""
+ENVIRONMENT = re.compile(
+    r"PATH|LANG|LC_\w+|TZ|TMPDIR|TEMP|TMP|SYSTEMROOT|VIRTUAL_ENV|PYTHONPATH|LD_LIBRARY_PATH|DYLD_LIBRARY_PATH|OMP_\w+"
+    r"|MKL_\w+|CUDA_VISIBLE_DEVICES|CUDA_HOME"
+)
+"""What the example's process gets of the environment: nothing in which a token or a password could be."""
 
 _CHECK_SECONDS = 600
 # The folder has to work without this package, even if it is installed.
@@ -46,7 +83,10 @@ def run(arguments: argparse.Namespace) -> None:
 def publish(folder: str | os.PathLike, repo_id: str, private: bool = False, dry_run: bool = False) -> None:
     """Checks a model folder, writes its card if it has none, and uploads it.
 
-    The example code of the card has to caption a generated clip, in a process that has only the folder.
+    The example code of the card's template has to caption a generated clip, in a process that has only the folder, and
+    neither the token nor any other secret of the environment. Code in a card that the folder has already is not run.
+
+    Only files with known names are uploaded, see `UPLOADED`; links and folders never are.
 
     Args:
         folder (`str` or `os.PathLike`): A model folder with its processor, written by `save_pretrained`.
@@ -70,50 +110,73 @@ def publish(folder: str | os.PathLike, repo_id: str, private: bool = False, dry_
 
     card_path = folder / CARD
     is_new = not card_path.exists()
-    card = fill_model_card(folder, repo_id) if is_new else ModelCard.load(card_path)
+    card = fill_model_card(folder, repo_id) if is_new else _load_card(card_path)
     check_metadata(card, str(card_path))
-    captions = caption_alone(folder, repo_id, card)
+    captions = caption_alone(folder, repo_id)
     print("loads without this package and captions a generated clip:")
-    print("\n".join(f"  {line}" for line in captions))
+    print("\n".join(f"  {printable(line)}" for line in captions))
     print(f"card: complete; {_check_on_hub(repo_id, card, may_fail=dry_run)}")
     print(f"card: {'filled from the template' if is_new else f'{CARD} of the folder, as it is'}")
     if is_new and not dry_run:
         write_text(card_path, str(card))
 
-    files = [path for pattern in UPLOADED for path in folder.glob(pattern) if path.name not in STATES]
-    sizes = {path.name: path.stat().st_size for path in files}
-    sizes[CARD] = len(str(card).encode())
+    names = uploaded_files(folder)
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    sizes[CARD] = len(str(card).encode()) if is_new else sizes[CARD]
     print(f"to https://huggingface.co/{repo_id}{' (private where new)' if private else ''}:")
     for name, size in sorted(sizes.items()):
         print(f"  {name:<36}{size:>14,} bytes")
     left_out = sorted(path.name for path in folder.iterdir() if path.name not in sizes)
     if left_out:
-        print(f"not uploaded: {', '.join(left_out)}")
+        print(f"not uploaded: {', '.join(map(printable, left_out))}")
     if dry_run:
-        print(
-            f"dry run: nothing was written or uploaded. The card:\n\n{card}" if is_new else "dry run: nothing uploaded"
-        )
+        print("dry run: nothing was written or uploaded." + (" The card:\n" if is_new else ""))
+        print("\n".join(map(printable, str(card).split("\n"))) if is_new else "", end="")
         return
+    # Each file by its name: a pattern could take others along.
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in sorted(sizes)]
     _reach_hub(repo_id, create_repo, repo_id, private=private, exist_ok=True)
-    commit = _reach_hub(repo_id, upload_folder, repo_id=repo_id, folder_path=folder, allow_patterns=sorted(sizes))
+    commit = _reach_hub(repo_id, create_commit, repo_id, operations, commit_message="Upload a model of EVACap")
     print(f"uploaded: {commit.commit_url}")
+
+
+def uploaded_files(folder: Path) -> list[str]:
+    """The names of the files in a model folder that belong to a model; links and folders do not."""
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if (path.name in UPLOADED or WEIGHTS.fullmatch(path.name)) and path.is_file() and not path.is_symlink()
+    )
 
 
 def check_files(folder: Path) -> None:
     """Raises if the folder lacks a file that loading needs."""
-    if not (folder / "config.json").is_file():
+    for path in sorted(folder.glob("*")):
+        if path.is_symlink() and (path.name in UPLOADED or WEIGHTS.fullmatch(path.name)):
+            raise ValueError(
+                f"{path}: a link, which is not followed: it could lead anywhere. Put a copy there instead."
+            )
+    names = set(uploaded_files(folder))
+    if "config.json" not in names:
         raise FileNotFoundError(f"{folder}: it has no config.json. Give a folder that `save_pretrained` wrote.")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") != "evacap":
-        raise ValueError(f"{folder}: its model type is {config.get('model_type')!r}, but 'evacap' was expected.")
-    if not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"{folder}: it has no weights (*.safetensors). Save the model there.")
-    if not (folder / "processor_config.json").is_file():
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_type = config.get("model_type")
+        classes = [*config.get("auto_map", {}).values()]
+        classes += [task["impl"] for task in config.get("custom_pipelines", {}).values()]
+        modules = {name.split(".")[0] for name in classes or ["modeling_evacap.EVACapForConditionalGeneration"]}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'}: not a configuration that `save_pretrained` wrote ({type(error).__name__}: "
+            f"{error}). Save the model there again."
+        ) from error
+    if model_type != "evacap":
+        raise ValueError(f"{folder}: its model type is {model_type!r}, but 'evacap' was expected.")
+    if not any(map(WEIGHTS.fullmatch, names)):
+        raise FileNotFoundError(f"{folder}: it has no weights (model*.safetensors). Save the model there.")
+    if "processor_config.json" not in names:
         raise FileNotFoundError(f"{folder}: it has no processor_config.json. Save the processor there, too.")
-    classes = [*config.get("auto_map", {}).values()]
-    classes += [task["impl"] for task in config.get("custom_pipelines", {}).values()]
-    missing = {f"{name.split('.')[0]}.py" for name in classes or ["modeling_evacap.EVACapForConditionalGeneration"]}
-    missing -= {path.name for path in folder.glob("*.py")}
+    missing = {f"{module}.py" for module in modules} - names
     if missing:
         raise FileNotFoundError(
             f"{folder}: it lacks its code ({', '.join(sorted(missing))}). Load its model and its processor with `import "
@@ -121,8 +184,8 @@ def check_files(folder: Path) -> None:
         )
 
 
-def caption_alone(folder: Path, repo_id: str, card: ModelCard) -> list[str]:
-    """Runs the example code of `card` on a generated clip, offline, in a process that has only the folder.
+def caption_alone(folder: Path, repo_id: str) -> list[str]:
+    """Runs the example code of the card's template on a generated clip, offline, in a process that has only the folder.
 
     Returns:
         The output of the code.
@@ -136,10 +199,12 @@ def caption_alone(folder: Path, repo_id: str, card: ModelCard) -> list[str]:
         # The code on the card loads the repository by its name, which is a folder here.
         (place / repo_id).parent.mkdir()
         (place / repo_id).symlink_to(folder)
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(place / "modules")}
-        environment |= {"TRANSFORMERS_VERBOSITY": "error", "PYTHONUTF8": "1"}
+        environment = {name: value for name, value in os.environ.items() if ENVIRONMENT.fullmatch(name)}
+        # Packages of the user's are found through the home folder, and so is the token.
+        environment |= {"HOME": str(place), "HF_HOME": str(place / "hub"), "PYTHONUSERBASE": site.getuserbase()}
+        environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONUTF8": "1"}
         command = [sys.executable, "-c", _RUN_ALONE]
-        code = python_examples(card)
+        code = example_code(repo_id)
         try:
             done = subprocess.run(
                 command,
@@ -157,8 +222,17 @@ def caption_alone(folder: Path, repo_id: str, card: ModelCard) -> list[str]:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise ValueError(f"{folder}: the code on its card fails: {reason}")
     if not done.stdout.strip():
-        raise ValueError(f"{folder}: the code on its card prints no caption: is there a ```python block?")
+        raise ValueError(f"{folder}: the code on its card prints no caption.")
     return done.stdout.strip().splitlines()
+
+
+def _load_card(path: Path) -> ModelCard:
+    try:
+        return ModelCard.load(path)
+    except (ValueError, YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: its metadata cannot be read ({one_line(error)}). Mend it, or remove the file."
+        ) from error
 
 
 def _check_on_hub(repo_id: str, card: ModelCard, may_fail: bool) -> str:

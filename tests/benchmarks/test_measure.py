@@ -68,7 +68,7 @@ def test_results_are_continued(tmp_path):
 def test_results_of_another_machine_are_refused(tmp_path):
     path = tmp_path / "file.json"
     path.write_text(json.dumps({"machine": {"cpu": "another"}, "rows": []}))
-    with pytest.raises(ValueError, match="file.json holds figures of .*another"):
+    with pytest.raises(ValueError, match="file.json was begun with other settings: .*another"):
         Results(path, ("batch",), "cpu")
 
 

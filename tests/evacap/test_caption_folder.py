@@ -8,13 +8,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
+import evacap
 from evacap.cli import main
-from evacap.commands.caption import find_media, read_results
+from evacap.commands.caption import find_media, open_results
+from evacap.processing.model_processor import load_processor
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,8 @@ def read(path: str | Path) -> list[dict]:
 
 
 def test_a_folder_gives_a_line_for_each_clip(folder, capsys):
-    assert find_media(["clips", "clips/a.mp4", "https://example.org/x"]) == [*NAMES, "https://example.org/x"]
+    found = find_media(["clips", "clips/a.mp4", "https://example.org/x"])
+    assert found == [*map(Path, NAMES), "https://example.org/x"]
     assert main(["caption", "clips", "--output", "out/captions.jsonl"]) == 1
     lines = read("out/captions.jsonl")
     assert [line["file"] for line in lines] == NAMES
@@ -98,7 +102,7 @@ def test_another_file_is_left_as_it_is(folder, capsys):
     for content in contents:
         Path("other").write_bytes(content)
         assert main(["caption", "clips", "--output", "other"]) == 1
-        assert "give another --output" in capsys.readouterr().err
+        assert "Give another --output" in capsys.readouterr().err
         assert Path("other").read_bytes() == content
     assert main(["caption", "clips", "--output", "clips"]) == 1
     (folder / "empty").mkdir()
@@ -110,12 +114,121 @@ def test_another_file_is_left_as_it_is(folder, capsys):
         ) in printed
 
 
+def test_an_output_that_cannot_be_gone_on_with(folder, capsys):
+    os.mkfifo("pipe")
+    for output in ("clips", "pipe", "/dev/null"):
+        assert main(["caption", "clips", "--output", output]) == 1
+        assert f"{output} is not a regular file" in capsys.readouterr().err
+    # A pipe behind /dev/stdout: it must not be read.
+    call = [sys.executable, "-m", "evacap", "caption", "clips", "--output", "/dev/stdout"]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and not done.stdout and "--json without --output prints the same" in done.stderr
+
+
+def test_names_are_paths_if_they_are_there(clip, tmp_path, monkeypatch, capsys):
+    """A file called like a URL of another one."""
+    (tmp_path / "here").mkdir()
+    shutil.copy(clip, tmp_path / "other.mp4")
+    monkeypatch.chdir(tmp_path / "here")
+    name = "file:%2e%2e%2fother.mp4"
+    Path(name).write_bytes(b"no video at all" * 50)
+    for given in (".", name):
+        assert main(["caption", given]) == 1
+        printed = capsys.readouterr()
+        assert not printed.out and f"{name}: " in printed.err
+    Path(name).unlink()
+    assert main(["caption", name]) == 0, "where there is no such file it is the URL that it looks like"
+
+
+def test_names_reach_the_terminal_escaped(clip, tmp_path, monkeypatch):
+    """Escape sequences, bidirectional overrides and bytes that are not UTF-8, in good and in bad files."""
+    monkeypatch.chdir(tmp_path)
+    good, bad = ["\x1b[2Ja.mp4", "b\r\nb.mp4", "\u202ec.mp4", "\udcff.mp4"], "d\x1b]0;title\x07.mp4"
+    for name in good:
+        os.link(clip, name)
+    Path(bad).write_bytes(b"no video" * 99)
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
+    call = [sys.executable, "-m", "evacap", "caption", "."]
+    done = subprocess.run(call, capture_output=True, env=environment, timeout=300, text=True)
+    assert done.returncode == 1
+    # The progress of loading has carriage returns.
+    assert not {
+        character for character in done.stdout + done.stderr.replace("\r", "") if not " " <= character <= "~"
+    } - {"\n"}
+    for shown in (r"\x1b[2Ja.mp4", r"b\r\nb.mp4", r"\u202ec.mp4", r"\xff.mp4"):
+        assert f"\n{shown}: " in f"\n{done.stdout}"
+    assert r"d\x1b]0;title\x07.mp4" in done.stderr
+    assert main(["caption", ".", "--output", "captions.jsonl"]) == 1
+    assert sorted(line["file"] for line in read("captions.jsonl")) == sorted([*good, bad])
+
+
+def test_a_folder_cannot_ask_to_run_its_code(tmp_path, monkeypatch, capsys):
+    """Whatever a model folder says of itself, nobody is asked and nothing of it is run."""
+    asked, trace = [], tmp_path / "trace"
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")
+    auto = dict.fromkeys(("AutoConfig", "AutoModel", "AutoProcessor", "AutoTokenizer"), "evil.Evil")
+    configs = {"model_type": "evil", "processor_class": "Evil", "tokenizer_class": "Evil", "auto_map": auto}
+    for name in ("config", "processor_config", "preprocessor_config", "tokenizer_config"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(configs))
+    (tmp_path / "evil.py").write_text(f"open({str(trace)!r}, 'w')")
+    (tmp_path / "clips.jsonl").write_text('{"id": "a", "audio": "a.wav", "caption": "a"}')
+    for call in (
+        ["caption", "x.mp4", "--model", str(tmp_path)],
+        [
+            "prepare",
+            "--manifest",
+            str(tmp_path / "clips.jsonl"),
+            "--output",
+            str(tmp_path / "o"),
+            "--model",
+            str(tmp_path),
+        ],
+        ["publish", str(tmp_path), "--repo-id", "a/b", "--dry-run"],
+    ):
+        assert main(call) == 1
+        assert capsys.readouterr().err.startswith(f"evacap {call[0]}: ")
+    # With a model that is EVACap's, but for one part.
+    for part in ("processor_config", "tokenizer_config"):
+        mixed = Path(shutil.copytree(evacap.TINY, tmp_path / part))
+        shutil.copy(tmp_path / f"{part}.json", mixed)
+        main(["caption", "x.mp4", "--model", str(mixed)])
+        with suppress(Exception):
+            load_processor(mixed)
+    assert not asked and not trace.exists()
+
+
+HOLDER = """
+import sys, time
+from evacap.training.files import locked
+with locked("captions.jsonl"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_call_at_a_time_writes_an_output(folder, capsys):
+    assert main(["caption", "clips", "--output", "captions.jsonl"]) == 1
+    before = Path("captions.jsonl").read_bytes()
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        for options in ([], ["--retry-failed"]):
+            capsys.readouterr()
+            assert main(["caption", "clips", "--output", "captions.jsonl", *options]) == 1
+            assert f"captions.jsonl is being written by process {holder.pid} on " in capsys.readouterr().err
+            assert Path("captions.jsonl").read_bytes() == before
+    finally:
+        holder.kill()
+        holder.wait()
+    assert main(["caption", "clips/a.mp4", "--output", "captions.jsonl"]) == 0
+
+
 def test_half_a_line_is_cut_off(tmp_path):
     path, line = tmp_path / "captions.jsonl", b'{"file": "a.mp4", "text": "a"}\n'
-    assert read_results(path) == {} and not path.exists()
+    assert open_results(path)[1] == {} and not path.exists()
     for length in range(len(line)):
         path.write_bytes(line + line[:length])
-        assert read_results(path) == {"a.mp4": {"text": "a"}}
+        assert open_results(path)[1] == {"a.mp4": {"text": "a"}}
         assert path.read_bytes() == line
 
 

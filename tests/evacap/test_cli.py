@@ -1,9 +1,12 @@
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import evacap
 from evacap.cli import COMMANDS, main
 from evacap.commands import sample
 
@@ -87,3 +90,51 @@ def test_the_command_is_installed(tmp_path):
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "clip.mp4").stat().st_size > 10_000
     assert sample.__doc__
+
+
+DAMAGED = [
+    ("model.safetensors", lambda content: content[: len(content) // 2]),
+    ("model.safetensors", lambda content: b""),
+    ("model.safetensors", lambda content: bytes(len(content))),
+    ("config.json", lambda content: b"[]"),
+    ("config.json", lambda content: b"3"),
+    ("config.json", lambda content: b"\xff\xfe"),
+    ("config.json", lambda content: content[:-40]),
+    ("processor_config.json", lambda content: b"[]"),
+    ("processor_config.json", lambda content: b'{"feature_extractor": 3}'),
+    ("tokenizer.json", lambda content: b"[]"),
+    ("tokenizer.json", lambda content: content[:100]),
+    ("tokenizer_config.json", lambda content: b"[]"),
+]
+
+
+@pytest.mark.parametrize("name, damage", DAMAGED)
+def test_a_damaged_model_folder_is_a_sentence(name, damage, tmp_path, capsys):
+    folder = Path(shutil.copytree(evacap.TINY, tmp_path / "model"))
+    (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    (tmp_path / "clips.jsonl").write_text('{"id": "a", "media": "a.mp4", "caption": "a dog"}')
+    output = ["--output", str(tmp_path / "out")]
+    calls = {
+        "caption": [str(tmp_path / "a.mp4"), "--model", str(folder)],
+        "prepare": ["--manifest", str(tmp_path / "clips.jsonl"), "--model", str(folder), *output],
+        "train": ["tiny", f"model.start={folder}", f"output={tmp_path / 'run'}"],
+        "check-install": [str(folder)],
+    }
+    if name == "model.safetensors":
+        calls.pop("prepare")
+    for command, arguments in calls.items():
+        assert main([command, *arguments]) == 1
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.startswith(f"evacap {command}: {folder}") and "cannot be loaded" in message
+
+
+def test_an_error_without_a_message_is_told(monkeypatch, capsys):
+    """Of `MemoryError` the text is empty."""
+    for error, expected in ((MemoryError(), "out of memory. Close"), (RuntimeError(), "RuntimeError")):
+
+        def fail(arguments, error=error):
+            raise error
+
+        monkeypatch.setattr("evacap.commands.sample.run", fail)
+        assert main(["sample", "x.mp4"]) == 1
+        assert capsys.readouterr().err.startswith(f"evacap sample: {expected}")

@@ -14,6 +14,22 @@ def test_the_pipeline_takes_the_precision_that_is_asked_for():
         assert pipeline(evacap.TASK, model=evacap.TINY, dtype=dtype).model.dtype == expected
 
 
+@pytest.mark.parametrize(
+    "options", [{"dtype": "bfloat16"}, {"dtype": torch.float16}, {"attn_implementation": "eager"}]
+)
+def test_a_pipeline_is_saved_whole(options, tmp_path):
+    """What the model was loaded with is the model's alone."""
+    model_kwargs = {name: value for name, value in options.items() if name != "dtype"}
+    dtype = {name: value for name, value in options.items() if name == "dtype"}
+    captioner = pipeline(evacap.TASK, model=evacap.TINY, **dtype, model_kwargs=model_kwargs)
+    captioner.save_pretrained(tmp_path / "saved")
+    saved = (tmp_path / "saved" / "tokenizer_config.json").read_text()
+    AutoProcessor.from_pretrained(evacap.TINY).save_pretrained(tmp_path / "plain")
+    assert saved == (tmp_path / "plain" / "tokenizer_config.json").read_text()
+    again = pipeline(evacap.TASK, model=str(tmp_path / "saved"))
+    assert again.model.dtype == captioner.model.dtype
+
+
 @pytest.mark.slow
 def test_greedy_captions_are_those_of_float32():
     processor = AutoProcessor.from_pretrained(evacap.TINY)

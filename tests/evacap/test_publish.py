@@ -1,18 +1,21 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hub_server import hub_server
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from source_checkpoints import HEADS, IMAGE_SIZE, avcap_state, save, save_tokenizer
 
 from evacap.cli import main
 from evacap.commands.import_weights import import_weights
-from evacap.commands.publish import caption_alone, check_files
-from evacap.model_card import PIPELINE_TAG, check_metadata, fill_model_card, python_examples
+from evacap.commands.publish import caption_alone, check_files, uploaded_files
+from evacap.model_card import PIPELINE_TAG, check_metadata, example_code, fill_model_card, python_examples
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,14 +142,147 @@ def test_the_code_of_the_folder_is_what_counts(folder):
     code = (folder / "modeling_evacap.py").read_text(encoding="utf-8")
     (folder / "modeling_evacap.py").write_text(f"{code}\nraise RuntimeError('broken copy')\n", encoding="utf-8")
     with pytest.raises(ValueError, match="the code on its card fails: RuntimeError: broken copy"):
-        caption_alone(folder, REPO_ID, fill_model_card(folder, REPO_ID))
+        caption_alone(folder, REPO_ID)
 
 
-@pytest.mark.parametrize("code", ["", "x = 1"])
-def test_code_that_captions_nothing_is_an_error(folder, code):
-    card = ModelCard(f"---\nlicense: mit\n---\n```python\n{code}\n```\n")
-    with pytest.raises(ValueError, match="prints no caption"):
-        caption_alone(folder, REPO_ID, card)
+HOSTILE = [
+    "```python\nopen('trace', 'w')\n```",
+    "Text.\n\n```python\nopen('trace', 'w')\n```\n",
+    "Text.\r```python\ropen('trace', 'w')\r```\r",
+    "Text.\u2028```python\u2028open('trace', 'w')\u2028```",
+    "```python open('trace', 'w')",
+    "~~~python\nopen('trace', 'w')\n~~~",
+    "````\n```python\nopen('trace', 'w')\n```\n````",
+    "\n---\nlicense: other\n---\n",
+    "---",
+    "# Heading",
+    "1. item",
+    "| a | b |\n|---|---|",
+    "<script>alert(1)</script><!--",
+    "{{ repo_id }}{% raw %}",
+    "]: http://example.org 'x'",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_the_files_say_is_text_and_nothing_else(folder, text):
+    plain = fill_model_card(folder, REPO_ID)
+    evaluation = {
+        "dataset": text,
+        "dataset_id": "somebody/dogs",
+        "results": [{"setting": text, "metrics": {text: 0.5, "CIDEr": 0.6}}],
+    }
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    (folder / "training.json").write_text(json.dumps({"data": text, "datasets": []}))
+    card = fill_model_card(folder, REPO_ID)
+    assert python_examples(str(card)) == example_code(REPO_ID)
+    # The card as others read it: the same blocks of code, headings and metadata.
+    again = ModelCard(str(card))
+    metadata = again.data.to_dict()
+    assert metadata.pop("model-index")[0]["results"][0]["dataset"]["type"] == "somebody/dogs"
+    assert metadata == plain.data.to_dict()
+    for lines in (r"^ {0,3}[`~]{3}.*$", r"^#.*$", r"^<.*$", r"^-{3}.*$"):
+        assert re.findall(lines, again.text, re.MULTILINE) == re.findall(lines, plain.text, re.MULTILINE)
+    rows = [line for line in again.text.splitlines() if line.startswith("|")]
+    assert len(rows) == len([line for line in plain.text.splitlines() if line.startswith("|")]) + 3
+
+
+@pytest.mark.parametrize("name", ["a\nb: c", "- x", "a/b/c", "../a", 3, None])
+def test_names_of_datasets_are_names(folder, name):
+    (folder / "training.json").write_text(json.dumps({"data": "x", "datasets": [name]}))
+    with pytest.raises(ValueError, match="training.json: not of the form"):
+        fill_model_card(folder, REPO_ID)
+
+
+def test_no_code_but_the_templates_is_run_and_it_finds_no_secret(folder, tmp_path, monkeypatch, capsys):
+    """A card of the folder's own with code in it, and a model that tells what it finds in its environment."""
+    trace, found = tmp_path / "trace", tmp_path / "found"
+    own = f"{fill_model_card(folder, REPO_ID)}\n```python\nopen({str(trace)!r}, 'w')\n```\n"
+    (folder / "README.md").write_text(own)
+    code = (folder / "modeling_evacap.py").read_text(encoding="utf-8")
+    tell = f"import os\nopen({str(found)!r}, 'w').write(repr(dict(os.environ)) + os.path.expanduser('~'))\n"
+    (folder / "modeling_evacap.py").write_text(f"{code}\n{tell}", encoding="utf-8")
+    secrets = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "http_proxy", "MY_PASS")
+    for name in secrets:
+        monkeypatch.setenv(name, "very-secret")
+    assert main(["publish", str(folder), "--repo-id", REPO_ID, "--dry-run"]) == 0
+    assert not trace.exists() and (folder / "README.md").read_text() == own
+    seen = found.read_text()
+    assert "very-secret" not in seen and "PATH" in seen
+    assert not seen.endswith(os.path.expanduser("~")), "the token lies in the home folder"
+
+
+def add_what_is_not_of_a_model(folder: Path) -> None:
+    """Hidden files, other files of known kinds, names that are patterns, folders, and links to elsewhere."""
+    secret = folder.parent / "secret"
+    secret.write_text("very secret")
+    for name in (
+        ".env",
+        ".token.json",
+        "notes.txt",
+        "keys.json",
+        "train.py",
+        "*",
+        "*.txt",
+        "[a-z]*.json",
+        "optimizer.pt",
+    ):
+        (folder / name).write_text("very secret")
+    (folder / "below").mkdir()
+    for name in ("vocab.txt", "config.json", "a.txt"):
+        (folder / "below" / name).write_text("very secret")
+    (folder / "data.safetensors").write_text("very secret")
+    (folder / "linked.json").symlink_to(secret)
+    (folder / "linked").symlink_to(folder.parent)
+
+
+def test_known_names_alone_are_uploaded(folder):
+    before = uploaded_files(folder)
+    assert {"config.json", "model.safetensors", "modeling_evacap.py", "tokenizer.json"} <= set(before)
+    add_what_is_not_of_a_model(folder)
+    assert uploaded_files(folder) == before
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"x")
+    assert uploaded_files(folder) == sorted([*before, "model-00001-of-00002.safetensors"])
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "config.json", "README.md", "model.safetensors", "LICENSE"])
+def test_a_link_is_refused(folder, name, capsys):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("/etc/hostname")
+    assert main(["publish", str(folder), "--repo-id", REPO_ID, "--dry-run"]) == 1
+    assert f"{name}: a link, which is not followed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_is_listed_is_what_is_sent(folder):
+    """The real client, to a server of the test."""
+    add_what_is_not_of_a_model(folder)
+    with hub_server() as (files, hub):
+        done = publish_alone(folder, **hub)
+    assert done.returncode == 0, done.stderr
+    listed = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines() if line.endswith(" bytes")}
+    assert {name: f"{len(content):,}" for name, content in files.items()} == listed
+    assert {"README.md", "config.json", "model.safetensors", "pipeline_evacap.py"} <= files.keys()
+    assert not any(b"very secret" in content for content in files.values())
+    # As patterns of the client's, too, the names would take nothing else along.
+    everything = [str(path.relative_to(folder)) for path in folder.rglob("*")]
+    assert set(filter_repo_objects(everything, allow_patterns=list(listed))) - set(listed) == set()
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "3", "{", '{"auto_map": 3}', '{"model_type": "evacap", "auto_map": {"AutoModel": 1}}']
+)
+def test_a_configuration_of_another_shape_is_named(folder, content, capsys):
+    (folder / "config.json").write_text(content)
+    assert main(["publish", str(folder), "--repo-id", REPO_ID, "--dry-run"]) == 1
+    assert "config.json: not a configuration that `save_pretrained` wrote" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["---\na: [\n---\n", "---\n- a\n---\n", "---\n\x00\n---\n"])
+def test_a_card_with_bad_metadata_is_named(folder, text, capsys):
+    (folder / "README.md").write_text(text)
+    assert main(["publish", str(folder), "--repo-id", REPO_ID, "--dry-run"]) == 1
+    assert "README.md: its metadata cannot be read" in capsys.readouterr().err
 
 
 def test_card_tells_what_the_folder_is(saved):
@@ -159,7 +295,7 @@ def test_card_tells_what_the_folder_is(saved):
     assert "None are stored with this model." in card.text
     assert "{{" not in card.text and "{%" not in card.text
     assert card.data.datasets is None
-    assert python_examples(card).count(REPO_ID) == 3
+    assert python_examples(card.text).count(REPO_ID) == 3
 
 
 @pytest.mark.parametrize("preset", ["audio-only", "avcap", "evacap-ungated", "evacap-learned-gate", "video-only"])

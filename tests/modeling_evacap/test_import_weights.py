@@ -1,3 +1,4 @@
+import math
 import os
 import pickle
 import re
@@ -195,6 +196,39 @@ def test_the_wrong_kind_of_file_is_named(cav_mae_file, avcap_file):
         from_cav_mae(avcap_file)
     with pytest.raises(ValueError, match=r"cav_mae\.pth: not a GIT"):
         model_from_weights(git=cav_mae_file)
+
+
+@pytest.mark.parametrize("name", ["av_encoder.norm.weight", "textual.embedding.words.weight"])
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        (lambda value: value.to("meta"), "on the meta device"),
+        (lambda value: value.to(torch.complex64), "of type torch.complex64"),
+        (lambda value: value > 0, "of type torch.bool"),
+        (lambda value: value.to(torch.int32), "of type torch.int32"),
+        (lambda value: value.to_sparse(), "of layout torch.sparse_coo"),
+        (lambda value: value.index_fill(0, torch.tensor([0]), math.nan), "with values that are not finite"),
+        (lambda value: value.half().index_fill(0, torch.tensor([0]), -math.inf), "with values that are not finite"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_refused(tmp_path, name, change, fault):
+    state = avcap_state()
+    path = save({**state, name: change(state[name])}, tmp_path / "avcap.pth")
+    with pytest.raises(ValueError, match=rf"no weights: .*{re.escape(name)} \({fault}"):
+        from_avcap(path)
+
+
+def test_large_weights_are_weights(tmp_path):
+    state = avcap_state()
+    state["av_encoder.norm.weight"] = torch.full_like(state["av_encoder.norm.weight"], 3e38)
+    from_avcap(save(state, tmp_path / "avcap.pth"))
+
+
+@pytest.mark.parametrize("content", [{0: torch.zeros(1)}, {"model": {0: torch.zeros(1)}}, {("a", 1): torch.zeros(1)}])
+def test_names_that_are_not_text_are_an_error(tmp_path, content):
+    torch.save(content, tmp_path / "keys.pth")
+    with pytest.raises(ValueError, match="keys.pth: it holds .* but a dict of tensors was expected"):
+        from_avcap(tmp_path / "keys.pth")
 
 
 def test_an_unknown_tensor_is_an_error_until_allowed(tmp_path):

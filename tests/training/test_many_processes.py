@@ -89,7 +89,7 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path, one):
 
 def test_fsdp_is_the_same_and_resumes(tmp_path, one):
     config = write_config(tmp_path / "two.yaml", *COMMON, TWO)
-    script = str(Path(__file__).with_name("fsdp_on_cpu.py"))
+    script = str(Path(__file__).parents[1] / "fsdp_on_cpu.py")
     for _ in range(2):
         process = launch(config, script, launcher="fsdp")
         said = finish(process)
@@ -112,7 +112,7 @@ def test_sigterm_to_the_launcher_saves_a_checkpoint(tmp_path):
     said = finish(process)
     assert "stopped after step" in said
     (checkpoint,) = (tmp_path / "two" / "checkpoints").iterdir()
-    assert (checkpoint / "random_states_1.pkl").exists()
+    assert (checkpoint / "random_states_1.safetensors").exists()
 
 
 def test_a_failing_process_takes_the_others_along(tmp_path):

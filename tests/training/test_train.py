@@ -204,7 +204,8 @@ def test_a_run_keeps_its_settings(tmp_path):
     path = write_config(tmp_path / "a.yaml")
     assert run(path) == 0
     with pytest.raises(
-        ValueError, match=r"other settings: `optimization.batch_size` was 4 and is 2; `seed` was 0 and is 1"
+        ValueError,
+        match=r"other settings: `optimization.batch_size` is 4 there and 2 here; `seed` is 0 there and 1 here",
     ):
         run(path, "seed=1", "optimization.batch_size=2")
     assert run(path, "saving.keep=1", "logging.every_steps=5") == 0

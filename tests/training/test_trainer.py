@@ -1,19 +1,16 @@
 """The plain trainers of Transformers, without a subclass."""
 
-import base64
-import json
 import os
 import subprocess
 import sys
 import textwrap
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import evaluate
 import numpy as np
 import pytest
 import torch
+from hub_server import hub_server
 from safetensors.torch import load_file
 from transformers import (
     AutoModel,
@@ -102,6 +99,57 @@ def test_predictions_with_labels_hold_logits_alone(clips, tmp_path):
     assert prediction.metrics["test_loss"] > 0
 
 
+def make_plain_trainer(clips, folder, collator_options=(), loss=None, **arguments) -> Trainer:
+    model = make_model().eval()
+    return Trainer(
+        model,
+        TrainingArguments(str(folder), per_device_eval_batch_size=6, max_steps=1, **PLAIN, **arguments),
+        data_collator=evacap.EVACapDataCollator(p_mix=0.0, **({"model": model} if collator_options else {})),
+        train_dataset=clips,
+        eval_dataset=clips,
+        compute_loss_func=loss,
+    )
+
+
+def plain_loss(outputs, labels, num_items_in_batch=None):
+    assert outputs.logits.shape[:2] == labels.shape and outputs.loss is None
+    return torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("options", [{"label_smoothing_factor": 0.1}, {"loss": plain_loss}])
+def test_a_loss_outside_of_the_model(clips, tmp_path, options):
+    """`Trainer` keeps the labels; the decoder's input comes from the collator, if that knows the model."""
+    trainer = make_plain_trainer(clips, tmp_path, collator_options=True, **options)
+    batch = trainer.data_collator(clips)
+    labels = batch["labels"]
+    with torch.no_grad():
+        logits = trainer.model(**batch).logits
+    losses = -logits.log_softmax(-1)
+    chosen = losses.gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    smoothing = options.get("label_smoothing_factor", 0.0)
+    expected = ((1 - smoothing) * chosen + smoothing * losses.mean(-1))[labels != -100].mean().item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert trainer.train().training_loss > 0
+
+    blind = make_plain_trainer(clips, tmp_path, **options)
+    for run in (blind.train, blind.evaluate):
+        with pytest.raises(ValueError, match=r"keeps the labels to itself.*EVACapDataCollator\(model=model\)"):
+            run()
+
+
+def test_the_decoders_input_is_not_taken_for_a_caption_so_far(clips, tmp_path):
+    """Where captions are generated, too, they do not begin with the words that are to be found."""
+    model = AutoModel.from_pretrained(evacap.TINY)
+    captions = []
+    for known in (None, model):
+        arguments = Seq2SeqTrainingArguments(
+            str(tmp_path), per_device_eval_batch_size=6, predict_with_generate=True, **PLAIN
+        )
+        collator = evacap.EVACapDataCollator(p_mix=0.0, model=known)
+        captions.append(Seq2SeqTrainer(model, arguments, collator).predict(clips).predictions)
+    assert np.array_equal(*captions)
+
+
 def test_accumulated_batches_have_the_loss_of_one(clips, tmp_path):
     weights = []
     for batch_size, accumulation in ((6, 1), (2, 3)):
@@ -180,42 +228,6 @@ def test_a_resumed_training_ends_with_the_same_weights(clips, tmp_path, num_work
     assert type(AutoModel.from_pretrained(checkpoint)) is evacap.EVACapForConditionalGeneration
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub's interface as an upload needs; what was committed is in the server's `files`."""
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        url = f"http://{self.headers['Host']}/{REPO_ID}"
-        if self.path == "/api/repos/create":
-            self.answer({"url": url})
-        elif "/preupload/" in self.path:
-            files = json.loads(body)["files"]
-            self.answer(
-                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
-            )
-        elif "/commit/" in self.path:
-            lines = [json.loads(line) for line in body.splitlines()]
-            files = [line["value"] for line in lines if line["key"] == "file"]
-            self.server.files |= {file["path"]: base64.b64decode(file["content"]) for file in files}
-            self.answer({"success": True, "commitUrl": f"{url}/commit/0", "commitOid": "0", "hookOutput": ""})
-        else:
-            self.answer({})
-
-    def do_GET(self):
-        self.answer({})
-
-    def answer(self, content: dict):
-        content = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *arguments):
-        pass
-
-
 REPO_ID = "somebody/toy"
 TRAIN_AND_PUSH = f"""
     import sys
@@ -255,37 +267,30 @@ TRAIN_AND_PUSH = f"""
 @pytest.mark.slow
 def test_a_trained_model_is_pushed_whole_and_without_a_warning(tmp_path):
     """The real client talks to a server of the test, in a process of its own, as it reads its address on import."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files = {}
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     clip = tmp_path / "clip.mp4"
     write_clip(make_scene(0, "test", 0), clip)
     known = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "hf_none", "HF_HOME": str(tmp_path)}
-    try:
+    with hub_server() as (files, hub):
         done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(TRAIN_AND_PUSH), str(clip)],
-            env=known | hub,
+            env=known | hub | {"HF_HOME": str(tmp_path)},
             cwd=tmp_path,
             capture_output=True,
             text=True,
             timeout=300,
         )
-    finally:
-        server.shutdown()
-        server.server_close()
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr.lower(), done.stderr
 
-    assert not [name for name in server.files if "/" in name], "a Hub repository of a model is flat"
-    assert server.files["README.md"].startswith(b"---")
+    assert not [name for name in files if "/" in name], "a Hub repository of a model is flat"
+    assert files["README.md"].startswith(b"---")
     pushed = tmp_path / "pushed"
     pushed.mkdir()
-    for name, content in server.files.items():
+    for name, content in files.items():
         (pushed / name).write_bytes(content)
     before = load_file(Path(evacap.TINY) / "model.safetensors")
     pushed_weights, trained = (load_file(tmp_path / name / "model.safetensors") for name in ("pushed", "trained"))
     assert all(torch.equal(pushed_weights[name], value) for name, value in trained.items())
     assert any(not torch.equal(before[name], value) for name, value in trained.items())
-    assert {"modeling_evacap.py", "pipeline_evacap.py", "processing_evacap.py"} <= server.files.keys()
+    assert {"modeling_evacap.py", "pipeline_evacap.py", "processing_evacap.py"} <= files.keys()
     assert pipeline(evacap.TASK, model=str(pushed))(str(clip))["text"]

@@ -7,7 +7,9 @@ from zlib import crc32
 import numpy as np
 import torch
 from torch.utils.data import default_collate
+from transformers import PreTrainedModel
 
+from ...modeling_evacap.modeling_evacap import shift_tokens_right
 from ...processing.video_processing_evacap import stack_videos
 
 
@@ -37,6 +39,9 @@ class EVACapDataCollator:
         video_shape (`tuple[int, int, int, int]`, *optional*): Frames, channels, height and width of the zeros in a batch
             without any picture, whose mask is all false. Without it such a batch has no videos and the model skips its
             video tower, which a single process must not do when gradients are exchanged (DDP, FSDP).
+        model ([`EVACapForConditionalGeneration`], *optional*): The model that is trained. If given, a batch with
+            `labels` has `decoder_input_ids` too, for a loss that is computed outside of the model: `Trainer` with
+            `label_smoothing_factor` or `compute_loss_func`.
 
     Raises:
         ValueError: If `p_mix` is not between 0 and 1, if `seed` is negative, or if `video_shape` is not four positive
@@ -51,6 +56,7 @@ class EVACapDataCollator:
         fixed_points: bool = True,
         whole_batch: bool = False,
         video_shape: Sequence[int] | None = None,
+        model: PreTrainedModel | None = None,
     ):
         if not 0 <= p_mix <= 1:
             raise ValueError(f"p_mix={p_mix} is not a probability; choose a value from 0 to 1")
@@ -64,6 +70,10 @@ class EVACapDataCollator:
         self.fixed_points = fixed_points
         self.whole_batch = whole_batch
         self.video_shape = None if video_shape is None else tuple(video_shape)
+        self.text_tokens = None
+        if model is not None:
+            # Not the model itself: workers get a copy of the collator.
+            self.text_tokens = model.config.text_config.pad_token_id, model.config.decoder_start_token_id
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Makes one batch.
@@ -81,7 +91,8 @@ class EVACapDataCollator:
 
         Returns:
             `dict[str, torch.Tensor]`: `input_features` (B, T, M), `pixel_values_videos` (B, F, 3, H, W),
-            `pixel_values_videos_mask` (B, F; bool, only where a frame is missing), `labels` (B, L), and
+            `pixel_values_videos_mask` (B, F; bool, only where a frame is missing), `labels` (B, L), with a `model`
+            `decoder_input_ids` (B, L), and
 
             * `shuffled` (B,), bool: the sample carries another sample's video;
             * `video_index` (B,), long: the sample of the batch that the video comes from.
@@ -104,6 +115,8 @@ class EVACapDataCollator:
                 batch_first=True,
                 padding_value=-100,
             )
+            if self.text_tokens is not None:
+                batch["decoder_input_ids"] = shift_tokens_right(batch["labels"], *self.text_tokens)
         videos, masks = self._read_videos(features)
         if videos:
             video_index = self._draw_video_index(features)

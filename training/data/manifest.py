@@ -29,6 +29,9 @@ class Entry:
         start_in_whole (`float`, *optional*): Start of the clip in seconds, used only if the file is much longer than a
             clip.
         extra (`dict`): All other fields.
+
+    Raises:
+        ValueError: If `id`, `captions` or `extra` cannot be encoded as UTF-8.
     """
 
     id: str
@@ -41,6 +44,16 @@ class Entry:
     duration: float | None = None
     start_in_whole: float | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("id", "captions", "extra"):
+            try:
+                json.dumps(getattr(self, name), ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"`{name}` of the clip {self.id!r} holds {error.object[error.start]!r}, half a character that no "
+                    "text can hold; write the whole character"
+                ) from error
 
     @property
     def path(self) -> str | None:
@@ -88,13 +101,13 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     return readers[path.suffix.lower()](path)
 
 
-def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The numbered rows of a CSV file with a header."""
+def read_csv(path: Path, allow_missing: bool = False) -> Iterator[tuple[int, dict[str, str | None]]]:
+    """The numbered rows of a CSV file with a header; with `allow_missing`, fields that a row lacks are `None`."""
     # Strict, because an unclosed quote would otherwise swallow all following rows.
     reader = csv.DictReader(_lines(path), strict=True)
     try:
         for row in reader:
-            if None in row or None in row.values():
+            if None in row or (None in row.values() and not allow_missing):
                 raise ValueError(
                     f"{path}, line {reader.line_num}: has more or fewer fields than the header; put quotes around "
                     "captions that hold a comma"
@@ -184,6 +197,6 @@ def _entry(path: Path, line: int, row: dict[str, Any]) -> Entry:
         window = {key: to_seconds(key, value) for key, value in window.items()}
         if window.get("duration") == 0:
             raise ValueError("`duration` is 0, expected seconds above 0")
+        return Entry(name, tuple(captions), **sources, **window, extra=extra)
     except ValueError as error:
         raise ValueError(f"{path}, line {line}: {error}") from error
-    return Entry(name, tuple(captions), **sources, **window, extra=extra)

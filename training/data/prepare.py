@@ -3,6 +3,9 @@
 Which clip goes into which shard follows from the manifest alone, and a shard that is there is whole. So a preparation
 that was stopped, in whatever way, goes on with the first shard that is missing, and what comes out is the same to the
 byte.
+
+A clip that fails for a reason that may pass, such as a disk that is away for a moment, keeps its shard open: the shard
+waits under a hidden name, and the next call makes only the clips that failed.
 """
 
 import copy
@@ -16,10 +19,10 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,7 +32,7 @@ from transformers.video_utils import VideoMetadata
 
 from ...processing.media_evacap import probe_media
 from ...processing.processing_evacap import EVACapProcessor
-from ..files import write_text
+from ..files import JsonLines, check_settings, locked, remove_leftovers, whole_file, write_json
 from .audiocaps import CLIP_SECONDS, EXTENSIONS
 from .manifest import Entry
 from .worker_pool import Lost, WorkerPool, usable_cores
@@ -41,8 +44,8 @@ SHARD_SIZE = 256
 JPEG_QUALITY = 95
 ROWS_AT_ONCE = 16
 """Clips of a row group: what is in memory while it is written, and what a stream reads at a time."""
-SECONDS_A_CLIP = 600.0
-"""A worker that takes longer for a clip is ended."""
+TIME_LIMIT = 600.0
+"""Seconds that a clip may take."""
 LONGEST_CLIP = 15.0
 """Seconds; a file that lasts longer, and whose name tells no start time, is the whole video that the clip is from."""
 SCHEMA = pa.schema(
@@ -86,6 +89,8 @@ def prepare(
     jpeg_quality: int = JPEG_QUALITY,
     shard_size: int = SHARD_SIZE,
     num_workers: int | None = None,
+    time_limit: float = TIME_LIMIT,
+    accept_failures: bool = False,
 ) -> dict[str, int]:
     """
     Makes the features of all clips and writes them to `output/data/SPLIT-….parquet`, for
@@ -97,8 +102,12 @@ def prepare(
     * `frames`, JPEG files of the pictures, resized and cropped but not normalised; none for a clip without a picture.
 
     `preparation.json` says what the features depend on and how many clips there are. `report.jsonl` lists the clips
-    that cannot be used, and those of which only a part could be read (`"usable": true`), with the reason. Where the
-    folder is there already, only what is missing is made: remove a shard to have it made anew.
+    that cannot be used, and those of which only a part could be read (`"usable": true`), with the reason, and says of
+    which the reason may pass (`"passing": true`). Where the folder is there already, only what is missing is made, with
+    it the clips that have got a file since: remove a shard to have it made anew.
+
+    A clip whose file is missing or cannot be read just now, or whose worker is killed, is tried once more, by a fresh
+    process. If it fails again, its split is not complete, and the same call tries it again.
 
     Args:
         entries (`list[Entry]`): From [`read_manifest`] or [`read_audiocaps`].
@@ -112,6 +121,8 @@ def prepare(
         jpeg_quality (`int`): Of the frames, 1 to 100.
         shard_size (`int`): Rows of the manifest that go into a shard.
         num_workers (`int`, *optional*): Processes; one for each core by default. They do not change what is written.
+        time_limit (`float`): Seconds that a clip may take; one that takes longer twice cannot be used.
+        accept_failures (`bool`): Complete the split without the clips whose failure may pass.
 
     Returns:
         `dict`: `rows` of the manifest, `clips` that can be used, and how many of these are `without_picture` and
@@ -119,7 +130,9 @@ def prepare(
 
     Raises:
         ValueError: For a bad argument, or if the folder was begun with other settings or another manifest.
-        RuntimeError: If the worker processes cannot start, or no clip at all could be used.
+        BlockingIOError: If another process prepares clips in this folder.
+        RuntimeError: If the worker processes cannot start, clips failed for reasons that may pass, or no clip at all
+            could be used.
     """
     output = Path(output)
     if not re.fullmatch(r"\w+(\.\w+)*", split) or split == "all":
@@ -127,6 +140,7 @@ def prepare(
             f"`split` is {split!r}; a name of a split has letters, digits, _ and dots between them, and is not 'all'"
         )
     numbers = {"shard_size": shard_size, "num_workers": num_workers, "num_frames": num_frames, "fps": fps}
+    numbers["time_limit"] = time_limit
     for name, value in numbers.items():
         if value is not None and not 0 < value < np.inf:
             raise ValueError(f"`{name}` is {value}; it must be above 0")
@@ -143,21 +157,31 @@ def prepare(
     shards = {
         output / "data" / name: range(len(entries))[start : start + shard_size] for name, start in zip(names, starts)
     }
-    _begin(output, {**describe(processor), "frames": frames}, split, entries, shard_size)
-
-    todo = [(path, row) for path, rows in shards.items() if not path.exists() for row in rows]
-    try:
-        if todo:
-            workers = min(num_workers or usable_cores(), len(todo))
-            make = FeatureMaker(_storing(processor, num_frames, fps), jpeg_quality)
-            bar = tqdm(total=len(entries), initial=len(entries) - len(todo), desc=split, unit="clip")
-            with bar, closing(WorkerPool(make, workers, SECONDS_A_CLIP, __name__)) as pool:
-                made = pool.map(entries[row] for _, row in todo)
-                for path, rows in groupby(todo, key=lambda place: place[0]):
-                    _write_shard(path, split, (_shown(next(made), bar) for _ in rows))
-    finally:
-        _report(output)
-    return _count(output, split, list(shards))
+    output.mkdir(parents=True, exist_ok=True)
+    with locked(output):
+        _begin(output, {**describe(processor), "frames": frames}, split, entries, shard_size)
+        left = {path: _rows_left(path, entries, rows) for path, rows in shards.items()}
+        left = {path: rows for path, rows in left.items() if rows}
+        try:
+            if left:
+                _forget_counts(output, split)
+                todo = [row for rows in left.values() for row in rows]
+                workers = min(num_workers or usable_cores(), len(todo))
+                make = FeatureMaker(_storing(processor, num_frames, fps), jpeg_quality)
+                bar = tqdm(total=len(entries), initial=len(entries) - len(todo), desc=split, unit="clip")
+                pool = WorkerPool(make, workers, time_limit, __name__, _is_passing)
+                with bar, closing(pool):
+                    made = pool.map(entries[row] for row in todo)
+                    for path, rows in left.items():
+                        kept = _read_kept(path)
+                        results = (
+                            _shown(next(made), bar) if row in rows else (entries[row], kept[entries[row].id])
+                            for row in shards[path]
+                        )
+                        _write_shard(path, split, results, accept_failures)
+        finally:
+            _report(output)
+        return _count(output, split, list(shards))
 
 
 def describe(processor: EVACapProcessor) -> dict[str, Any]:
@@ -170,15 +194,6 @@ def describe(processor: EVACapProcessor) -> dict[str, Any]:
         "video_processor": {name: video[name] for name in VIDEO_FIELDS},
     }
     return json.loads(json.dumps(fields))
-
-
-def differences(found: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """The fields of `expected` that `found` lacks, or has with another value, in words."""
-    for name, value in expected.items():
-        if isinstance(value, dict) and isinstance(found.get(name), dict):
-            yield from differences(found[name], value, f"{prefix}{name}.")
-        elif found.get(name) != value:
-            yield f"`{prefix}{name}` is {found.get(name)!r} there and {value!r} here"
 
 
 def read_preparation(folder: str | os.PathLike) -> dict[str, Any]:
@@ -203,13 +218,55 @@ def _begin(output: Path, settings: dict[str, Any], split: str, entries: list[Ent
     if (output / PREPARATION_FILE).exists():
         preparation = read_preparation(output)
     preparation["splits"].setdefault(split, begun)
-    different = [*differences(preparation, settings | {"splits": {split: begun}})]
-    if different:
-        raise ValueError(f"{output}: was begun with other settings: {'; '.join(different)}. Give a new folder.")
-    (output / "data").mkdir(parents=True, exist_ok=True)
-    for partial in (output / "data").glob(f".{split}-*.partial"):
-        partial.unlink()
-    write_text(output / PREPARATION_FILE, json.dumps(preparation, indent=2) + "\n")
+    check_settings(output, preparation, settings | {"splits": {split: begun}}, "Give a new folder.")
+    (output / "data").mkdir(exist_ok=True)
+    remove_leftovers(output, output / "data")
+    write_json(output / PREPARATION_FILE, preparation)
+
+
+def _forget_counts(output: Path, split: str) -> None:
+    """Takes away what is written down of a split only when it is complete."""
+    preparation = read_preparation(output)
+    begun = {name: preparation["splits"][split][name] for name in ("rows", "shard_size", "manifest")}
+    if preparation["splits"][split] != begun:
+        preparation["splits"][split] = begun
+        write_json(output / PREPARATION_FILE, preparation)
+
+
+def _open_name(shard: Path) -> Path:
+    """Where a shard waits for the clips that failed for a reason that may pass."""
+    return shard.with_name(f".{shard.name}.open")
+
+
+def _rows_left(shard: Path, entries: list[Entry], rows: range) -> list[int]:
+    """The rows of a shard that are still to be made."""
+    source = shard if shard.exists() else _open_name(shard)
+    if not source.exists():
+        return list(rows)
+    problems = {problem["id"]: problem for problem in _account(source)["report"]}
+    left = []
+    for row in rows:
+        problem = problems.get(entries[row].id)
+        if problem is None:
+            continue
+        has_come = problem["path"] is None and not problem["usable"] and entries[row].path is not None
+        if has_come or (problem["passing"] and source != shard):
+            left.append(row)
+    return left
+
+
+def _read_kept(shard: Path) -> dict[str, "Features"]:
+    """What a shard that is made anew or is still open has already, by the clips' ids."""
+    source = shard if shard.exists() else _open_name(shard)
+    if not source.exists():
+        return {}
+    problems = {problem["id"]: problem for problem in _account(source)["report"]}
+    kept = {name: _unusable(problem["reason"], problem["passing"]) for name, problem in problems.items()}
+    table = pq.read_table(source)
+    for name, values, frames in zip(table["id"].to_pylist(), table["input_features"], table["frames"], strict=True):
+        problem = problems[name]["reason"] if name in problems else None
+        kept[name] = Features(values.values.to_numpy(), tuple(frames.as_py()), problem)
+    return kept
 
 
 def _storing(processor: EVACapProcessor, num_frames: int | None, fps: float | None) -> EVACapProcessor:
@@ -231,12 +288,14 @@ class Features:
         frames (`tuple[bytes, ...]`): JPEG files; none if there is no picture.
         problem (`str`, *optional*): What is wrong with the clip.
         usable (`bool`): Whether it can be used, all the same or because nothing is wrong.
+        passing (`bool`): Whether what is wrong may pass.
     """
 
     input_features: np.ndarray
     frames: tuple[bytes, ...]
     problem: str | None = None
     usable: bool = True
+    passing: bool = False
 
 
 class FeatureMaker:
@@ -263,7 +322,7 @@ class FeatureMaker:
             except ImportError:
                 raise
             except Exception as error:
-                return _unusable(str(error) or type(error).__name__)
+                return _unusable(str(error) or type(error).__name__, _may_pass(error))
         features = inputs.get("input_features")
         features = np.empty(0) if features is None else features[0].numpy()
         frames = () if "pixel_values_videos" not in inputs else inputs["pixel_values_videos"][0].permute(0, 2, 3, 1)
@@ -278,7 +337,7 @@ class FeatureMaker:
         if entry.media is not None:
             return self.processor(media=entry.media, **self._window(entry.media, entry), return_tensors="pt")
         if entry.path is None:
-            raise FileNotFoundError("no file in the media folder has its name")
+            raise ValueError("no file in the media folder has its name")
         inputs = {}
         if listens:
             if entry.audio is None:
@@ -311,8 +370,23 @@ class FeatureMaker:
         return file.getvalue()
 
 
-def _unusable(problem: str) -> Features:
-    return Features(np.empty(0, np.float16), (), problem, usable=False)
+def _unusable(problem: str, passing: bool = False) -> Features:
+    return Features(np.empty(0, np.float16), (), problem, usable=False, passing=passing)
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, is of the system and not of the content of a file."""
+    seen = []
+    while error is not None and error not in seen:
+        if isinstance(error, (OSError, MemoryError)) and not isinstance(error, av.FFmpegError):
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _is_passing(features: Features) -> bool:
+    return features.passing
 
 
 @contextmanager
@@ -350,46 +424,43 @@ def _shown(made: tuple[Entry, Features | Lost], bar: tqdm) -> tuple[Entry, Featu
     """Counts a clip in the progress bar."""
     entry, features = made
     if isinstance(features, Lost):
-        features = _unusable(features.reason)
+        features = _unusable(features.reason, features.passing)
     bar.unusable = getattr(bar, "unusable", 0) + (not features.usable)
     bar.set_postfix(unusable=bar.unusable, refresh=False)
     bar.update()
     return entry, features
 
 
-def _write_shard(path: Path, split: str, results: Iterable[tuple[Entry, Features]]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    account: dict[str, Any] = {"clips": 0, "without_picture": 0, "damaged": 0, "report": []}
+def _write_shard(
+    path: Path, split: str, results: Iterable[tuple[Entry, Features]], accept_failures: bool = False
+) -> None:
+    """Writes a shard; under its name only if no clip of it may still come, or those that may are given up."""
+    account: dict[str, Any] = {"clips": 0, "without_picture": 0, "damaged": 0, "passing": 0, "report": []}
     rows: list[tuple[Entry, Features]] = []
-    try:
-        with pq.ParquetWriter(
-            partial, SCHEMA, compression="zstd", use_dictionary=False, write_statistics=False
-        ) as writer:
-            for entry, features in results:
-                if features.usable:
-                    account["clips"] += 1
-                    account["without_picture"] += not features.frames
-                    account["damaged"] += features.problem is not None
-                    rows.append((entry, features))
-                if features.problem is not None:
-                    account["report"].append(
-                        {
-                            "split": split,
-                            "id": entry.id,
-                            "path": entry.path,
-                            "reason": features.problem,
-                            "usable": features.usable,
-                        }
-                    )
-                if len(rows) == ROWS_AT_ONCE:
-                    writer.write_table(_table(rows))
-                    rows.clear()
-            if rows:
+    with (
+        whole_file(_open_name(path)) as partial,
+        pq.ParquetWriter(partial, SCHEMA, compression="zstd", use_dictionary=False, write_statistics=False) as writer,
+    ):
+        for entry, features in results:
+            if features.usable:
+                account["clips"] += 1
+                account["without_picture"] += not features.frames
+                account["damaged"] += features.problem is not None
+                rows.append((entry, features))
+            if features.problem is not None:
+                account["passing"] += features.passing
+                problem = {"split": split, "id": entry.id, "path": entry.path, "reason": features.problem}
+                account["report"].append(problem | {"usable": features.usable, "passing": features.passing})
+            if len(rows) == ROWS_AT_ONCE:
                 writer.write_table(_table(rows))
-            writer.add_key_value_metadata({_ACCOUNT: json.dumps(account).encode()})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+                rows.clear()
+        if rows:
+            writer.write_table(_table(rows))
+        writer.add_key_value_metadata({_ACCOUNT: json.dumps(account).encode()})
+    if accept_failures or not account["passing"]:
+        _open_name(path).replace(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _table(rows: list[tuple[Entry, Features]]) -> pa.Table:
@@ -411,18 +482,23 @@ def _account(shard: Path) -> dict[str, Any]:
 
 def _report(output: Path) -> None:
     """Writes what is wrong with the clips of all shards that are there."""
-    shards = sorted((output / "data").glob("*.parquet"))
-    lines = [
-        # With escapes, as a path on disk need not be valid UTF-8.
-        json.dumps(problem) + "\n"
-        for shard in shards
-        for problem in _account(shard)["report"]
-    ]
-    write_text(output / REPORT_FILE, "".join(lines))
+    data = output / "data"
+    shards = sorted([*data.glob("*.parquet"), *data.glob(".*.open")], key=lambda path: path.name.removeprefix("."))
+    JsonLines(output / REPORT_FILE, "split").rewrite(
+        problem for shard in shards for problem in _account(shard)["report"]
+    )
 
 
 def _count(output: Path, split: str, shards: list[Path]) -> dict[str, int]:
     """Adds the numbers of clips to what is written down of the split, which is complete by that."""
+    open_shards = [_open_name(shard) for shard in shards if not shard.exists()]
+    problems = [problem for shard in open_shards for problem in _account(shard)["report"] if problem["passing"]]
+    if problems:
+        raise RuntimeError(
+            f"{output}: {len(problems)} clips of the split {split!r} failed for reasons that may pass, as {REPORT_FILE} "
+            f"there tells; the first: {problems[0]['reason']}. Give the same command again, or accept the failures "
+            "(--accept-failures) to go on without these clips."
+        )
     accounts = [_account(shard) for shard in shards]
     counts = {name: sum(account[name] for account in accounts) for name in ("clips", "without_picture", "damaged")}
     if not counts["clips"]:
@@ -434,5 +510,5 @@ def _count(output: Path, split: str, shards: list[Path]) -> dict[str, int]:
         )
     preparation = read_preparation(output)
     preparation["splits"][split] |= counts
-    write_text(output / PREPARATION_FILE, json.dumps(preparation, indent=2) + "\n")
+    write_json(output / PREPARATION_FILE, preparation)
     return {"rows": preparation["splits"][split]["rows"], **counts}

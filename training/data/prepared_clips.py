@@ -19,8 +19,9 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers.video_utils import VideoMetadata
 
 from ...processing.processing_evacap import EVACapProcessor
+from ..files import differences
 from .augmentation import Augmentation
-from .prepare import PREPARATION_FILE, describe, differences
+from .prepare import PREPARATION_FILE, describe
 
 
 GROUPS_AT_ONCE = 8
@@ -273,7 +274,7 @@ def _check(files: fsspec.AbstractFileSystem, folder: str, split: str, processor:
         expected = {name: fields for name, fields in expected.items() if not _is_idle(name, modalities)}
     else:
         expected["modalities"] = modalities
-    different = [*differences(preparation, expected)]
+    different = differences(preparation, expected)
     if modalities != "audio" and video.fps is not None and video.fps != frames["fps"]:
         different.append(f"`frames.fps` is {frames['fps']!r} there and {video.fps!r} here")
     if modalities != "audio" and frames["num_frames"] is not None and video.num_frames > frames["num_frames"]:

@@ -17,6 +17,10 @@ ITEMS_AHEAD = 8
 """Items for each worker that may be begun before the first of them is done."""
 
 
+CRASHES = ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL", "SIGSYS", "SIGTRAP")
+"""Signals that a process gets for what it does itself."""
+
+
 def usable_cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -24,15 +28,24 @@ def usable_cores() -> int:
 
 @dataclass(frozen=True)
 class Lost:
-    """Stands for the result of an item whose worker ended: `reason` says how."""
+    """
+    Stands for the result of an item whose worker ended, twice.
+
+    Args:
+        reason (`str`): How.
+        passing (`bool`): Whether it was ended from outside, as by a system that is short of memory, so that the item
+            need not be the cause.
+    """
 
     reason: str
+    passing: bool = False
 
 
 @dataclass
 class _Worker:
     process: BaseProcess
     connection: Connection
+    again: tuple[int, Any] | None = None
     started: bool = False
     task: tuple[int, Any] | None = None
     since: float = 0.0
@@ -43,22 +56,33 @@ class WorkerPool:
     Processes that apply a function, each with one thread, in memory that does not depend on the number of items.
 
     Other than the pools of the standard library it outlives its workers: where one is killed, or crashes in native
-    code, the item that it had becomes [`Lost`] and another worker takes its place. The workers end with the process
-    that has the pool, however that ends.
+    code, another worker takes its place and tries the item once more. If that ends, too, the item becomes [`Lost`].
+    The workers end with the process that has the pool, however that ends.
 
     Args:
         function (`Callable`): Of one item; can be pickled. What it raises ends the pool.
         num_workers (`int`): How many processes.
         seconds (`float`): A worker that takes longer for an item is killed.
         preload (`str`): The module of the function, which the workers then import once and together.
+        is_passing (`Callable`, *optional*): Whether a result is a failure that may pass: such an item is tried once
+            more, too, in a fresh worker.
     """
 
-    def __init__(self, function: Callable[[Any], Any], num_workers: int, seconds: float, preload: str):
+    def __init__(
+        self,
+        function: Callable[[Any], Any],
+        num_workers: int,
+        seconds: float,
+        preload: str,
+        is_passing: Callable[[Any], bool] = lambda result: False,
+    ):
         methods = multiprocessing.get_all_start_methods()
         self.context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         self.context.set_forkserver_preload([__name__, preload])
         self.function = function
         self.seconds = seconds
+        self.is_passing = is_passing
+        self.tried: set[int] = set()
         self.workers: list[_Worker] = []
         for _ in range(num_workers):
             self.workers.append(self._start())
@@ -78,11 +102,17 @@ class WorkerPool:
             RuntimeError: If a worker ends before it has begun to work, as others would then, too.
         """
         numbered = enumerate(items)
+        self.tried.clear()
         done: dict[int, tuple[Any, Any]] = {}
         sent = yielded = 0
         while True:
             for worker in self.workers:
-                if worker.started and worker.task is None and sent - yielded < ITEMS_AHEAD * len(self.workers):
+                if not worker.started or worker.task is not None:
+                    continue
+                if worker.again is not None:
+                    worker.task, worker.again, worker.since = worker.again, None, time.monotonic()
+                    _send(worker.connection, worker.task[1])
+                elif sent - yielded < ITEMS_AHEAD * len(self.workers):
                     worker.task, worker.since = next(numbered, None), time.monotonic()
                     if worker.task is not None:
                         sent += 1
@@ -104,29 +134,34 @@ class WorkerPool:
                 try:
                     result = worker.connection.recv()
                 except (EOFError, OSError):
-                    result = Lost(_ending(worker.process))
+                    result = _ending(worker.process)
             elif late:
-                worker.process.kill()
                 result = Lost(f"its worker was ended, as it took more than {self.seconds:g} s")
             else:
                 continue
             if isinstance(result, BaseException):
                 raise result
-            if isinstance(result, Lost):
-                if not worker.started:
-                    raise RuntimeError(f"a worker process cannot start: {result.reason}")
+            is_lost, task = isinstance(result, Lost), worker.task
+            if is_lost and not worker.started:
+                raise RuntimeError(f"a worker process cannot start: {result.reason}")
+            again = None
+            if task is not None and task[0] not in self.tried and (is_lost or self.is_passing(result)):
+                self.tried.add(task[0])
+                again = task
+            if is_lost or again is not None:
                 worker.connection.close()
-                self.workers[position] = self._start()
-            if worker.task is not None:
-                yield worker.task, result
+                worker.process.kill()
+                self.workers[position] = self._start(again)
+            if task is not None and again is None:
+                yield task, result
             worker.started, worker.task = True, None
 
-    def _start(self) -> _Worker:
+    def _start(self, again: tuple[int, Any] | None = None) -> _Worker:
         ours, theirs = self.context.Pipe()
         process = self.context.Process(target=_work, args=(theirs, self.function), daemon=True)
         process.start()
         theirs.close()
-        return _Worker(process, ours)
+        return _Worker(process, ours, again)
 
 
 def _send(connection: Connection, item: Any) -> None:
@@ -136,12 +171,14 @@ def _send(connection: Connection, item: Any) -> None:
         pass
 
 
-def _ending(process: BaseProcess) -> str:
+def _ending(process: BaseProcess) -> Lost:
     process.join()
     if process.exitcode is not None and process.exitcode < 0:
         name = signal.Signals(-process.exitcode).name
-        return f"its worker was ended by {name}: out of memory, or a crash in a decoder"
-    return f"its worker ended with exit status {process.exitcode}"
+        if name in CRASHES:
+            return Lost(f"its worker was ended by {name}: a crash in a decoder")
+        return Lost(f"its worker was ended by {name}: by somebody, or for want of memory", passing=True)
+    return Lost(f"its worker ended with exit status {process.exitcode}")
 
 
 def _work(connection: Connection, function: Callable[[Any], Any]) -> None:

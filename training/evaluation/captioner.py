@@ -21,10 +21,11 @@ from tqdm.auto import tqdm
 from ...modeling_evacap.configuration_evacap import EVACapConfig
 from ...modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from ...processing.captioning_evacap import CaptionedBatch, caption_batch, has_gate
+from ...processing.model_processor import load_processor, loading
 from ...processing.processing_evacap import EVACapProcessor
 from ..data.collator import EVACapDataCollator
 from ..data.prepared_clips import PreparedClips
-from ..files import write_text
+from ..files import JsonLines, check_settings, write_json
 from ..procedural.scenes import make_scene, manifest_entry
 
 
@@ -160,11 +161,9 @@ class Captioner:
         self.name = name
         self.folder = os.fspath(folder)
         self.output = Path(output) / re.sub(r"[^\w.-]+", "-", name)
-        try:
+        with loading(self.folder):
             self.config = EVACapConfig.from_pretrained(self.folder)
-            self.processor = EVACapProcessor.from_pretrained(self.folder)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{self.folder} cannot be loaded: {error}") from error
+        self.processor = load_processor(self.folder)
 
     def pairs(self, condition: Condition, clips: Sequence[TestedClip], seed: int = 0) -> list[Pair] | None:
         """The pairs of all clips under a condition.
@@ -227,7 +226,8 @@ class Captioner:
         Raises:
             ValueError: If the folder holds captions of other settings, or if a clip cannot be read.
         """
-        model = EVACapForConditionalGeneration.from_pretrained(self.folder)
+        with loading(self.folder):
+            model = EVACapForConditionalGeneration.from_pretrained(self.folder)
         self.parameters = model.num_parameters()
         self._settle(
             {
@@ -258,70 +258,45 @@ class Captioner:
                 num_workers=num_workers,
                 pin_memory=accelerator.device.type == "cuda",
             )
-            with self._file(accelerator.process_index).open("a", encoding="utf-8") as file:
-                for pairs, inputs in zip(own, loader, strict=True):
-                    if isinstance(inputs, Exception):
-                        raise inputs
-                    inputs = send_to_device(inputs, accelerator.device, non_blocking=True)
-                    with accelerator.autocast():
-                        batch = caption_batch(
-                            model, self.processor, inputs, has_gate(self.config), num_beams=num_beams
-                        )
-                    captions = zip(pairs, _to_captions(batch), strict=True)
-                    lines = (_to_line(pair, caption, clips) for pair, caption in captions)
-                    file.write("".join(lines))
-                    file.flush()
-                    if progress is not None:
-                        progress.update(len(pairs))
+            file = JsonLines(self.output / f"captions-{accelerator.process_index}.jsonl", "clip")
+            for pairs, inputs in zip(own, loader, strict=True):
+                if isinstance(inputs, Exception):
+                    raise inputs
+                inputs = send_to_device(inputs, accelerator.device, non_blocking=True)
+                with accelerator.autocast():
+                    batch = caption_batch(model, self.processor, inputs, has_gate(self.config), num_beams=num_beams)
+                captions = zip(pairs, _to_captions(batch), strict=True)
+                file.append(_to_line(pair, caption, clips) for pair, caption in captions)
+                if progress is not None:
+                    progress.update(len(pairs))
         accelerator.wait_for_everyone()
         return self._read(numbers)
-
-    def _file(self, process: int) -> Path:
-        return self.output / f"captions-{process}.jsonl"
 
     def _settle(self, settings: dict[str, Any], accelerator: Accelerator) -> None:
         """Makes sure that the folder can be continued with these settings."""
         path = self.output / "settings.json"
         if path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
-            changed = [
-                f"`{name}` was {before.get(name)!r} and is {settings[name]!r}"
-                for name in settings
-                if before.get(name) != settings[name]
-            ]
-            if changed:
-                raise ValueError(
-                    f"{self.output} holds captions of other settings: {'; '.join(changed)}. Give another --output, or "
-                    "remove it."
-                )
+            check_settings(self.output, before, settings, "Give another --output, or remove it.")
         elif accelerator.is_main_process:
-            self.output.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(settings, indent=2) + "\n")
+            write_json(path, settings)
         if accelerator.is_main_process:
             for file in self.output.glob("captions-*.jsonl"):
-                data = file.read_bytes()
-                # A line that was being written when the process was killed has no end.
-                os.truncate(file, data.rfind(b"\n") + 1)
+                JsonLines(file, "clip").recover()
         accelerator.wait_for_everyone()
 
     def _read(self, numbers: dict[str, int]) -> dict[Pair, Caption]:
-        captions = {}
-        for path in sorted(self.output.glob("captions-*.jsonl")):
-            with path.open(encoding="utf-8") as file:
-                for number, line in enumerate(file, 1):
-                    try:
-                        fields = json.loads(line)
-                        clip, video, frames = fields.pop("clip"), fields.pop("video"), fields.pop("frames")
-                        caption = Caption(**fields)
-                    except (ValueError, KeyError, TypeError, AttributeError) as error:
-                        raise ValueError(
-                            f"{path}: line {number} is not a caption that was written here; remove the file to caption "
-                            "its clips again"
-                        ) from error
-                    # An earlier call may have captioned clips that this one leaves out.
-                    if clip in numbers and (video is None or video in numbers):
-                        captions[Pair(numbers[clip], None if video is None else numbers[video], frames)] = caption
-        return captions
+        lines = [
+            line
+            for path in sorted(self.output.glob("captions-*.jsonl"))
+            for line in JsonLines(path, "clip", _from_line, "Remove the file to caption its clips again.").read()
+        ]
+        return {
+            Pair(numbers[clip], None if video is None else numbers[video], frames): caption
+            for clip, video, frames, caption in lines
+            # An earlier call may have captioned clips that this one leaves out.
+            if clip in numbers and (video is None or video in numbers)
+        }
 
 
 def _to_captions(batch: CaptionedBatch) -> list[Caption]:
@@ -418,13 +393,18 @@ def _view(processor: EVACapProcessor, modalities: str, frames: int | None = None
     return processor
 
 
-def _to_line(pair: Pair, caption: Caption, clips: Sequence[TestedClip]) -> str:
+def _to_line(pair: Pair, caption: Caption, clips: Sequence[TestedClip]) -> dict[str, Any]:
     place = {
         "clip": clips[pair.clip].id,
         "video": None if pair.video is None else clips[pair.video].id,
         "frames": pair.frames,
     }
-    return json.dumps(place | {name: value for name, value in caption._asdict().items() if value is not None}) + "\n"
+    return place | {name: value for name, value in caption._asdict().items() if value is not None}
+
+
+def _from_line(fields: dict[str, Any]) -> tuple[str, str | None, int, Caption]:
+    """The names of a clip and of the clip of its video, its frames, and the caption."""
+    return fields.pop("clip"), fields.pop("video"), fields.pop("frames"), Caption(**fields)
 
 
 def _fingerprint(model: EVACapForConditionalGeneration, processor: EVACapProcessor) -> str:

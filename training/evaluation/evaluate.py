@@ -17,7 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from ..files import write_text
+from ..files import write_json
 from ..metrics.bootstrap import (
     CONFIDENCE,
     RESAMPLES,
@@ -278,8 +278,7 @@ def score_singly(
                     entry[metric] = scores["per_clip"][metric][place]
                     if metric in scores["counts"]:
                         entry[f"{metric}_counts"] = scores["counts"][metric][place]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_text(path, json.dumps(known))
+                write_json(path, known, indent=None)
                 progress.update(len(part))
     if "spice" in skipped:
         skipped |= dict.fromkeys(("spider", "spider_fl"), f"it needs SPICE: {skipped['spice']}")

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...processing.model_processor import load_processor
 from ...processing.processing_evacap import EVACapProcessor
+from ..files import whole_file
 from ..metrics.compute import METRIC_TITLES
 from ..procedural.scores import COLUMNS
 from .captioner import MakeClips, Pair, PairReader, list_clips
@@ -31,9 +33,8 @@ def has_matplotlib() -> bool:
 
 def save_figure(figure: "Figure", path: Path, dpi: int) -> Path:
     """Writes `figure` to `path`, in the format of its suffix. The file is complete or absent."""
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=dpi, format=path.suffix[1:])
-    partial.replace(path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=dpi, format=path.suffix[1:])
     return path
 
 
@@ -180,7 +181,7 @@ def make_sample_plots(evaluation: Evaluation, make_clips: MakeClips, samples: in
     first = next(iter(gated.values()))
     last = max((c for c in first["conditions"] if c["frames"] is None), key=lambda condition: condition["shuffle"])
     swapped = [place for place, clip in enumerate(last["clips"]) if clip["video"] not in (None, clip["id"])]
-    processor = EVACapProcessor.from_pretrained(first["checkpoint"])
+    processor = load_processor(first["checkpoint"])
     read = PairReader(processor, make_clips)
     ids = [clip.id for clip in list_clips(make_clips(processor), evaluation["clips"])]
     return {

@@ -1,10 +1,9 @@
 """The report of an evaluation: JSON, Markdown tables, plots, and what the model cards need."""
 
-import json
 import os
 from pathlib import Path
 
-from ..files import write_text
+from ..files import write_json, write_text
 from .captioner import MakeClips
 from .evaluate import card
 from .plots import has_matplotlib, make_plots, make_sample_plots, save_figure
@@ -33,13 +32,10 @@ def write_report(
     """
     output = Path(output)
     files = [output / "evaluation.json", output / "evaluation.md"]
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(files[0], json.dumps(evaluation, indent=1) + "\n")
+    write_json(files[0], evaluation, indent=1)
     for name, entry in evaluation["checkpoints"].items():
         path = output / "cards" / name.replace("/", "-") / "evaluation.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = card(entry, evaluation["dataset"], evaluation["dataset_id"])
-        write_text(path, json.dumps(content, indent=2) + "\n")
+        write_json(path, card(entry, evaluation["dataset"], evaluation["dataset_id"]))
         files.append(path)
     figures = {}
     if has_matplotlib():

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers.video_utils import VideoMetadata
 
 from ...processing.processing_evacap import EVACapProcessor
+from ..files import whole_file
 from . import kinds, pictures, scenes, sounds
 from .scenes import make_scene, render_frames, render_waveform
 from .sounds import SAMPLING_RATE
@@ -126,8 +126,6 @@ class KeptProceduralClips(ProceduralClips):
         first = rendered[0]
         if path.exists() and _alike(np.load(path, mmap_mode="r")[0], first):
             return path
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         loader = DataLoader(
             rendered,
             RENDERED_AT_ONCE,
@@ -136,19 +134,16 @@ class KeptProceduralClips(ProceduralClips):
             # A generator of its own: rendering must not advance the one that the weights are drawn from.
             generator=torch.Generator(),
         )
-        try:
-            with (
-                open(partial, "wb") as file,
-                tqdm(total=len(self), desc=f"rendering {stream}", unit="clip") as progress,
-            ):
-                header = {"descr": first.dtype.str, "fortran_order": False, "shape": (len(self), *first.shape)}
-                np.lib.format.write_array_header_1_0(file, header)
-                for clips in loader:
-                    file.write(clips.tobytes())
-                    progress.update(len(clips))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with (
+            whole_file(path) as partial,
+            open(partial, "wb") as file,
+            tqdm(total=len(self), desc=f"rendering {stream}", unit="clip") as progress,
+        ):
+            header = {"descr": first.dtype.str, "fortran_order": False, "shape": (len(self), *first.shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for clips in loader:
+                file.write(clips.tobytes())
+                progress.update(len(clips))
         return path
 
 

@@ -23,6 +23,7 @@ import av
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..files import whole_file
 from .captions import write_captions
 from .kinds import KINDS, SOUND_ALIKES, name_of
 from .pictures import Actor, Place, draw
@@ -272,10 +273,11 @@ def write_clip(scene: Scene, path: str | os.PathLike, fps: int = 10, size: int =
     if size % 2:
         raise ValueError(f"size={size} is odd, H.264 needs an even one; use {size + 1}")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     clip = render(scene, fps, size)
-    partial = path.with_name(f".{path.name}.partial")
-    with av.open(partial, "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    with (
+        whole_file(path) as partial,
+        av.open(partial, "w", format="mp4", options={"movflags": "+faststart"}) as container,
+    ):
         video = container.add_stream("libx264", rate=fps, width=size, height=size, pix_fmt="yuv420p")
         video.options = {"preset": "veryfast", "crf": "20", "threads": "1"}
         audio = container.add_stream("aac", rate=SAMPLING_RATE, layout="mono", bit_rate=64_000)
@@ -287,7 +289,6 @@ def write_clip(scene: Scene, path: str | os.PathLike, fps: int = 10, size: int =
             block.sample_rate, block.time_base, block.pts = SAMPLING_RATE, Fraction(1, SAMPLING_RATE), start
             container.mux(audio.encode(block))
         container.mux(audio.encode())
-    partial.replace(path)
 
 
 def manifest_entry(scene: Scene, media: str) -> dict:
@@ -328,16 +329,14 @@ def write_dataset(
         `Path`: The manifest. It appears when all clips are there.
     """
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    partial, manifest = output / ".manifest.jsonl.partial", output / "manifest.jsonl"
-    with partial.open("w", encoding="utf-8") as lines:
+    manifest = output / "manifest.jsonl"
+    with whole_file(manifest) as partial, partial.open("w", encoding="utf-8") as lines:
         for index in tqdm(range(clips), desc=f"{split} clips", unit="clip"):
             scene = make_scene(seed, split, index, duration)
             media = f"{scene.id}.mp4"
             if not (output / media).exists():
                 write_clip(scene, output / media, fps, size)
             lines.write(json.dumps(manifest_entry(scene, media)) + "\n")
-    partial.replace(manifest)
     return manifest
 
 

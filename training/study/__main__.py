@@ -29,11 +29,11 @@ from ...modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from ...processing.processing_evacap import EVACapProcessor
 from ..components import make_model, make_processor_and_config
 from ..evaluation.evaluate import SHARES, evaluate
-from ..files import write_text
+from ..files import check_settings, write_json, write_text
 from ..metrics.compute import METRICS
 from ..procedural.dataset import ProceduralClips
 from ..run_config import RunConfig, flatten, load_run_config
-from ..run_log import SETTLED, check_settings
+from ..run_log import SETTLED, check_run
 from ..train import train
 from .mismatch_detectors import detect_mismatch
 from .oracles import judge_oracles
@@ -149,12 +149,8 @@ class Study:
         before = json.loads(path.read_text(encoding="utf-8"))["settings"]
         now = self.settings(self.run_config(name, seed))
         # A setting that was not there yet changes nothing by its default.
-        changed = [f"`{k}` was {before[k]!r} and is {now.get(k)!r}" for k in before if before[k] != now.get(k)]
-        if changed:
-            raise ValueError(
-                f"{path} is the result of other settings: {'; '.join(changed)}. Give another --output and --results, "
-                "or remove it."
-            )
+        now = {key: now.get(key) for key in before}
+        check_settings(path, before, now, "Give another --output and --results, or remove it.")
         return True
 
 
@@ -204,7 +200,7 @@ def run_variant(study: Study, name: str, seed: int) -> int:
             return status
         start = make_start(config, study.output / "pretraining" / "model")
     model = folder / "model"
-    check_settings(folder, config)
+    check_run(folder, config)
     if not model.exists():
         forget_accelerator()
         with stopwatch(folder, "training"):
@@ -257,7 +253,7 @@ def run_pretraining(study: Study) -> int:
     """Trains the towers of the shared start where that is not done; returns what [`~train.train`] does."""
     config = study.pretraining_config()
     folder = Path(config.output)
-    check_settings(folder, config)
+    check_run(folder, config)
     if not (folder / "model").exists():
         say("the shared start: audio-visual contrast of the towers")
         forget_accelerator()
@@ -352,12 +348,10 @@ def stopwatch(folder: Path, name: str) -> Iterator[None]:
         path = folder / "seconds.json"
         seconds = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         seconds[name] = seconds.get(name, 0.0) + round(time.monotonic() - began, 1)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(seconds) + "\n")
+        write_json(path, seconds, indent=None)
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_rounded(result) | {"settings": result["settings"]}, indent=1)
     # A list of numbers on one line; only the layout has line breaks, as those in a string are escaped.
     text = re.sub(r"\[\n *([^\[\]{}]*)\n *\]", lambda found: "[" + re.sub(r"\n *", " ", found[1]) + "]", text)

@@ -1,4 +1,5 @@
 import glob
+import logging
 import os
 
 import pytest
@@ -41,6 +42,8 @@ def read(tmp_path):
         f"Y{ID}.mp4",
         f"Y{ID}_30.mp4",
         f"some/where/{ID}_30.mp4",
+        f"A dog, 10 - 20 [4K] [{ID}].webm",
+        f"A dog-{ID}.mkv",
         "train/91139.mp4",
     ],
 )
@@ -49,7 +52,8 @@ def test_the_usual_names_are_found(read, name):
     assert found == {"media": name}
     assert clip.id == f"{ID}_30" and clip.captions == ("A woman talks, then water pours",)
     assert clip.extra == {"youtube_id": ID, "start_time": 30.0, "audiocap_ids": ["91139"]}
-    assert clip.start_in_whole == (30.0 if name in (f"{ID}.mp4", f"Y{ID}.mp4") else None)
+    whole = (f"{ID}.mp4", f"Y{ID}.mp4", f"A dog, 10 - 20 [4K] [{ID}].webm", f"A dog-{ID}.mkv")
+    assert clip.start_in_whole == (30.0 if name in whole else None)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +108,59 @@ def test_audiocaps_own_files(shared, tmp_path):
         entries = read_audiocaps(shared("captions") / f"audiocaps_{name}.csv", tmp_path)
         assert len(entries) == len({entry.id for entry in entries}) == clips
         assert {len(entry.captions) for entry in entries} == {captions}
+
+
+@pytest.mark.parametrize("rest", ["bang", "bang,,,", " bang "])
+def test_a_caption_broken_in_two_is_joined(tmp_path, rest):
+    """As three are in version 2.0."""
+    (tmp_path / "train.csv").write_text(f"{HEADER}1,{ID},30,heavy wind followed by a loud\n{rest}\n2,{ID},40,a dog\n")
+    messages = []
+    logger = logging.getLogger("transformers")
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    try:
+        first, second = read_audiocaps(tmp_path / "train.csv", tmp_path)
+    finally:
+        logger.removeHandler(handler)
+    assert first.captions == ("heavy wind followed by a loud bang",) and second.captions == ("a dog",)
+    assert messages == [f"{tmp_path / 'train.csv'}: captions were broken in two, and joined, in line 3"]
+
+
+def test_links_that_lead_back_end(read, tmp_path):
+    media = tmp_path / "media"
+    for folder in ("", "real"):
+        (media / folder).mkdir(parents=True, exist_ok=True)
+        (media / folder / "a").symlink_to(media)
+        (media / folder / "b").symlink_to(".")
+    assert read(f"real/{ID}_30.wav")[1]["audio"].endswith(f"{ID}_30.wav")
+
+
+def test_folders_of_links_that_double_end(read, tmp_path):
+    """Forty folders with two links to the next: 2 ** 40 paths."""
+    media = tmp_path / "media"
+    for number in range(40):
+        (media / str(number)).mkdir(parents=True)
+        for name in ("x", "y"):
+            (media / str(number) / name).symlink_to(media / str(number + 1))
+    assert read(f"39/{ID}_30.wav")[1]["audio"].endswith(f"{ID}_30.wav")
+
+
+def test_a_link_gives_the_pictures_of_a_folder_its_name(read, tmp_path):
+    read("pictures/other/0.jpg", f"{ID}.wav")
+    (tmp_path / "media" / "pictures" / ID).symlink_to("other")
+    assert read()[1] == {"audio": f"{ID}.wav", "frames": f"pictures/{ID}"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_a_folder_that_cannot_be_read_is_an_error(read, tmp_path):
+    read(f"locked/{ID}.wav")
+    (tmp_path / "media" / "locked").chmod(0)
+    try:
+        with pytest.raises(PermissionError, match="locked"):
+            read()
+    finally:
+        (tmp_path / "media" / "locked").chmod(0o700)
 
 
 def test_errors_name_what_is_wrong(tmp_path):

@@ -104,3 +104,24 @@ def test_wrong_files_are_named(tmp_path):
             read_manifest(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="nowhere.csv"):
         read_manifest(tmp_path / "nowhere.csv")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"id": "\ud83d", "caption": "a"},
+        {"id": "a", "caption": "\udc00 dog"},
+        {"id": "a", "caption": "a", "x": "\ud800"},
+    ],
+)
+def test_half_a_character_is_named_with_its_line(tmp_path, fields):
+    rows = [{"id": "first", "caption": "a", "media": "a.mp4"}, {**fields, "media": "b.mp4"}]
+    (tmp_path / "clips.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="clips.jsonl, line 2: `(id|captions|extra)` of the clip .* half a character"):
+        read_manifest(tmp_path / "clips.jsonl")
+
+
+def test_a_path_need_not_be_utf_8(tmp_path):
+    (tmp_path / "clips.jsonl").write_text(json.dumps({"id": "a", "caption": "a", "media": "\udcff.mp4"}))
+    (entry,) = read_manifest(tmp_path / "clips.jsonl")
+    assert entry.media == str(tmp_path / "\udcff.mp4")

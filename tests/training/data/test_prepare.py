@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from io import BytesIO
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from small_clips import number_of, write_picture, write_small_clips, write_sound
@@ -21,6 +23,8 @@ from evacap.processing.media_evacap import load_media
 from evacap.training.data.audiocaps import read_audiocaps
 from evacap.training.data.manifest import Entry, read_manifest
 from evacap.training.data.prepare import FeatureMaker, _storing, prepare
+from evacap.training.data.prepared_clips import PreparedClips
+from evacap.training.files import locked
 from evacap.training.procedural.scenes import write_dataset
 
 
@@ -178,7 +182,7 @@ def test_clips_that_cannot_be_used_are_reported(processor, tmp_path):
         Entry("soundless", ("x",), video=sound),
         Entry("too late", ("x",), audio=sound, start=7.0),
     ]
-    counts = prepare(entries, tmp_path / "out", processor, shard_size=3, num_workers=2)
+    counts = prepare(entries, tmp_path / "out", processor, shard_size=3, num_workers=2, accept_failures=True)
     assert counts == {"rows": 8, "clips": 2, "without_picture": 2, "damaged": 1}
     problems = report(tmp_path / "out")
     assert [(p["id"], p["path"], p["usable"]) for p in problems] == [
@@ -199,6 +203,101 @@ def test_clips_that_cannot_be_used_are_reported(processor, tmp_path):
         "good",
         "cut",
     ]
+
+
+def test_passing_failures_keep_their_shards_open(processor, small, tmp_path):
+    """Media that is away for a moment: a file, and the folder of a clip's pictures."""
+    entries, output = read_manifest(small), tmp_path / "out"
+    prepare(entries, tmp_path / "at once", processor, shard_size=4, num_workers=2)
+    away = [Path(entries[1].audio), Path(entries[9].frames)]
+    for path in away:
+        path.rename(path.with_name(f"away-{path.name}"))
+    try:
+        for _ in range(2):
+            with pytest.raises(
+                RuntimeError, match="2 clips of the split 'train' failed for reasons that may pass.*same"
+            ):
+                prepare(entries, output, processor, shard_size=4, num_workers=2)
+            assert [path.name for path in output.glob("data/*.parquet")] == ["train-00001-of-00003.parquet"]
+            assert [(p["id"], p["passing"]) for p in report(output)] == [("clip-01", True), ("clip-09", True)]
+            with pytest.raises(ValueError, match="'train' is not complete"):
+                PreparedClips(output, "train", processor)
+        prepare(entries, tmp_path / "accepted", processor, shard_size=4, num_workers=1, accept_failures=True)
+        assert len(PreparedClips(tmp_path / "accepted", "train", processor)) == 9
+    finally:
+        for path in away:
+            path.with_name(f"away-{path.name}").rename(path)
+    # Only what is missing is made, and it is the same to the byte as if nothing had been.
+    others = [
+        replace(entry, audio=str(tmp_path / "x")) if i not in (1, 9) else entry for i, entry in enumerate(entries)
+    ]
+    prepare(others, output, processor, shard_size=4, num_workers=2)
+    assert content(output) == content(tmp_path / "at once")
+
+
+def test_clips_that_have_got_a_file_since_are_made(processor, small, tmp_path):
+    """Of AudioCaps some clips are always missing: that completes a split, until they come."""
+    entries = read_manifest(small)
+    prepare(entries, tmp_path / "at once", processor, shard_size=4, num_workers=2)
+    gone = [entry if i in (2, 8) else replace(entry, audio=None, frames=None) for i, entry in enumerate(entries)]
+    assert prepare(gone, tmp_path / "out", processor, shard_size=4, num_workers=1)["clips"] == 2
+    assert prepare(gone, tmp_path / "out", processor, shard_size=4, num_workers=1)["clips"] == 2
+    assert prepare(entries, tmp_path / "out", processor, shard_size=4, num_workers=2)["clips"] == 11
+    assert content(tmp_path / "out") == content(tmp_path / "at once")
+
+
+def test_a_killed_worker_costs_no_clip(processor, tmp_path):
+    """It is killed while it waits at a pipe; the clip comes when it is tried once more."""
+    pipe, sound = tmp_path / "pipe.wav", write_sound(tmp_path / "good.wav", 1)
+    os.mkfifo(pipe)
+    entries = [Entry("a", ("x",), audio=str(pipe)), Entry("b", ("x",), audio=str(sound))]
+
+    def serve():
+        """Kills whoever reads the pipe the first time, and gives the sound to the second one."""
+        with open(pipe, "wb"):
+            (reader,) = [p for p in psutil.process_iter() if str(pipe) in _open_files(p) and p.pid != os.getpid()]
+            pipe.rename(tmp_path / "first")
+            os.mkfifo(pipe)
+            reader.kill()
+        with open(pipe, "wb") as file:
+            file.write(sound.read_bytes())
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert prepare(entries, tmp_path / "out", processor, num_workers=2)["clips"] == 2
+    thread.join()
+    assert report(tmp_path / "out") == []
+
+
+def _open_files(process: psutil.Process) -> list[str]:
+    folder = Path("/proc") / str(process.pid) / "fd"
+    try:
+        return [os.readlink(path) for path in folder.iterdir()]
+    except OSError:
+        return []
+
+
+def test_two_preparations_in_one_folder(processor, small, tmp_path):
+    with locked(tmp_path), pytest.raises(BlockingIOError, match=f"is being written by process {os.getpid()}"):
+        prepare(read_manifest(small), tmp_path, processor, num_workers=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_clip_that_takes_too_long_is_left_out(processor, tmp_path):
+    """A pipe from which nothing comes."""
+    os.mkfifo(tmp_path / "pipe")
+    entries = [Entry("pipe", ("x",), audio=str(tmp_path / "pipe"))]
+    entries.append(Entry("good", ("x",), audio=str(write_sound(tmp_path / "good.wav", 1))))
+    counts = prepare(entries, tmp_path / "out", processor, num_workers=2, time_limit=2.0)
+    assert counts["clips"] == 1
+    (problem,) = report(tmp_path / "out")
+    assert problem["id"] == "pipe" and "more than 2 s" in problem["reason"] and not problem["passing"]
+
+
+@pytest.mark.parametrize("field", [{"id": "\ud83d"}, {"captions": ("a", "b\udcff")}, {"extra": {"a": ["\ud800"]}}])
+def test_half_a_character_is_named(field):
+    with pytest.raises(ValueError, match=rf"`{next(iter(field))}` of the clip .* holds .*half a character"):
+        Entry(**{"id": "name", "captions": ("x",), **field})
 
 
 def test_without_a_usable_clip_it_is_an_error_until_there_is_one(processor, tmp_path):
@@ -261,6 +360,7 @@ def test_other_settings_are_refused(processor, small, tmp_path):
         ({"num_frames": 0}, "`num_frames` is 0"),
         ({"fps": float("nan")}, "`fps` is nan"),
         ({"jpeg_quality": 101}, "`jpeg_quality` is 101"),
+        ({"time_limit": 0.0}, "`time_limit` is 0.0"),
         ({"num_frames": 4, "fps": 2}, "`num_frames` or `fps`, not both"),
     ],
 )

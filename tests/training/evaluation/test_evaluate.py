@@ -185,15 +185,15 @@ def test_captions_that_are_there_are_taken(whole, tmp_path):
 
 def test_other_settings_do_not_mix(whole, tmp_path):
     shutil.copytree(whole[0], tmp_path / "run")
-    with pytest.raises(ValueError, match="looks holds captions of other settings: `num_beams` was 4 and is 1"):
+    with pytest.raises(ValueError, match="looks was begun with other settings: `num_beams` is 4 there and 1 here"):
         run(tmp_path / "run", num_beams=1)
-    with pytest.raises(ValueError, match="`data` was 'clips' and is 'others'"):
+    with pytest.raises(ValueError, match="`data` is 'clips' there and 'others' here"):
         run(tmp_path / "run", dataset="others")
-    with pytest.raises(ValueError, match="`checkpoint` was"):
+    with pytest.raises(ValueError, match="`checkpoint` is"):
         run(tmp_path / "run", checkpoints={"looks": AUDIO_ONLY})
     captions = tmp_path / "run" / "looks" / "captions-0.jsonl"
     captions.write_text('{"clip": "x"}\n' + captions.read_text())
-    with pytest.raises(ValueError, match="captions-0.jsonl: line 1 is not a caption"):
+    with pytest.raises(ValueError, match="captions-0.jsonl: line 1 was not written by this command. Remove the file"):
         run(tmp_path / "run")
 
 

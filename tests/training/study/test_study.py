@@ -203,11 +203,11 @@ def test_a_run_leaves_its_result_and_is_not_run_again(small, capsys):
     assert len(again["starts"]) == 1 and again["conditions"] == result["conditions"]
 
     changed = Study(small.config, ("optimization.learning_rate=0.1",), small.output, small.results, 12, 1)
-    with pytest.raises(ValueError, match="learning_rate` was 0.01 and is 0.1"):
+    with pytest.raises(ValueError, match="learning_rate` is 0.01 there and 0.1 here"):
         run_study(changed, ["evacap"], [0])
     # What lies in `output` is of other settings as well.
     path.unlink()
-    with pytest.raises(ValueError, match="holds a run with other settings.*learning_rate"):
+    with pytest.raises(ValueError, match="was begun with other settings.*learning_rate"):
         run_study(changed, ["evacap"], [0])
 
 

@@ -1,0 +1,36 @@
+"""Text for a terminal, made of names and messages that may hold anything."""
+
+import logging
+
+
+def printable(text: object) -> str:
+    """The text with an escape for whatever could move the cursor, change colours, or not be encoded."""
+    return "".join(_escaped(character) for character in str(text))
+
+
+def one_line(text: object) -> str:
+    """[`printable`], with a space for each line break: some libraries wrap their messages over several lines."""
+    return printable(" ".join(str(text).split()))
+
+
+def explain(error: BaseException) -> str:
+    """The message of an error on one line; what it is where it has none."""
+    if isinstance(error, MemoryError):
+        return "out of memory. Close other programs, or give a smaller batch or fewer workers."
+    return one_line(error) or type(error).__name__
+
+
+class PrintableRecord(logging.LogRecord):
+    """A line of a log as [`printable`] makes it; for `logging.setLogRecordFactory`."""
+
+    def getMessage(self) -> str:
+        return "\n".join(map(printable, super().getMessage().split("\n")))
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable():
+        return character
+    if "\udc80" <= character <= "\udcff":
+        # A byte of a name that is not UTF-8.
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
