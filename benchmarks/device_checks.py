@@ -233,7 +233,7 @@ def checks(device: str, size: str) -> Iterator[tuple[str, Callable[[], Iterator[
     if is_flash_attn_2_available() and not on_cpu:
         yield "flash", functools.partial(models, device, "flash_attention_2", VARIANTS, precisions[1:3])
     for precision in ("bfloat16", "float16", "float32")[: 3 if size == "full" else 1]:
-        clips = 480 if size == "full" else 96
+        clips = 160 if size == "full" else 96
         yield f"training, {precision}", functools.partial(training_run, device, precision, clips)
     yield "two processes", functools.partial(two_processes, device)
     if not on_cpu:
