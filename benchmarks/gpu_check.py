@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import device_checks, fusion, latency, training, video_tower
+from benchmarks import compiling, device_checks, fusion, latency, training, video_tower
 from benchmarks.measure import Results, default_device, machine, markdown
 from benchmarks.models import SIZES
 from evacap.training.files import write_text
@@ -32,7 +32,8 @@ PARTS = {
     "checks": 80,
     "training": 50,
     "latency": 120,
-    "compiled training": 100,
+    "compiled training": 60,
+    "compiled captioning": 90,
     "compiled checks": 90,
     "tests": 45,
 }
@@ -43,6 +44,7 @@ FILES = {
     "latency": (latency, latency.SETTINGS),
     "video_tower": (video_tower, video_tower.SETTINGS),
     "training": (training, training.SETTINGS),
+    "compiling": (compiling, compiling.SETTINGS),
 }
 
 
@@ -56,6 +58,8 @@ def commands(part: str, size: str, device: str) -> list[tuple[ModuleType, str]]:
     step = f"--variants evacap --attentions sdpa --one-batch --frames {frames}"
     step += " --batch 64 --repeats 5 --warm-ups 2" if full else " --batch 2"
     step += "" if torch.device(device).type == "cpu" else " --precisions bfloat16"
+    compiled = f"--frames {frames} --beams 4 --clips {3 if full else 1} --dtypes {'bfloat16' if full else 'float32'}"
+    compiled += "" if full else " --new-tokens 4 --repeats 1"
     return {
         "fusion": [(fusion, "--batch 16 --frames 18 64 --repeats 10" if full else "--frames 4 --repeats 1")],
         "checks": [(device_checks, "")],
@@ -67,6 +71,7 @@ def commands(part: str, size: str, device: str) -> list[tuple[ModuleType, str]]:
             (latency, f"{bfloat16} --frames {others} --batch {batches} 1"),
         ],
         "compiled training": [(training, f"{step} --compile yes --checkpointing no")],
+        "compiled captioning": [(compiling, f"{compiled} --batch {number}") for number in ((64, 1) if full else (2,))],
         "compiled checks": [(device_checks, "--compiled")],
         "tests": [],
     }[part]
@@ -206,6 +211,7 @@ class Report:
             "Captioning": self.captioning() + "\n" + latency.comparisons(self.results("latency")),
             "Video tower": video_tower.table(self.results("video_tower")),
             "Training": training.table(self.results("training"), self.device),
+            "Compiled": compiling.table(self.results("compiling")),
             "Checks": device_checks.table(self.results("device_checks")),
             "Parts": markdown(["part", "status", "seconds"], parts) + "\n",
         }

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import compile_regions
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import roofline
@@ -69,7 +70,8 @@ class Training:
         self.model.set_attn_implementation(arguments.attention)
         if arguments.checkpointing:
             enable_checkpointing(self.model)
-        self.forward = torch.compile(self.model) if arguments.compiled else self.model
+        # Layers of one class and shape share their compiled code: the whole model takes minutes instead.
+        self.forward = compile_regions(self.model, dynamic=False) if arguments.compiled else self.model
         self.optimizer = make_optimizer(self.model, OptimizationSection())
         if arguments.one_batch:
             clips = make_clips(arguments, self.config, DISTINCT_CLIPS)

@@ -1359,8 +1359,14 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         return input_ids, kwargs
 
     def _reorder_cache(self, cache: EncoderDecoderCache, beam_idx: torch.LongTensor) -> EncoderDecoderCache:
-        """Reorders the text only: the beams of a clip share its prefix."""
-        cache.self_attention_cache.reorder_cache(beam_idx)
+        """Reorders the text only: the beams of a clip share its prefix. A static cache stays where CUDA graphs read it."""
+        text = cache.self_attention_cache
+        if not text.is_compileable:
+            text.reorder_cache(beam_idx)
+            return cache
+        for layer in text.layers:
+            for states in (layer.keys, layer.values):
+                states.copy_(states.index_select(0, beam_idx.to(states.device)))
         return cache
 
 

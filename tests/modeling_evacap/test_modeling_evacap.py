@@ -530,6 +530,21 @@ def test_the_prefix_is_computed_once_a_clip_and_layer(num_beams):
     assert len(prefixes) == 3 * 8
 
 
+def test_a_static_cache_stays_in_its_place_during_beam_search():
+    """CUDA graphs read the cache where they were recorded."""
+    model, places = build(), set()
+    expected = model.generate(**tiny_inputs(), num_beams=4, max_new_tokens=8)
+
+    def note(module, args, kwargs):
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        places.update(layer.keys.data_ptr() for layer in cache.self_attention_cache.layers if layer.is_initialized)
+
+    model.model.decoder.register_forward_pre_hook(note, with_kwargs=True)
+    found = model.generate(**tiny_inputs(), num_beams=4, max_new_tokens=8, cache_implementation="static")
+    assert torch.equal(found, expected)
+    assert len(places) == model.config.text_config.num_hidden_layers
+
+
 def test_encoder_outputs_can_be_handed_to_generate():
     model = build()
     encoder_outputs = model.get_encoder()(**tiny_inputs())
