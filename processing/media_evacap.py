@@ -59,6 +59,8 @@ MAX_SAMPLE = 1000.0
 """A sample beyond this is damage, or a file of floats on another scale than ±1."""
 SECONDS_A_WINDOW = 60.0
 """Processor time that reading one window may take."""
+MEMORY_A_PROCESS = 2**32
+"""Bytes that a process which reads files may take on top of what it has when it begins."""
 DOWNLOAD_BYTES, DOWNLOAD_SECONDS = 2**32, 600.0
 """The largest download, or stream that cannot be read twice, and the longest time that a download may take."""
 
@@ -379,7 +381,10 @@ class MediaReader:
         self.file, self.label, self.position = file, file.label, start
         self.sampling_rate, self.channels, self.backend = sampling_rate, channels, backend
         self.sampling = (num_frames, fps, frame_sampling)
-        self.problems = ["the file breaks off"] if _breaks_off(file) else []
+        self.problems = _Problems()
+        if _breaks_off(file):
+            self.problems.note("the file breaks off")
+        self.note = self.problems.note
         self.budget = _Budget(file.label)
         self.wanted = {"audio": audio, "video": video, "audio_track": audio_track}
         self.source = self._open(start)
@@ -391,15 +396,16 @@ class MediaReader:
         self.sources = [self.source]
 
     def _open(self, start: float, **changes) -> "_Demuxer":
-        return _Demuxer(self.file, start, self.note, self.budget, **{**self.wanted, **changes})
+        return _Demuxer(self.file, start, self.problems, self.budget, **{**self.wanted, **changes})
 
     def close(self):
+        """Let go of all that has threads: a process that is forked later would wait for these when it tidies up."""
+        self.budget.end()
+        if self.sound is not None:
+            self.sound.waveform.resampler = None
         for source in self.sources:
             source.close()
-
-    def note(self, problem: str):
-        if problem not in self.problems:
-            self.problems.append(problem)
+        self.sound = self.pictures = None
 
     def read(self, duration: float | None = None) -> Media:
         """The next `duration` seconds, or all that follow.
@@ -516,21 +522,64 @@ class MediaReader:
             raise MediaError(f"{self.label}: decord cannot read it; try backend='pyav'") from error
 
 
+class _Problems(list):
+    """What is wrong with a file, in words."""
+
+    def note(self, problem: str):
+        if problem not in self:
+            self.append(problem)
+
+
 class _Budget:
     """The processor time that a window may take, asked about wherever FFmpeg comes back."""
+
+    current: "_Budget | None" = None  # of the file that is being read
 
     def __init__(self, label: str):
         self.label = label
         self.begin()
 
     def begin(self):
+        self.began = time.process_time()
         self.limit = time.thread_time() + SECONDS_A_WINDOW
+        _Budget.current = self
+
+    def end(self):
+        _Budget.current = None
 
     def check(self):
         if time.thread_time() > self.limit:
             raise MediaError(
                 f"{self.label}: reading it takes more than {SECONDS_A_WINDOW:g} s of processor time a window; leave it out"
             )
+
+
+def guard_process(memory: int = MEMORY_A_PROCESS):
+    """Hold a process that does nothing but read files to a budget: what it takes beyond fails with an error that names the
+    file, and where FFmpeg does not come back in twice the time of a window, the process says so in one line and ends.
+
+    Args:
+        memory: Bytes on top of what the process has already; only on Linux.
+    """
+    try:
+        import resource
+
+        with open("/proc/self/statm") as sizes:
+            used = int(sizes.read().split()[5]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_DATA, (used + memory, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    except (ImportError, OSError, ValueError, IndexError):
+        pass
+    threading.Thread(target=_watch, daemon=True).start()
+
+
+def _watch():
+    while True:
+        time.sleep(1.0)
+        budget = _Budget.current
+        if budget is not None and time.process_time() - budget.began > 2 * SECONDS_A_WINDOW:
+            message = f"{budget.label}: reading it takes more than {2 * SECONDS_A_WINDOW:g} s; its process is ended\n"
+            os.write(2, message.encode(errors="replace"))
+            os._exit(70)
 
 
 class _Cursor:
@@ -624,13 +673,21 @@ class _Demuxer:
     """The packets of a file in their order, from the beginning or, where the container can be trusted, from `start`."""
 
     def __init__(
-        self, file: MediaFile, start: float, note, budget: _Budget, audio: bool, video: bool, audio_track: int | None
+        self,
+        file: MediaFile,
+        start: float,
+        problems: _Problems,
+        budget: _Budget,
+        audio: bool,
+        video: bool,
+        audio_track: int | None,
     ):
-        self.file, self.note, self.budget = file, note, budget
+        self.file, self.note, self.budget = file, problems.note, budget
         self.wanted = {"audio": audio, "video": video, "audio_track": audio_track}
         self.needed = start
         self.skipping = True  # whether pictures before a key frame that is on display by then are left out
         self._open()
+        self.entered = False
         self.entered = start > 0 and self.seekable and self._enter(start)
 
     def _open(self):
@@ -687,6 +744,10 @@ class _Demuxer:
 
     def close(self):
         self.container.close()
+        for track in self.tracks.values():
+            track.queue.clear()
+            track.stream = track.first = None
+        self.packets = iter(())
 
     @property
     def end(self) -> float:
@@ -713,7 +774,8 @@ class _Demuxer:
         for _ in range(100):
             if not self.read() or all(track.first for track in tracks):
                 break
-        entered = not self.ended and all(track.first for track in tracks) and self._jump(start)
+        # A still has no other place.
+        entered = all(track.first for track in tracks) and not self.is_still() and self._jump(start)
         if not entered:
             self.container.close()
             self._open()
@@ -980,7 +1042,7 @@ class _Pictures:
             width, height = self.size
             how = {} if (width, height) == (frame.width, frame.height) else {"interpolation": "AREA"}
             array = frame.to_ndarray(format="rgb24", width=width, height=height, **how)
-            picture.array = np.rot90(array, self.rotation)
+            picture.array = np.ascontiguousarray(np.rot90(array, self.rotation))
             if frame.is_corrupt:
                 self.source.note("some pictures damaged")
         return picture.array

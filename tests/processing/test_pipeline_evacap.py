@@ -14,7 +14,7 @@ from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from evacap import EVACapConfig, EVACapForConditionalGeneration
-from evacap.processing.media_evacap import MediaError
+from evacap.processing.media_evacap import MediaError, load_media
 from evacap.processing.pipeline_evacap import AudioVisualCaptioningPipeline, read_windows
 
 
@@ -98,7 +98,7 @@ def test_kinds_of_input(captioner, files):
     clip = files["clip"]
     expected = captioner(clip)
     content = Path(clip).read_bytes()
-    window = captioner.processor._load(clip, 0.0, None, {})
+    window = load_media(clip, num_frames=4, duration=WINDOW)
     sound = {"array": window.waveform, "sampling_rate": RATE}
     with open(clip, "rb") as file:
         for same in (

@@ -362,6 +362,7 @@ def test_saved_folder_loads_with_and_without_the_package(files, tmp_path):
     assert saved["modalities"] == "audio_video" and saved["max_text_length"] == 40
     assert {path.name for path in folder.glob("*.py")} == {
         "feature_extraction_evacap.py",
+        "known_answer_evacap.py",
         "media_evacap.py",
         "pipeline_evacap.py",
         "processing_evacap.py",
