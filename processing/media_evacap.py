@@ -643,6 +643,7 @@ class _Track:
         self.order = -math.inf  # decoding time of the last packet
         self.next = -math.inf  # … and of the one expected after it
         self.before_leap: float | None = None
+        self.pending: tuple[Any, float] | None = None  # a packet at which the clock seems to begin anew, and its time
         self.end = -math.inf
         self.gap = False
 
@@ -658,6 +659,11 @@ class _Track:
         packet = self.queue.popleft()
         self.bytes -= packet.data.size
         return packet
+
+    def drop_later_than(self, time: float):
+        """Leave out the sound of packets of which the time stamps turn out to be damaged."""
+        while self.is_sound and self.queue and self.queue[-1].time > time:
+            self.bytes -= self.queue.pop().data.size
 
     def drop(self, count: int):
         for _ in range(count):
@@ -815,6 +821,10 @@ class _Demuxer:
             packet = None
         if packet is None:
             self.ended = True
+            for track in self.tracks.values():
+                if track.pending is not None:
+                    self._put(track.pending[0], track, None)
+                    track.pending = None
             return False
         # An empty one without a time ends the stream of packets.
         if packet.size or packet.dts is not None or packet.pts is not None:
@@ -823,7 +833,25 @@ class _Demuxer:
 
     def _file(self, data, track: _Track):
         """Put a packet behind the others of its track, if it is needed."""
-        packet = self._place(data, track)
+        stamp = data.pts if data.dts is None else data.dts
+        order = None if stamp is None else stamp * track.tick - self.origin + track.offset
+        pending, track.pending = track.pending, None
+        if order is not None and self._breaks(track, order):
+            if pending is None or not 0 <= order - pending[1] <= _BACKWARD:
+                # One packet is no clock: what comes next will tell.
+                track.pending = data, order
+                if pending is not None:
+                    self._put(pending[0], track, None)
+                return
+            self._begin_anew(track, pending[1])
+            self._put(pending[0], track, pending[0].pts if pending[0].dts is None else pending[0].dts)
+        elif pending is not None:
+            self.note("some time stamps damaged")
+            self._put(pending[0], track, None)
+        self._put(data, track, stamp)
+
+    def _put(self, data, track: _Track, stamp: int | None):
+        packet = self._place(data, track, stamp)
         if packet is None:
             return
         is_key = track.is_sound or data.is_keyframe
@@ -851,17 +879,15 @@ class _Demuxer:
             if queue[number].data.is_keyframe and queue[number].time <= self.needed + _CLOCK:
                 return self.picture.drop(number)
 
-    def _place(self, data, track: _Track) -> _Packet | None:
+    def _place(self, data, track: _Track, stamp: int | None) -> _Packet | None:
         """A packet on the time line of the file; `None` for one whose time stamps are damaged."""
-        stamp = data.pts if data.dts is None else data.dts
         length = track.length(data)
-        if stamp is None or (track.is_sound and stamp == track.stamp):
+        counted = stamp is None or (track.is_sound and stamp == track.stamp)
+        if counted:
             time = order = track.next if track.next > -math.inf else max(0.0, self.needed)
-            counted, data.pts, data.dts = True, None, None
+            data.pts = data.dts = None
         else:
-            order, counted = stamp * track.tick - self.origin + track.offset, False
-            order = self._follow(track, order)
-            time = order
+            time = order = stamp * track.tick - self.origin + track.offset
             if data.pts is not None and not self.decoding_times:
                 time += (data.pts - stamp) * track.tick
             if track.offset:
@@ -870,7 +896,12 @@ class _Demuxer:
         if self._is_damaged(track, time, length):
             self.note("some time stamps damaged")
             return None
-        track.stamp, track.order, track.next = stamp, order, order + length
+        if order < track.order - _BACKWARD:
+            track.drop_later_than(order + _BACKWARD)
+        if order > max(track.next, track.since) + _BACKWARD:
+            track.before_leap = max(track.order, track.since)
+        track.stamp = track.stamp if stamp is None else stamp
+        track.order, track.next = order, order + length
         if not data.is_discard:
             track.end = max(track.end, time + (length if length < _MAX_JUMP else 0.0))
         return _Packet(data, time, order, counted)
@@ -886,26 +917,24 @@ class _Demuxer:
         track.damaged = track.damaged or damaged
         return damaged
 
-    def _follow(self, track: _Track, order: float) -> float:
-        """Count on where the clock of the file has begun anew."""
+    def _breaks(self, track: _Track, order: float) -> bool:
+        """Whether the clock of a track seems to begin anew with a packet."""
         if track.order == -math.inf:
-            return order
-        latest = max(other.next for other in self.tracks.values())
+            return False
         if order < track.order - _BACKWARD:
-            if track.before_leap is not None and order >= track.before_leap - _BACKWARD:
-                return order  # back from a leap that was damage
-        elif order > latest + (_LONE_PAUSE if self.sound is None else _PAUSE):
-            if not self.restarts:
-                track.before_leap = track.order
-                return order
-        else:
-            return order
+            # Else it is back from a leap that was damage.
+            return track.before_leap is None or order < track.before_leap - _BACKWARD
+        pause = _LONE_PAUSE if self.sound is None else _PAUSE
+        return self.restarts and order > max(other.next for other in self.tracks.values()) + pause
+
+    def _begin_anew(self, track: _Track, order: float):
+        """Let a track count on from a packet at which its clock has begun anew."""
         raw = order - track.offset
         # The other track may have begun anew before: its clock is the same.
         if not -_BACKWARD <= raw + self.offset - track.next <= _PAUSE:
-            self.offset = latest - raw
+            self.offset = max(other.next for other in self.tracks.values()) - raw
         track.offset = round(self.offset / track.tick) * track.tick
-        return raw + track.offset
+        track.before_leap = None
 
 
 class _CannotSkip(Exception):
@@ -950,24 +979,38 @@ class _Pictures:
         return self.shown
 
     def _next(self) -> _Picture | None:
+        """The next picture in the order of display, but none whose time stamp is ahead of those that follow."""
+        while (picture := self._following()) is not None:
+            if not (self._fill() and self.position <= self.decoded[0].time < picture.time):
+                self.position = max(self.position, picture.time)
+                return picture
+            self.source.note("some time stamps damaged")
+        return None
+
+    def _following(self) -> _Picture | None:
+        if not self._fill():
+            return None
+        picture = self.decoded.popleft()
+        if self.unproven:
+            self.unproven = False
+            if not picture.frame.key_frame or picture.time > self.source.needed + _CLOCK:
+                raise _CannotSkip
+        return picture
+
+    def _fill(self) -> bool:
+        """Decode until there is a picture."""
         while not self.decoded:
             if self.drained:
-                return None
+                return False
             self.source.skipping = self.source.needed - self.position > self.skip
             if self.source.skipping:
                 self.source.skip()
                 self._read_up_to(self.source.needed)
             packet = self._take()
             if packet is None and not self.source.ended:
-                return None
+                return False
             self._decode(packet)
-        picture = self.decoded.popleft()
-        self.position = max(self.position, picture.time)
-        if self.unproven:
-            self.unproven = False
-            if not picture.frame.key_frame or picture.time > self.source.needed + _CLOCK:
-                raise _CannotSkip
-        return picture
+        return True
 
     def _read_up_to(self, time: float):
         """Read on until the last key frame before `time` is there."""
@@ -1066,7 +1109,9 @@ class _Sound:
                 self.drained = True
                 self._decode(None)
             elif packet.time > stop + _PREROLL:
-                return
+                # Where the time leaps ahead, the packet behind it tells whether that is damage.
+                if packet.time <= self.waveform.due + _BACKWARD or len(self.track.queue) > 1 or not self.source.read():
+                    return
             else:
                 self._decode(self.track.take())
             if self.waveform.bytes > _MAX_SOUND_BYTES:

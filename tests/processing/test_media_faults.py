@@ -18,7 +18,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from media_files import HEIGHT, WIDTH, barcode, read_barcode, read_barcodes, write_clip
+from media_files import HEIGHT, WIDTH, barcode, read_barcode, read_barcodes, tones, write_clip
 
 from evacap.processing import media_evacap
 from evacap.processing.feature_extraction_evacap import EVACapFeatureExtractor
@@ -38,12 +38,6 @@ def warnings():
     media_evacap.logger.addHandler(handler)
     yield messages
     media_evacap.logger.removeHandler(handler)
-
-
-def tones(seconds: float, rate: int = RATE, first: int = 0) -> np.ndarray:
-    """(1, samples): second `k` is a tone of 400 + 100·(first + k) Hz."""
-    moments = np.arange(round(seconds * rate)) / rate
-    return (0.4 * np.sin(2 * np.pi * (400 + 100 * (first + np.floor(moments))) * moments)).astype(np.float32)[None]
 
 
 def heard(waveform: np.ndarray, rate: int = RATE) -> list[int | None]:
