@@ -441,6 +441,12 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
     ) -> tuple[dict, dict, dict]:
         if on_error is not None and on_error not in ON_ERROR:
             raise ValueError(f"`on_error` must be one of {', '.join(map(repr, ON_ERROR))}, got {on_error!r}.")
+        scale = {**(generate_kwargs or {}), **kwargs}.get("guidance_scale")
+        if scale is not None and scale != 1:
+            raise ValueError(
+                f"`guidance_scale` is {scale}: classifier-free guidance compares with the model without its prompt, and "
+                "this one has no prompt in words. Leave it out."
+            )
         longest = self.processor.window_seconds
         if chunk_length_s is not None and not (
             isinstance(chunk_length_s, numbers.Real) and NEGLIGIBLE_SECONDS <= chunk_length_s <= longest
