@@ -1321,7 +1321,9 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
         if kwargs.get("use_cache") and not is_first_iteration:
             cache = inputs.get("cache", inputs.get("past_key_values"))
-            if cache is None or not cache.is_updated.get(0):
+            # An assistant begins with an empty cache and the whole caption so far.
+            is_part = inputs["decoder_input_ids"].shape[1] < args[0].shape[1]
+            if is_part and (cache is None or not cache.is_updated.get(0)):
                 raise RuntimeError(
                     "`generate` goes on with an empty cache: each step would start the caption anew. This version of "
                     f"Transformers hands the cache over in a way that this model does not know: {tested_versions()}"

@@ -82,7 +82,8 @@ def caption_batch(
     if return_gate:
         require_gate(model.config)
         encoder_outputs = model.get_encoder()(**inputs, return_dict=True)
-        tokens = model.generate(encoder_outputs=encoder_outputs, **generate_kwargs)
+        # The inputs as well, for an assistant that has an encoder of its own.
+        tokens = model.generate(**inputs, encoder_outputs=encoder_outputs, **generate_kwargs)
     else:
         tokens = model.generate(**inputs, **generate_kwargs)
     if isinstance(tokens, ModelOutput):

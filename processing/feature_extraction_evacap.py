@@ -22,12 +22,13 @@ from transformers import BatchFeature, SequenceFeatureExtractor
 from transformers.audio_utils import mel_filter_bank, optimal_fft_length
 from transformers.utils import TensorType, logging
 
+from .media_evacap import CHANNELS, MAX_SAMPLE, mix_down
+
 
 # Below transformers' own logger, so that its verbosity holds here too.
 logger = logging.get_logger(f"transformers.{__name__}")
 
 WINDOWS = {"hamming": torch.hamming_window, "hanning": torch.hann_window}
-CHANNELS = ("average", "first")
 BACKENDS = ("torch", "torchaudio")
 LOG_FLOOR = torch.finfo(torch.float32).eps
 
@@ -74,7 +75,8 @@ class EVACapFeatureExtractor(SequenceFeatureExtractor):
         mean (`float`, *optional*, defaults to -4.346): Mean of the log-mel values (AVCap).
         std (`float`, *optional*, defaults to 4.332): Standard deviation of the log-mel values (AVCap).
         channels (`str`, *optional*, defaults to `"average"`):
-            What becomes of a `(channels, samples)` array: `"average"` (ours) or `"first"` (AVCap).
+            What becomes of a `(channels, samples)` array: `"average"` (ours; the loudest one where they cancel each
+            other) or `"first"` (AVCap).
         backend (`str`, *optional*, defaults to `"torch"`):
             `"torch"` is the built-in filterbank; `"torchaudio"` calls `torchaudio.compliance.kaldi.fbank`.
         return_attention_mask (`bool`, *optional*, defaults to `False`):
@@ -194,7 +196,8 @@ class EVACapFeatureExtractor(SequenceFeatureExtractor):
             `input_features_mask` (batch, max_frames) int64.
 
         Raises:
-            `ValueError`: for a wrong `sampling_rate`; an empty, integer-typed, wrongly shaped clip; NaN or infinity.
+            `ValueError`: for a wrong `sampling_rate`; an empty, integer-typed, wrongly shaped clip; NaN, infinity, or a
+                sample beyond ±1000.
         """
         if sampling_rate is None:
             logger.warning_once(
@@ -279,15 +282,18 @@ class EVACapFeatureExtractor(SequenceFeatureExtractor):
             raise ValueError(f"`{name}` must be (samples,) or (channels, samples), got shape {tuple(clip.shape)}.")
         if clip.numel() == 0:
             raise ValueError(f"`{name}` is empty: shape {tuple(clip.shape)}.")
-        if not torch.isfinite(clip.float().mean()):
+        largest = clip.abs().max()
+        if not torch.isfinite(largest):
             raise ValueError(f"`{name}` holds NaN or infinite values.")
+        if largest > MAX_SAMPLE:
+            raise ValueError(f"`{name}` holds a sample of {largest:g}, expected floats in [-1, 1].")
         return clip
 
     def _prepare_waveform(self, clip, index: int, device) -> torch.Tensor:
         """One clip as a mono, mean-free float32 waveform, no longer than `max_frames` need and at least one frame."""
         clip = self.to_waveform(clip, f"raw_speech[{index}]").to(device, torch.float32)
         if clip.ndim == 2:
-            clip = clip.mean(dim=0) if self.channels == "average" else clip[0]
+            clip = mix_down(clip, self.channels)
         # The mean is the whole waveform's, as in AVCap, also where only its beginning is used.
         used = (self.max_frames - 1) * self.hop_length + self.frame_length
         clip = clip[:used] - clip.mean()

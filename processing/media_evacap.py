@@ -59,6 +59,8 @@ MAX_SAMPLE = 1000.0
 """A sample beyond this is damage, or a file of floats on another scale than ±1."""
 SECONDS_A_WINDOW = 60.0
 """Processor time that reading one window may take."""
+MEMORY_A_PROCESS = 2**32
+"""Bytes that a process which reads files may take on top of what it has when it begins."""
 DOWNLOAD_BYTES, DOWNLOAD_SECONDS = 2**32, 600.0
 """The largest download, or stream that cannot be read twice, and the longest time that a download may take."""
 
@@ -379,7 +381,10 @@ class MediaReader:
         self.file, self.label, self.position = file, file.label, start
         self.sampling_rate, self.channels, self.backend = sampling_rate, channels, backend
         self.sampling = (num_frames, fps, frame_sampling)
-        self.problems = ["the file breaks off"] if _breaks_off(file) else []
+        self.problems = _Problems()
+        if _breaks_off(file):
+            self.problems.note("the file breaks off")
+        self.note = self.problems.note
         self.budget = _Budget(file.label)
         self.wanted = {"audio": audio, "video": video, "audio_track": audio_track}
         self.source = self._open(start)
@@ -391,15 +396,16 @@ class MediaReader:
         self.sources = [self.source]
 
     def _open(self, start: float, **changes) -> "_Demuxer":
-        return _Demuxer(self.file, start, self.note, self.budget, **{**self.wanted, **changes})
+        return _Demuxer(self.file, start, self.problems, self.budget, **{**self.wanted, **changes})
 
     def close(self):
+        """Let go of all that has threads: a process that is forked later would wait for these when it tidies up."""
+        self.budget.end()
+        if self.sound is not None:
+            self.sound.waveform.resampler = None
         for source in self.sources:
             source.close()
-
-    def note(self, problem: str):
-        if problem not in self.problems:
-            self.problems.append(problem)
+        self.sound = self.pictures = None
 
     def read(self, duration: float | None = None) -> Media:
         """The next `duration` seconds, or all that follow.
@@ -516,21 +522,64 @@ class MediaReader:
             raise MediaError(f"{self.label}: decord cannot read it; try backend='pyav'") from error
 
 
+class _Problems(list):
+    """What is wrong with a file, in words."""
+
+    def note(self, problem: str):
+        if problem not in self:
+            self.append(problem)
+
+
 class _Budget:
     """The processor time that a window may take, asked about wherever FFmpeg comes back."""
+
+    current: "_Budget | None" = None  # of the file that is being read
 
     def __init__(self, label: str):
         self.label = label
         self.begin()
 
     def begin(self):
+        self.began = time.process_time()
         self.limit = time.thread_time() + SECONDS_A_WINDOW
+        _Budget.current = self
+
+    def end(self):
+        _Budget.current = None
 
     def check(self):
         if time.thread_time() > self.limit:
             raise MediaError(
                 f"{self.label}: reading it takes more than {SECONDS_A_WINDOW:g} s of processor time a window; leave it out"
             )
+
+
+def guard_process(memory: int = MEMORY_A_PROCESS):
+    """Hold a process that does nothing but read files to a budget: what it takes beyond fails with an error that names the
+    file, and where FFmpeg does not come back in twice the time of a window, the process says so in one line and ends.
+
+    Args:
+        memory: Bytes on top of what the process has already; only on Linux.
+    """
+    try:
+        import resource
+
+        with open("/proc/self/statm") as sizes:
+            used = int(sizes.read().split()[5]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_DATA, (used + memory, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    except (ImportError, OSError, ValueError, IndexError):
+        pass
+    threading.Thread(target=_watch, daemon=True).start()
+
+
+def _watch():
+    while True:
+        time.sleep(1.0)
+        budget = _Budget.current
+        if budget is not None and time.process_time() - budget.began > 2 * SECONDS_A_WINDOW:
+            message = f"{budget.label}: reading it takes more than {2 * SECONDS_A_WINDOW:g} s; its process is ended\n"
+            os.write(2, message.encode(errors="replace"))
+            os._exit(70)
 
 
 class _Cursor:
@@ -594,6 +643,7 @@ class _Track:
         self.order = -math.inf  # decoding time of the last packet
         self.next = -math.inf  # … and of the one expected after it
         self.before_leap: float | None = None
+        self.pending: tuple[Any, float] | None = None  # a packet at which the clock seems to begin anew, and its time
         self.end = -math.inf
         self.gap = False
 
@@ -610,6 +660,11 @@ class _Track:
         self.bytes -= packet.data.size
         return packet
 
+    def drop_later_than(self, time: float):
+        """Leave out the sound of packets of which the time stamps turn out to be damaged."""
+        while self.is_sound and self.queue and self.queue[-1].time > time:
+            self.bytes -= self.queue.pop().data.size
+
     def drop(self, count: int):
         for _ in range(count):
             self.take()
@@ -624,13 +679,21 @@ class _Demuxer:
     """The packets of a file in their order, from the beginning or, where the container can be trusted, from `start`."""
 
     def __init__(
-        self, file: MediaFile, start: float, note, budget: _Budget, audio: bool, video: bool, audio_track: int | None
+        self,
+        file: MediaFile,
+        start: float,
+        problems: _Problems,
+        budget: _Budget,
+        audio: bool,
+        video: bool,
+        audio_track: int | None,
     ):
-        self.file, self.note, self.budget = file, note, budget
+        self.file, self.note, self.budget = file, problems.note, budget
         self.wanted = {"audio": audio, "video": video, "audio_track": audio_track}
         self.needed = start
         self.skipping = True  # whether pictures before a key frame that is on display by then are left out
         self._open()
+        self.entered = False
         self.entered = start > 0 and self.seekable and self._enter(start)
 
     def _open(self):
@@ -687,6 +750,10 @@ class _Demuxer:
 
     def close(self):
         self.container.close()
+        for track in self.tracks.values():
+            track.queue.clear()
+            track.stream = track.first = None
+        self.packets = iter(())
 
     @property
     def end(self) -> float:
@@ -713,7 +780,8 @@ class _Demuxer:
         for _ in range(100):
             if not self.read() or all(track.first for track in tracks):
                 break
-        entered = not self.ended and all(track.first for track in tracks) and self._jump(start)
+        # A still has no other place.
+        entered = all(track.first for track in tracks) and not self.is_still() and self._jump(start)
         if not entered:
             self.container.close()
             self._open()
@@ -753,6 +821,10 @@ class _Demuxer:
             packet = None
         if packet is None:
             self.ended = True
+            for track in self.tracks.values():
+                if track.pending is not None:
+                    self._put(track.pending[0], track, None)
+                    track.pending = None
             return False
         # An empty one without a time ends the stream of packets.
         if packet.size or packet.dts is not None or packet.pts is not None:
@@ -761,7 +833,25 @@ class _Demuxer:
 
     def _file(self, data, track: _Track):
         """Put a packet behind the others of its track, if it is needed."""
-        packet = self._place(data, track)
+        stamp = data.pts if data.dts is None else data.dts
+        order = None if stamp is None else stamp * track.tick - self.origin + track.offset
+        pending, track.pending = track.pending, None
+        if order is not None and self._breaks(track, order):
+            if pending is None or not 0 <= order - pending[1] <= _BACKWARD:
+                # One packet is no clock: what comes next will tell.
+                track.pending = data, order
+                if pending is not None:
+                    self._put(pending[0], track, None)
+                return
+            self._begin_anew(track, pending[1])
+            self._put(pending[0], track, pending[0].pts if pending[0].dts is None else pending[0].dts)
+        elif pending is not None:
+            self.note("some time stamps damaged")
+            self._put(pending[0], track, None)
+        self._put(data, track, stamp)
+
+    def _put(self, data, track: _Track, stamp: int | None):
+        packet = self._place(data, track, stamp)
         if packet is None:
             return
         is_key = track.is_sound or data.is_keyframe
@@ -789,17 +879,15 @@ class _Demuxer:
             if queue[number].data.is_keyframe and queue[number].time <= self.needed + _CLOCK:
                 return self.picture.drop(number)
 
-    def _place(self, data, track: _Track) -> _Packet | None:
+    def _place(self, data, track: _Track, stamp: int | None) -> _Packet | None:
         """A packet on the time line of the file; `None` for one whose time stamps are damaged."""
-        stamp = data.pts if data.dts is None else data.dts
         length = track.length(data)
-        if stamp is None or (track.is_sound and stamp == track.stamp):
+        counted = stamp is None or (track.is_sound and stamp == track.stamp)
+        if counted:
             time = order = track.next if track.next > -math.inf else max(0.0, self.needed)
-            counted, data.pts, data.dts = True, None, None
+            data.pts = data.dts = None
         else:
-            order, counted = stamp * track.tick - self.origin + track.offset, False
-            order = self._follow(track, order)
-            time = order
+            time = order = stamp * track.tick - self.origin + track.offset
             if data.pts is not None and not self.decoding_times:
                 time += (data.pts - stamp) * track.tick
             if track.offset:
@@ -808,7 +896,12 @@ class _Demuxer:
         if self._is_damaged(track, time, length):
             self.note("some time stamps damaged")
             return None
-        track.stamp, track.order, track.next = stamp, order, order + length
+        if order < track.order - _BACKWARD:
+            track.drop_later_than(order + _BACKWARD)
+        if order > max(track.next, track.since) + _BACKWARD:
+            track.before_leap = max(track.order, track.since)
+        track.stamp = track.stamp if stamp is None else stamp
+        track.order, track.next = order, order + length
         if not data.is_discard:
             track.end = max(track.end, time + (length if length < _MAX_JUMP else 0.0))
         return _Packet(data, time, order, counted)
@@ -824,26 +917,24 @@ class _Demuxer:
         track.damaged = track.damaged or damaged
         return damaged
 
-    def _follow(self, track: _Track, order: float) -> float:
-        """Count on where the clock of the file has begun anew."""
+    def _breaks(self, track: _Track, order: float) -> bool:
+        """Whether the clock of a track seems to begin anew with a packet."""
         if track.order == -math.inf:
-            return order
-        latest = max(other.next for other in self.tracks.values())
+            return False
         if order < track.order - _BACKWARD:
-            if track.before_leap is not None and order >= track.before_leap - _BACKWARD:
-                return order  # back from a leap that was damage
-        elif order > latest + (_LONE_PAUSE if self.sound is None else _PAUSE):
-            if not self.restarts:
-                track.before_leap = track.order
-                return order
-        else:
-            return order
+            # Else it is back from a leap that was damage.
+            return track.before_leap is None or order < track.before_leap - _BACKWARD
+        pause = _LONE_PAUSE if self.sound is None else _PAUSE
+        return self.restarts and order > max(other.next for other in self.tracks.values()) + pause
+
+    def _begin_anew(self, track: _Track, order: float):
+        """Let a track count on from a packet at which its clock has begun anew."""
         raw = order - track.offset
         # The other track may have begun anew before: its clock is the same.
         if not -_BACKWARD <= raw + self.offset - track.next <= _PAUSE:
-            self.offset = latest - raw
+            self.offset = max(other.next for other in self.tracks.values()) - raw
         track.offset = round(self.offset / track.tick) * track.tick
-        return raw + track.offset
+        track.before_leap = None
 
 
 class _CannotSkip(Exception):
@@ -888,24 +979,38 @@ class _Pictures:
         return self.shown
 
     def _next(self) -> _Picture | None:
+        """The next picture in the order of display, but none whose time stamp is ahead of those that follow."""
+        while (picture := self._following()) is not None:
+            if not (self._fill() and self.position <= self.decoded[0].time < picture.time):
+                self.position = max(self.position, picture.time)
+                return picture
+            self.source.note("some time stamps damaged")
+        return None
+
+    def _following(self) -> _Picture | None:
+        if not self._fill():
+            return None
+        picture = self.decoded.popleft()
+        if self.unproven:
+            self.unproven = False
+            if not picture.frame.key_frame or picture.time > self.source.needed + _CLOCK:
+                raise _CannotSkip
+        return picture
+
+    def _fill(self) -> bool:
+        """Decode until there is a picture."""
         while not self.decoded:
             if self.drained:
-                return None
+                return False
             self.source.skipping = self.source.needed - self.position > self.skip
             if self.source.skipping:
                 self.source.skip()
                 self._read_up_to(self.source.needed)
             packet = self._take()
             if packet is None and not self.source.ended:
-                return None
+                return False
             self._decode(packet)
-        picture = self.decoded.popleft()
-        self.position = max(self.position, picture.time)
-        if self.unproven:
-            self.unproven = False
-            if not picture.frame.key_frame or picture.time > self.source.needed + _CLOCK:
-                raise _CannotSkip
-        return picture
+        return True
 
     def _read_up_to(self, time: float):
         """Read on until the last key frame before `time` is there."""
@@ -980,7 +1085,7 @@ class _Pictures:
             width, height = self.size
             how = {} if (width, height) == (frame.width, frame.height) else {"interpolation": "AREA"}
             array = frame.to_ndarray(format="rgb24", width=width, height=height, **how)
-            picture.array = np.rot90(array, self.rotation)
+            picture.array = np.ascontiguousarray(np.rot90(array, self.rotation))
             if frame.is_corrupt:
                 self.source.note("some pictures damaged")
         return picture.array
@@ -1004,7 +1109,9 @@ class _Sound:
                 self.drained = True
                 self._decode(None)
             elif packet.time > stop + _PREROLL:
-                return
+                # Where the time leaps ahead, the packet behind it tells whether that is damage.
+                if packet.time <= self.waveform.due + _BACKWARD or len(self.track.queue) > 1 or not self.source.read():
+                    return
             else:
                 self._decode(self.track.take())
             if self.waveform.bytes > _MAX_SOUND_BYTES:

@@ -13,7 +13,9 @@
 # limitations under the License.
 """The task "audio-visual-captioning": from files of any length to captions of what is heard."""
 
+import itertools
 import math
+import multiprocessing
 import numbers
 import pickle
 from collections import defaultdict
@@ -28,13 +30,27 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from transformers import BatchFeature
 from transformers.pipelines.base import ChunkPipeline
 from transformers.pipelines.pt_utils import KeyDataset
+from transformers.utils import logging
 
 from .captioning_evacap import caption_batch, require_gate
 from .known_answer_evacap import write_known_answer
-from .media_evacap import MediaError, file_source, is_file, open_media, probe_media
+from .media_evacap import (
+    Media,
+    MediaError,
+    MediaReader,
+    file_source,
+    guard_process,
+    is_file,
+    mix_down,
+    open_media,
+    probe_media,
+)
 from .processing_evacap import NEGLIGIBLE_SECONDS, EVACapProcessor, is_still
 from .video_processing_evacap import stack_videos
 
+
+# Below transformers' own logger, so that its verbosity holds here too.
+logger = logging.get_logger(f"transformers.{__name__}")
 
 ON_ERROR = ("raise", "skip")
 # Keys of an input, and the argument of the processor that takes what they hold.
@@ -91,49 +107,119 @@ def split_streams(inputs: Any, processor: EVACapProcessor) -> dict[str, Any]:
     return streams
 
 
-def stream_seconds(name: str, stream: Any) -> float | None:
-    """How long a stream lasts: 0 for the file of a still, `None` for frames, which have no clock."""
-    if is_file(stream):
-        return probe_media(stream).duration
-    if name == "audio":
-        return stream["array"].shape[-1] / stream["sampling_rate"]
-    return None
-
-
-def read_windows(inputs: Any, processor: EVACapProcessor, window_seconds: float) -> Iterator[dict[str, Any]]:
+def read_windows(
+    inputs: Any, processor: EVACapProcessor, window_seconds: float, audio_track: int | None = None
+) -> Iterator[dict[str, Any]]:
     """
-    Read one input window by window, so that memory does not grow with its length.
+    Read one input window by window, each file in one pass, so that memory does not grow with its length.
 
     The windows follow each other without overlap; the last is shorter, and a rest below half a second is left out
     (ours). The sound sets the length: a picture that ends earlier is missing in later windows, a still stays, and
     decoded frames, which have no clock, are spread evenly over the sound.
 
     Yields:
-        `{"timestamp": (start, end), "is_last": bool, "inputs": BatchFeature}`.
+        `{"timestamp": (start, end), "is_last": bool, "is_silent": bool, "inputs": BatchFeature}`.
     """
     with ExitStack() as files:
-        streams = {
-            name: files.enter_context(open_media(file_source(stream))) if is_file(stream) else stream
-            for name, stream in split_streams(inputs, processor).items()
-        }
-        seconds = {name: stream_seconds(name, stream) for name, stream in streams.items()}
-        total = seconds[next(iter(streams))] or window_seconds
-        count = max(1, math.ceil((total - NEGLIGIBLE_SECONDS) / window_seconds))
-        for index in range(count):
+        timed, frames = {}, {}
+        for name, stream in split_streams(inputs, processor).items():
+            if is_file(stream):
+                timed[name] = _FileWindows(name, stream, processor, window_seconds, audio_track, files)
+            elif name == "audio":
+                timed[name] = _SoundWindows(stream, processor, window_seconds)
+            else:
+                frames[name] = stream
+        leading = next(iter(timed.values()), None)
+        # Only frames without a clock ask for the length before the end.
+        total = leading.length() if frames and leading is not None else None
+        warned = False
+        for index in itertools.count():
             start = index * window_seconds
-            end = min(start + window_seconds, total)
-            window = {}
-            for name, stream in streams.items():
-                if seconds[name] is None and count > 1 and not is_still(stream):
-                    first = int(start / total * len(stream))
-                    stream = stream[first : max(first + 1, math.ceil(end / total * len(stream)))]
-                if not seconds[name] or start < seconds[name]:
-                    window[name] = [stream]
+            taken = {name: stream.take() for name, stream in timed.items()}
+            first = next(iter(taken.values()), None)
+            end = start + (window_seconds if first is None or not first.duration else first.duration)
+            is_last = leading is None or not leading.goes_on()
+            window = {name: [clip] for name, clip in taken.items() if clip is not None}
+            for name, stream in frames.items():
+                if total and total > window_seconds + NEGLIGIBLE_SECONDS and not is_still(stream):
+                    begin = int(start / total * len(stream))
+                    stream = stream[begin : max(begin + 1, math.ceil(end / total * len(stream)))]
+                window[name] = [stream]
+            is_silent = first is not None and first.silent
+            if is_silent and not warned:
+                warned = True
+                logger.warning(
+                    f"{first.name} is silent from {start:g} to {end:g} s: what is said of its sound there is invented."
+                )
             yield {
                 "timestamp": (start, end),
-                "is_last": index == count - 1,
-                "inputs": processor(**window, start=start, duration=window_seconds, return_tensors="pt"),
+                "is_last": is_last,
+                "is_silent": is_silent,
+                "inputs": processor(**window, return_tensors="pt"),
             }
+            if is_last:
+                return
+
+
+class _FileWindows:
+    """The windows of a file in the role of an argument of the processor; a still is the same in all."""
+
+    def __init__(
+        self,
+        name: str,
+        source: Any,
+        processor: EVACapProcessor,
+        window_seconds: float,
+        audio_track: int | None,
+        files: ExitStack,
+    ):
+        self.window_seconds = window_seconds
+        self.file = files.enter_context(open_media(file_source(source)))
+        self.reader: MediaReader = files.enter_context(
+            processor.open(self.file, audio_track=audio_track, audio=name in ("media", "audio"), video=name != "audio")
+        )
+        self.still: Media | None = None
+        self.count = 0
+
+    def take(self) -> Media | None:
+        """The next window; `None` where the file has ended before."""
+        if self.still is not None:
+            return self.still
+        if self.count and not self.reader.goes_on(0.0):
+            return None
+        self.count += 1
+        clip = self.reader.read(self.window_seconds)
+        self.still = clip if self.reader.still else None
+        return clip
+
+    def goes_on(self) -> bool:
+        return self.reader.goes_on(NEGLIGIBLE_SECONDS)
+
+    def length(self) -> float:
+        return probe_media(self.file).duration
+
+
+class _SoundWindows:
+    """The windows of a decoded sound."""
+
+    def __init__(self, sound: dict[str, Any], processor: EVACapProcessor, window_seconds: float):
+        self.rate = sound["sampling_rate"]
+        waveform = sound["array"]
+        mono = waveform if waveform.ndim == 1 else mix_down(waveform, processor.feature_extractor.channels)
+        self.waveform = mono.float().cpu().numpy()
+        self.window_seconds, self.count = window_seconds, 0
+
+    def take(self) -> Media:
+        start = self.count * self.window_seconds
+        self.count += 1
+        part = self.waveform[round(start * self.rate) : round(self.count * self.window_seconds * self.rate)]
+        return Media(part, self.rate, None, None, start, len(part) / self.rate, "the sound")
+
+    def goes_on(self) -> bool:
+        return self.length() - self.count * self.window_seconds > NEGLIGIBLE_SECONDS
+
+    def length(self) -> float:
+        return len(self.waveform) / self.rate
 
 
 class WindowDataset(IterableDataset):
@@ -149,6 +235,8 @@ class WindowDataset(IterableDataset):
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any] | Exception]]:
         worker = get_worker_info()
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        if worker is not None:
+            guard_process()
         if hasattr(self.inputs, "__len__"):
             getters = ((i, partial(self.inputs.__getitem__, i)) for i in range(first, len(self.inputs), step))
         else:
@@ -160,6 +248,13 @@ class WindowDataset(IterableDataset):
             except Exception as error:
                 is_alone = hasattr(self.inputs, "__len__") and len(self.inputs) == 1
                 yield index, portable(error if is_alone else numbered(error, index))
+
+
+def _copies_itself() -> bool:
+    """Whether worker processes start as copies of this one, so that they need no inputs that can be pickled."""
+    # The first of all is the default. To ask for the default itself would settle it.
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    return method == "fork"
 
 
 def numbered(error: Exception, index: int) -> Exception:
@@ -297,12 +392,15 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
                 iterator that reads as it goes.
             batch_size (`int`, *optional*, defaults to 1): Windows to caption at a time, across inputs.
             num_workers (`int`, *optional*, defaults to 0):
-                Processes that read and decode; a generator is read by one at most.
+                Processes that read and decode, each within a budget of memory; a generator is read by one at most,
+                and by none where processes do not start as copies of this one (macOS, Windows, Python 3.14).
             chunk_length_s (`float`, *optional*, defaults to `processor.window_seconds`):
                 Length of the windows in which a longer input is captioned, at most `processor.window_seconds`. The
                 windows do not overlap, the last is shorter; a rest below 0.5 s is left out.
             return_timestamps (`bool`, *optional*):
                 Whether to return `"chunks"`; by default for inputs of more than one window.
+            audio_track (`int`, *optional*):
+                Which of the sound tracks of a file to hear, counted from 0; FFmpeg's choice by default.
             return_gate (`bool`, *optional*, defaults to `False`):
                 Whether to return, for each audio time step, `"gate"` (0: the picture is ignored), `"entropy"`, means
                 over the mel rows, and `"times"`, the middle of the step in seconds.
@@ -314,7 +412,8 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
         Returns:
             For each input `{"text": str}`, where the captions of several windows are joined by ". ", with
             `"chunks": [{"timestamp": (start, end), "text": str}, …]` and the gate where they apply; with
-            `num_return_sequences` above 1 a list of such dicts.
+            `num_return_sequences` above 1 a list of such dicts. `"silent": True` stands in a result, or in a chunk, in
+            whose sound there is nothing to hear, and one warning an input: what is said of silence is invented.
 
         Raises:
             `ValueError`: for an argument out of range and, with `on_error="raise"`, for an input that is none or a file
@@ -338,6 +437,7 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
     def _sanitize_parameters(
         self,
         chunk_length_s: float | None = None,
+        audio_track: int | None = None,
         return_timestamps: bool | None = None,
         return_gate: bool | None = None,
         on_error: str | None = None,
@@ -346,6 +446,12 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
     ) -> tuple[dict, dict, dict]:
         if on_error is not None and on_error not in ON_ERROR:
             raise ValueError(f"`on_error` must be one of {', '.join(map(repr, ON_ERROR))}, got {on_error!r}.")
+        scale = {**(generate_kwargs or {}), **kwargs}.get("guidance_scale")
+        if scale is not None and scale != 1:
+            raise ValueError(
+                f"`guidance_scale` is {scale}: classifier-free guidance compares with the model without its prompt, and "
+                "this one has no prompt in words. Leave it out."
+            )
         longest = self.processor.window_seconds
         if chunk_length_s is not None and not (
             isinstance(chunk_length_s, numbers.Real) and NEGLIGIBLE_SECONDS <= chunk_length_s <= longest
@@ -357,7 +463,7 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
         if return_gate:
             require_gate(self.model.config)
         groups = (
-            {"chunk_length_s": chunk_length_s},
+            {"chunk_length_s": chunk_length_s, "audio_track": audio_track},
             {"return_gate": return_gate},
             {"return_timestamps": return_timestamps, "on_error": on_error},
         )
@@ -376,7 +482,7 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
         """The windows of the inputs in batches, read by processes of their own while the model is at work."""
         # The base class reads in one process at most, cannot batch windows with and without a picture, and loses a
         # batch to one bad file.
-        most = len(inputs) if hasattr(inputs, "__len__") else 1
+        most = len(inputs) if hasattr(inputs, "__len__") else int(_copies_itself())
         return DataLoader(
             WindowDataset(inputs, partial(read_windows, **self._reading(**preprocess_params))),
             batch_size=batch_size,
@@ -385,8 +491,12 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
             pin_memory=self.device.type == "cuda",
         )
 
-    def _reading(self, chunk_length_s: float | None = None) -> dict[str, Any]:
-        return {"processor": self.processor, "window_seconds": chunk_length_s or self.processor.window_seconds}
+    def _reading(self, chunk_length_s: float | None = None, audio_track: int | None = None) -> dict[str, Any]:
+        return {
+            "processor": self.processor,
+            "window_seconds": chunk_length_s or self.processor.window_seconds,
+            "audio_track": audio_track,
+        }
 
     def _caption(
         self, loader: DataLoader, forward_params: dict, on_error: str = "raise", **postprocess_params
@@ -434,8 +544,15 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
             result = {"text": ". ".join(filter(None, texts))}
             if return_timestamps or (return_timestamps is None and len(windows) > 1):
                 result["chunks"] = [
-                    {"timestamp": window["timestamp"], "text": text} for window, text in zip(windows, texts)
+                    {
+                        "timestamp": window["timestamp"],
+                        "text": text,
+                        **({"silent": True} if window["is_silent"] else {}),
+                    }
+                    for window, text in zip(windows, texts)
                 ]
+            if all(window["is_silent"] for window in windows):
+                result["silent"] = True
             if "gate" in windows[0]:
                 result.update(self._gate_over_time(windows))
             results.append(result)

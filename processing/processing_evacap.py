@@ -15,15 +15,17 @@
 
 import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import ProcessingKwargs, Unpack
-from transformers.utils import TensorType, logging
+from transformers.utils import logging
 
-from .media_evacap import Media, MediaError, file_source, is_file, load_media, open_media, probe_media
-from .video_processing_evacap import EVACapVideosKwargs, stack_videos
+from .media_evacap import Media, MediaError, MediaReader, file_source, is_file, is_silent, read_media
+from .video_processing_evacap import EVACapVideoProcessorKwargs, stack_videos, to_tensor
 
 
 if TYPE_CHECKING:
@@ -46,7 +48,16 @@ NEGLIGIBLE_SECONDS = 0.5
 
 
 class EVACapProcessorKwargs(ProcessingKwargs, total=False):
-    videos_kwargs: EVACapVideosKwargs
+    """
+    start (`float`, *optional*, defaults to 0.0): Where the clip begins, in seconds.
+    duration (`float`, *optional*): Seconds to use, at most and by default `window_seconds`.
+    audio_track (`int`, *optional*): Which of the sound tracks of a file to hear, counted from 0.
+    """
+
+    videos_kwargs: EVACapVideoProcessorKwargs
+    start: float | None
+    duration: float | None
+    audio_track: int | None
     _defaults = {}
 
 
@@ -58,6 +69,19 @@ def is_sound_with_rate(item: Any) -> bool:
 def is_still(frames: Any) -> bool:
     """Whether decoded frames are one picture: a 3-D array, what is no collection (a PIL image), a video of one frame."""
     return getattr(frames, "ndim", 4) < 4 or not hasattr(frames, "__len__") or len(frames) == 1
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The part of a clip that is asked for."""
+
+    start: float = 0.0
+    duration: float | None = None
+    audio_track: int | None = None
+
+    @property
+    def is_chosen(self) -> bool:
+        return bool(self.start or self.duration)
 
 
 class EVACapProcessor(ProcessorMixin):
@@ -119,15 +143,12 @@ class EVACapProcessor(ProcessorMixin):
         audio=None,
         videos=None,
         images=None,
-        start: float = 0.0,
-        duration: float | None = None,
-        return_tensors: str | TensorType | None = None,
         **kwargs: Unpack[EVACapProcessorKwargs],
     ) -> BatchFeature:
         r"""
         Every stream is one clip or a list of clips; a file is a path, URL, bytes, a file object or the
-        `{"bytes": …, "path": …}` of an undecoded `datasets` column. Use either `media`, or `audio` with `videos` or
-        `images` in the same order.
+        `{"bytes": …, "path": …}` of an undecoded `datasets` column, or [`Media`] that has been read already. Use either
+        `media`, or `audio` with `videos` or `images` in the same order.
 
         Args:
             media: Files whose sound and picture belong together: both are read in one pass. A clip without a picture
@@ -136,18 +157,23 @@ class EVACapProcessor(ProcessorMixin):
             audio: Files, waveforms as [`EVACapFeatureExtractor`] takes them, `{"array": …, "sampling_rate": …}` or the
                 decoder of a `datasets` column.
             videos: Files, or frames as [`EVACapVideoProcessor`] takes them. `None` is a clip without a picture.
-            images: Stills beside a sound, as files, PIL images or arrays: videos of one repeated frame.
+            images: Stills beside a sound, as files, PIL images or arrays: videos of one repeated frame. A still has no
+                clock: it is on display whatever `start` is.
             start (`float`, *optional*, defaults to 0.0): Where the clip begins, in seconds.
             duration (`float`, *optional*):
                 Seconds to use, at most and by default `window_seconds`. `start` and `duration` apply to files and
                 waveforms; decoded frames have no clock and are used whole.
+            audio_track (`int`, *optional*):
+                Which of the sound tracks of a file to hear, counted from 0; FFmpeg's choice by default.
             return_tensors (`str` or [`~utils.TensorType`], *optional*): `"pt"`, `"np"`, or `None` for lists.
             kwargs: Options of the feature extractor (`sampling_rate` of the waveforms, `device`, …) and of the video
                 processor (`num_frames`, `fps`, `frame_sampling`, …), flat or as `audio_kwargs` and `videos_kwargs`;
-                `text_kwargs` may hold `max_length`, and `padding="max_length"` for labels of a fixed length.
+                `text_kwargs` may hold `max_length`, and `padding="max_length"` for labels of a fixed length, which are
+                otherwise what the tokenizer was saved with.
 
         Without `start` and `duration`, a clip longer than `window_seconds` is captioned by its first window, with one
-        warning. The pipeline captions such a file window by window.
+        warning. The pipeline captions such a file window by window. A clip whose sound is silent is processed as it
+        is, with a warning: what the model says of silence is invented.
 
         Returns:
             [`BatchFeature`] with what was asked for of
@@ -167,7 +193,14 @@ class EVACapProcessor(ProcessorMixin):
         for name in ("video", "image"):
             if name in kwargs:
                 raise TypeError(f"`{name}` is no argument: pass `{name}s`.")
-        options = self._merge_kwargs(EVACapProcessorKwargs, **kwargs)
+        window = _Window(
+            kwargs.pop("start", None) or 0.0, kwargs.pop("duration", None), kwargs.pop("audio_track", None)
+        )
+        # Without a tokenizer, clips are made ready for a training.
+        options = self._merge_kwargs(EVACapProcessorKwargs, getattr(self.tokenizer, "init_kwargs", None), **kwargs)
+        groups = [options[f"{name}_kwargs"] for name in ("text", "audio", "videos", "images")]
+        given = [group.pop("return_tensors", None) for group in groups]
+        return_tensors = next((value for value in given if value is not None), None)
         audio_kwargs, videos_kwargs = options["audio_kwargs"], options["videos_kwargs"]
         known_rate = self.feature_extractor.sampling_rate
         rate = audio_kwargs.pop("sampling_rate", None)
@@ -176,16 +209,16 @@ class EVACapProcessor(ProcessorMixin):
                 raise ValueError("Pass either `media`, or `audio` with `videos` or `images`, not both.")
             sources = media if isinstance(media, (list, tuple)) else [media]
             for index, source in enumerate(sources):
-                if not is_file(source):
+                if not (is_file(source) or isinstance(source, Media)):
                     raise ValueError(
                         f"`media[{index}]` must be a file (path, URL, bytes, file object), got {type(source).__name__}."
                     )
-            clips = [self._load(source, start, duration, videos_kwargs) for source in sources]
+            clips = [self._load(source, window, videos_kwargs) for source in sources]
             waveforms = [clip.waveform for clip in clips]
-            pixels = [self._to_pixels(clip.frames, videos_kwargs, do_sample_frames=False) for clip in clips]
+            pixels = [self._to_pixels(clip, videos_kwargs) for clip in clips]
         else:
-            waveforms, known_rate = self._read_audio(audio, rate, start, duration)
-            pixels = self._read_pictures(videos, images, start, duration, videos_kwargs)
+            waveforms, known_rate = self._read_audio(audio, rate, window)
+            pixels = self._read_pictures(videos, images, window, videos_kwargs)
         captions = self._check_captions(text)
         sizes = {len(batch) for batch in (waveforms, pixels, captions) if batch}
         if len(sizes) != 1:
@@ -207,35 +240,66 @@ class EVACapProcessor(ProcessorMixin):
             data["labels"] = self._to_labels(captions, return_tensors is not None, options["text_kwargs"])
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _load(self, source, start: float, duration: float | None, sampling: dict, audio=True, video=True) -> Media:
-        """A window of a file: the streams that are asked for and that the model takes."""
-        audio, video = audio and self.modalities != "video", video and self.modalities != "audio"
-        seconds = self._check_duration(duration)
-        with open_media(file_source(source)) as file:
-            clip = load_media(
-                file,
-                sampling_rate=self.feature_extractor.sampling_rate,
-                channels=self.feature_extractor.channels,
-                start=start,
-                duration=seconds,
-                audio=audio,
-                video=video,
-                **{
-                    name: getattr(self.video_processor, name) if sampling.get(name) is None else sampling[name]
-                    for name in ("num_frames", "fps", "frame_sampling")
-                },
-            )
-            if audio and clip.waveform is None:
-                raise MediaError(
-                    f"{file.label}: has no sound, and this processor is one of a model that listens "
-                    f"(modalities={self.modalities!r}). A model with fusion_type='video_only' captions it."
-                )
-            if not audio and clip.frames is None:
-                raise MediaError(f"{file.label}: has no picture; choose a file that has one.")
+    def open(
+        self,
+        source: Any,
+        start: float = 0.0,
+        audio_track: int | None = None,
+        audio: bool = True,
+        video: bool = True,
+        **sampling,
+    ) -> AbstractContextManager[MediaReader]:
+        """
+        Open a file to read its windows as this processor takes them: the streams that are asked for and that the model
+        takes. What the reader returns is passed as `media`, `audio` or `videos`.
+
+        Args:
+            source: A file, see [`is_file`].
+            start (`float`, *optional*, defaults to 0.0): Where the first window begins, in seconds.
+            audio_track (`int`, *optional*): See `__call__`.
+            audio, video (`bool`, *optional*, defaults to `True`): The streams that are asked for.
+            sampling: `num_frames`, `fps` and `frame_sampling`, by default the video processor's.
+        """
+        return read_media(
+            file_source(source),
+            sampling_rate=self.feature_extractor.sampling_rate,
+            channels=self.feature_extractor.channels,
+            start=start,
+            audio=audio and self.modalities != "video",
+            video=video and self.modalities != "audio",
+            audio_track=audio_track,
+            **{
+                name: getattr(self.video_processor, name) if sampling.get(name) is None else sampling[name]
+                for name in ("num_frames", "fps", "frame_sampling")
+            },
+        )
+
+    def _load(self, source, window: "_Window", sampling: dict, audio: bool = True, video: bool = True) -> Media:
+        """A window of a file, or what was read of one already."""
+        if isinstance(source, Media):
+            self._check_streams(source, audio, video)
+            return source
+        seconds = self._check_duration(window.duration)
+        sampling = {name: sampling.get(name) for name in ("num_frames", "fps", "frame_sampling")}
+        with self.open(source, window.start, window.audio_track, audio, video, **sampling) as reader:
+            clip = reader.read(seconds)
+            self._check_streams(clip, audio, video)
             # Whether more follows is only looked up where the window is full, and until the warning has been given.
-            if not (start or duration or self._has_warned_of_length) and clip.duration > seconds - 1e-3:
-                self._warn_if_longer(file.label, probe_media(file).duration)
+            if not (window.is_chosen or self._has_warned_of_length) and clip.duration > seconds - 1e-3:
+                if reader.goes_on(NEGLIGIBLE_SECONDS):
+                    self._warn_of_length(reader.label, reader.announced)
+        self._warn_of_silence(clip.name, clip.waveform)
         return clip
+
+    def _check_streams(self, clip: Media, audio: bool, video: bool):
+        listens = audio and self.modalities != "video"
+        if listens and clip.waveform is None:
+            raise MediaError(
+                f"{clip.name}: has no sound, and this processor is one of a model that listens "
+                f"(modalities={self.modalities!r}). A model with fusion_type='video_only' captions it."
+            )
+        if not listens and clip.frames is None:
+            raise MediaError(f"{clip.name}: has no picture; choose a file that has one.")
 
     def _check_duration(self, duration: float | None) -> float:
         if duration is None:
@@ -247,33 +311,40 @@ class EVACapProcessor(ProcessorMixin):
             )
         return duration
 
-    def _warn_if_longer(self, name: str, seconds: float):
-        if seconds > self.window_seconds + NEGLIGIBLE_SECONDS and not self._has_warned_of_length:
+    def _warn_of_length(self, name: str, seconds: float):
+        if not self._has_warned_of_length:
             self._has_warned_of_length = True
+            length = f"{seconds:.2f} s" if self.window_seconds < seconds < float("inf") else "longer"
             logger.warning(
-                f"{name} lasts {seconds:.2f} s: only the first {self.window_seconds:g} s are used. Use the pipeline to "
+                f"{name} lasts {length}: only the first {self.window_seconds:g} s are used. Use the pipeline to "
                 "caption all of it, or `start` and `duration` to choose a part. This warning is given once."
             )
 
-    def _read_audio(self, audio, rate: int | None, start: float, duration: float | None) -> tuple[list, int | None]:
+    @staticmethod
+    def _warn_of_silence(name: str, waveform):
+        if waveform is not None and is_silent(waveform):
+            logger.warning(f"{name} is silent: what is said of its sound is invented.")
+
+    def _read_audio(self, audio, rate: int | None, window: "_Window") -> tuple[list, int | None]:
         """The waveforms and their sampling rate, `None` if one of them came without."""
         known_rate = self.feature_extractor.sampling_rate
         if audio is None or self.modalities == "video":
             return [], known_rate
         waveforms = []
-        single = is_file(audio) or is_sound_with_rate(audio)
+        single = is_file(audio) or is_sound_with_rate(audio) or isinstance(audio, Media)
         for index, clip in enumerate([audio] if single else self.feature_extractor.split_batch(audio, "audio")):
             name = f"audio[{index}]"
             if clip is None:
                 raise ValueError(
                     f"`{name}` is None: only a model with fusion_type='video_only' captions without sound."
                 )
-            if is_file(clip):
-                waveforms.append(self._load(clip, start, duration, {}, video=False).waveform)
+            if is_file(clip) or isinstance(clip, Media):
+                waveforms.append(self._load(clip, window, {}, video=False).waveform)
                 continue
             if rate is None and not is_sound_with_rate(clip):
                 known_rate = None
-            waveforms.append(self._cut(self.to_waveform(clip, name, rate), name, start, duration))
+            waveforms.append(self._cut(self.to_waveform(clip, name, rate), name, window))
+            self._warn_of_silence(name, waveforms[-1])
         return waveforms, known_rate
 
     def to_waveform(self, clip: Any, name: str, rate: int | None = None) -> torch.Tensor:
@@ -304,19 +375,21 @@ class EVACapProcessor(ProcessorMixin):
             )
         return self.feature_extractor.to_waveform(clip, name)
 
-    def _cut(self, waveform: torch.Tensor, name: str, start: float, duration: float | None) -> torch.Tensor:
+    def _cut(self, waveform: torch.Tensor, name: str, window: "_Window") -> torch.Tensor:
         """The window of a waveform `(samples,)` or `(channels, samples)`."""
         rate = self.feature_extractor.sampling_rate
-        seconds = self._check_duration(duration)
-        if not (start or duration):
-            self._warn_if_longer(name, waveform.shape[-1] / rate)
+        seconds = self._check_duration(window.duration)
+        length = waveform.shape[-1] / rate
+        if not window.is_chosen:
+            if length > self.window_seconds + NEGLIGIBLE_SECONDS:
+                self._warn_of_length(name, length)
             return waveform
-        first = round(start * rate)
+        first = round(window.start * rate)
         if not 0 <= first < waveform.shape[-1]:
-            raise ValueError(f"`start` is {start} s but `{name}` has {waveform.shape[-1] / rate:.2f} s.")
+            raise ValueError(f"`start` is {window.start} s but `{name}` has {length:.2f} s.")
         return waveform[..., first : first + round(seconds * rate)]
 
-    def _read_pictures(self, videos, images, start: float, duration: float | None, videos_kwargs: dict) -> list:
+    def _read_pictures(self, videos, images, window: "_Window", videos_kwargs: dict) -> list:
         """The pixels of each clip, `None` for a clip without a picture."""
         if videos is not None and images is not None:
             raise ValueError("Pass either `videos` or `images`, not both.")
@@ -335,19 +408,21 @@ class EVACapProcessor(ProcessorMixin):
         for index, picture in enumerate(pictures):
             if picture is None:
                 pixels.append(None)
-            elif is_file(picture):
-                frames = self._load(picture, start, duration, videos_kwargs, audio=False).frames
-                pixels.append(self._to_pixels(frames, videos_kwargs, do_sample_frames=False))
+            elif is_file(picture) or isinstance(picture, Media):
+                pixels.append(self._to_pixels(self._load(picture, window, videos_kwargs, audio=False), videos_kwargs))
             else:
                 clip_metadata = metadata[index] if isinstance(metadata, (list, tuple)) else metadata
                 frames = self.video_processor.to_channels_first(picture, f"{name}[{index}]", data_format, do_rescale)
                 pixels.append(self._to_pixels(frames, videos_kwargs, video_metadata=clip_metadata))
         return pixels
 
-    def _to_pixels(self, frames, videos_kwargs: dict, **overrides) -> torch.Tensor | None:
+    def _to_pixels(self, frames: torch.Tensor | Media, videos_kwargs: dict, **overrides) -> torch.Tensor | None:
         """The pixels (frames, 3, height, width) of one clip."""
-        if frames is None:
-            return None
+        if isinstance(frames, Media):
+            if frames.frames is None:
+                return None
+            is_one = frames.duration == 0
+            frames, overrides = to_tensor(frames.frames[:1] if is_one else frames.frames), {"do_sample_frames": False}
         options = {**videos_kwargs, **overrides, "return_tensors": "pt"}
         if not is_still(frames):
             return self.video_processor(frames, **options)["pixel_values_videos"][0]

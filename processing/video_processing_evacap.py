@@ -33,13 +33,16 @@ from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata, make_batched_metadata
 
-from .media_evacap import MediaError, file_source, frame_times, is_file, load_media, open_media
+from .media_evacap import MediaError, check_sampling, file_source, frame_times, is_file, load_media
 
 
-FRAME_SAMPLING = ("uniform", "middle")
+MAX_ASPECT = 4
+"""A picture that is longer is cut to its middle before it is resized, of which the centre crop shows less still."""
+MAX_UNCROPPED_ASPECT = 100
+_PIXELS_AT_ONCE = 2**24
 
 
-class EVACapVideosKwargs(VideosKwargs, total=False):
+class EVACapVideoProcessorKwargs(VideosKwargs, total=False):
     """
     frame_sampling (`str`, *optional*, defaults to `"uniform"`):
         `"uniform"` takes the frames at the centres of `num_frames` equal parts (paper) or, with `fps`, of parts of
@@ -99,6 +102,14 @@ def _fill_up(frames: torch.Tensor, num_frames: int) -> torch.Tensor:
     return F.pad(frames, (0, 0) * (frames.ndim - 1) + (0, missing)) if missing else frames
 
 
+def to_tensor(frames: np.ndarray) -> torch.Tensor:
+    """Frames (frames, height, width, 3) as `load_media` gives them as a tensor (frames, 3, height, width). A picture that
+    is repeated stays one picture in memory."""
+    if frames.strides[0] == 0:
+        return torch.from_numpy(np.array(frames[0])).permute(2, 0, 1)[None].expand(len(frames), -1, -1, -1)
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)
+
+
 def _ndim(item) -> int:
     """Dimensions of nested lists of numbers, arrays or pictures: 3 for a picture, 4 for a video, 5 for a batch."""
     if isinstance(item, (list, tuple)):
@@ -117,20 +128,23 @@ class EVACapVideoProcessor(BaseVideoProcessor):
     which a list of picture files is one video. Values are 0 to 255, unless `do_rescale=False`. Sampling 18 frames from a
     video that has fewer repeats frames.
 
+    A picture more than four times as long as it is wide is first cut to its middle: the crop shows less of it still, and
+    a strip of some thousand pixels would take gigabytes when its short side is enlarged. (ours)
+
     Args:
         num_frames (`int`, *optional*, defaults to 18): Frames to sample; 18 are 2 per second over 9 s (paper).
         fps (`float`, *optional*):
             Frames to sample per second. With `frame_sampling="uniform"` it takes the place of `num_frames`, so that
             the number of frames follows the length. Arrays then need `video_metadata` with their own `fps`.
-        frame_sampling (`str`, *optional*, defaults to `"uniform"`): See [`EVACapVideosKwargs`].
-        tubelet_size (`int`, *optional*): See [`EVACapVideosKwargs`].
+        frame_sampling (`str`, *optional*, defaults to `"uniform"`): See [`EVACapVideoProcessorKwargs`].
+        tubelet_size (`int`, *optional*): See [`EVACapVideoProcessorKwargs`].
         do_sample_frames (`bool`, *optional*, defaults to `True`): `False` keeps all frames of an array.
         size, crop_size, resample, image_mean, image_std, …: As in every [`BaseVideoProcessor`].
 
     Returns (when called):
         [`BatchFeature`] with `pixel_values_videos` (batch, frames, 3, height, width) float32. If the videos differ in
         their number of frames and `return_tensors` is given, they are zero-padded and `pixel_values_videos_mask`
-        (batch, frames) int64 is 1 for real frames.
+        (batch, frames) bool is true for real frames.
 
     Raises:
         `ValueError`: for a bad argument, naming it, or a video of the wrong shape or without frames.
@@ -151,25 +165,14 @@ class EVACapVideoProcessor(BaseVideoProcessor):
     do_sample_frames = True
     num_frames = 18
     frame_sampling = "uniform"
-    valid_kwargs = EVACapVideosKwargs
+    valid_kwargs = EVACapVideoProcessorKwargs
     model_input_names = ["pixel_values_videos"]
 
-    def __init__(self, **kwargs: Unpack[EVACapVideosKwargs]):
+    def __init__(self, **kwargs: Unpack[EVACapVideoProcessorKwargs]):
         super().__init__(**kwargs)
-        self._check_sampling(self.num_frames, self.fps, self.frame_sampling)
+        check_sampling(self.num_frames, self.fps, self.frame_sampling)
         if self.tubelet_size is None:
             self.tubelet_size = 1 if self.num_frames == 1 else 2
-
-    @staticmethod
-    def _check_sampling(num_frames: int, fps: float | None, frame_sampling: str):
-        if frame_sampling not in FRAME_SAMPLING:
-            raise ValueError(
-                f"`frame_sampling` must be one of {', '.join(map(repr, FRAME_SAMPLING))}, got {frame_sampling!r}."
-            )
-        if num_frames < 1 or (fps is not None and fps <= 0):
-            raise ValueError(f"`num_frames` and `fps` must be positive, got {num_frames} and {fps}.")
-        if frame_sampling == "middle" and fps is None:
-            raise ValueError("`frame_sampling='middle'` needs `fps`: frames are taken 1 / `fps` seconds apart.")
 
     def sample_frames(
         self,
@@ -192,7 +195,7 @@ class EVACapVideoProcessor(BaseVideoProcessor):
         num_frames = self.num_frames if num_frames is None else num_frames
         fps = self.fps if fps is None else fps
         frame_sampling = self.frame_sampling if frame_sampling is None else frame_sampling
-        self._check_sampling(num_frames, fps, frame_sampling)
+        check_sampling(num_frames, fps, frame_sampling)
         if fps is not None and not metadata.fps:
             raise ValueError(f"`fps={fps}` needs `video_metadata` with the `fps` of the frames that were passed.")
         # Without a clock a frame is the unit of time.
@@ -201,7 +204,7 @@ class EVACapVideoProcessor(BaseVideoProcessor):
         times = frame_times(total / rate, num_frames, fps, frame_sampling)
         return np.minimum((np.asarray(times) * rate + 1e-6).astype(int), total - 1)
 
-    def preprocess(self, videos, **kwargs: Unpack[EVACapVideosKwargs]) -> BatchFeature:
+    def preprocess(self, videos, **kwargs: Unpack[EVACapVideoProcessorKwargs]) -> BatchFeature:
         """Prepare one video or a list of them; see the class for what a video is and what comes back."""
         names = ("num_frames", "fps", "frame_sampling")
         sampling = {
@@ -241,18 +244,16 @@ class EVACapVideoProcessor(BaseVideoProcessor):
     def _read(video, do_sample_frames: bool, sampling: dict) -> torch.Tensor:
         if not do_sample_frames:
             raise ValueError("`do_sample_frames=False` needs decoded frames: pass an array instead of a path or file.")
-        with open_media(file_source(video)) as file:
-            media = load_media(file, audio=False, **sampling)
-            if media.frames is None:
-                raise MediaError(f"{file.label}: has no picture; choose a file that has one.")
-        return torch.from_numpy(media.frames).permute(0, 3, 1, 2)
+        media = load_media(file_source(video), audio=False, **sampling)
+        if media.frames is None:
+            raise MediaError(f"{media.name}: has no picture; choose a file that has one.")
+        return to_tensor(media.frames)
 
     @staticmethod
     def _read_picture(picture, name: str) -> np.ndarray:
-        with open_media(file_source(picture)) as file:
-            media = load_media(file, audio=False, num_frames=1)
-            if media.frames is None or media.duration > 0:
-                raise MediaError(f"{file.label}: is no picture, but `{name}` is a list of files; pass a video alone.")
+        media = load_media(file_source(picture), audio=False, num_frames=1)
+        if media.frames is None or media.duration > 0:
+            raise MediaError(f"{media.name}: is no picture, but `{name}` is a list of files; pass a video alone.")
         return media.frames[0]
 
     @classmethod
@@ -311,15 +312,59 @@ class EVACapVideoProcessor(BaseVideoProcessor):
         return video if input_data_format == ChannelDimension.FIRST else video.permute(0, 3, 1, 2)
 
     def _preprocess(
-        self, videos: list[torch.Tensor], tubelet_size: int, return_tensors=None, **kwargs
+        self,
+        videos: list[torch.Tensor],
+        tubelet_size: int,
+        do_resize: bool,
+        do_center_crop: bool,
+        return_tensors=None,
+        **kwargs,
     ) -> BatchFeature:
+        videos = [self._shrink(video, do_resize, do_center_crop, **kwargs) for video in videos]
         # The base class cannot stack videos of different lengths: it returns a list, stacked here.
-        pixels = super()._preprocess(videos, return_tensors=None, **kwargs)["pixel_values_videos"]
-        pixels = [torch.cat([video, video[-1:].expand(-len(video) % tubelet_size, -1, -1, -1)]) for video in pixels]
+        pixels = super()._preprocess(videos, do_resize=False, do_center_crop=False, return_tensors=None, **kwargs)
+        pixels = [
+            torch.cat([video, video[-1:].expand(-len(video) % tubelet_size, -1, -1, -1)])
+            for video in pixels["pixel_values_videos"]
+        ]
         data = {"pixel_values_videos": pixels}
         if return_tensors is not None:
             data = stack_videos(pixels)
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def _shrink(
+        self, video: torch.Tensor, do_resize: bool, do_center_crop: bool, size, crop_size, resample, **kwargs
+    ) -> torch.Tensor:
+        """Resize and crop a video, a few frames at a time, and a picture that is repeated once."""
+        if do_resize and size.shortest_edge:
+            video = self._bound_aspect(video, size.shortest_edge, crop_size if do_center_crop else None)
+        is_repeated = len(video) > 1 and video.stride(0) == 0
+        at_once = max(1, _PIXELS_AT_ONCE // (video.shape[-2] * video.shape[-1]))
+        parts = []
+        for frames in (video[:1] if is_repeated else video).split(at_once):
+            if do_resize:
+                frames = self.resize(frames, size=size, resample=resample)
+            parts.append(self.center_crop(frames, crop_size) if do_center_crop else frames)
+        small = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return small.expand(len(video), -1, -1, -1) if is_repeated else small
+
+    @staticmethod
+    def _bound_aspect(video: torch.Tensor, shortest_edge: int, crop_size) -> torch.Tensor:
+        height, width = video.shape[-2:]
+        short, long = sorted((height, width))
+        if crop_size is None:
+            if long > MAX_UNCROPPED_ASPECT * short:
+                raise ValueError(
+                    f"A picture has {width} × {height} pixels: without `do_center_crop` one side can be at most "
+                    f"{MAX_UNCROPPED_ASPECT} times as long as the other; crop it."
+                )
+            return video
+        # Twice what is shown, so that the resampling at the edges sees what is beyond.
+        most = short * max(MAX_ASPECT, 2 * max(crop_size.height, crop_size.width) // shortest_edge)
+        if long <= most:
+            return video
+        top, left = (max(0, (side - most) // 2) for side in (height, width))
+        return video[..., top : top + most, left : left + most]
 
 
 __all__ = ["EVACapVideoProcessor"]

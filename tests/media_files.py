@@ -1,5 +1,6 @@
 """Media files for the tests: every frame carries its number as a barcode, every second of sound begins with a beep."""
 
+import random
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -47,6 +48,12 @@ def beep_starts(waveform: np.ndarray, rate: int) -> list[float]:
     """When the beeps start, in seconds."""
     loud = np.convolve(np.abs(waveform), np.ones(rate // 100) / (rate // 100), mode="same") > 0.1
     return (np.flatnonzero(np.diff(loud.astype(int), prepend=0) == 1) / rate).tolist()
+
+
+def tones(seconds: float, rate: int = 16000, first: int = 0) -> np.ndarray:
+    """(1, samples): second `k` is a tone of 400 + 100·(first + k) Hz."""
+    moments = np.arange(round(seconds * rate)) / rate
+    return (0.4 * np.sin(2 * np.pi * (400 + 100 * (first + np.floor(moments))) * moments)).astype(np.float32)[None]
 
 
 def write_clip(
@@ -144,3 +151,30 @@ def cut_by_edit_list(path: Path, seconds: float):
     length, begin = struct.unpack_from(">Ii", data, where)
     struct.pack_into(">Ii", data, where, length - round(seconds * movie_timescale), begin + round(seconds * timescale))
     path.write_bytes(data)
+
+
+def damage(data: bytes, chance: random.Random) -> bytes:
+    """A copy with wrong bytes or numbers, holes, a missing end or something in between."""
+    data, size = bytearray(data), len(data)
+    kind = chance.choice(["bytes", "head", "tail", "numbers", "zeros", "cut", "insert"])
+    if kind == "bytes":
+        for _ in range(max(1, size // chance.choice([50, 500, 5000]))):
+            data[chance.randrange(size)] = chance.randrange(256)
+    elif kind in ("head", "tail"):
+        for _ in range(chance.randint(1, 40)):
+            where = chance.randrange(min(size, 3000))
+            data[where if kind == "head" else -1 - where] = chance.randrange(256)
+    elif kind == "numbers":
+        for _ in range(chance.randint(1, 4)):
+            where = chance.randrange(size - 4)
+            data[where : where + 4] = chance.choice([b"\xff" * 4, b"\x7f\xff\xff\xff", b"\x80\0\0\0", b"\0" * 4])
+    elif kind == "zeros":
+        where = chance.randrange(size)
+        length = min(chance.randint(1, size // 4), size - where)
+        data[where : where + length] = bytes(length)
+    elif kind == "cut":
+        del data[chance.randrange(20, size) :]
+    else:
+        where = chance.randrange(size)
+        data[where:where] = chance.randbytes(chance.randint(1, 5000))
+    return bytes(data)

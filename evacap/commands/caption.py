@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..processing.pipeline_evacap import AudioVisualCaptioningPipeline
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# As of the feature extractor, which takes a second to import.
+CHANNELS = ("average", "first")
 # What is looked for in a folder; a file that is named may be called anything.
 SUFFIXES = frozenset(
     ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .flv .wmv .asf .3gp .ogv .mxf "
@@ -46,6 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=whole_number,
         help=f"processes that read (default: one a core with --output, {MAX_WORKERS} at most, else 0)",
+    )
+    parser.add_argument(
+        "--channels",
+        choices=CHANNELS,
+        help="what becomes of a sound with several channels (default: as the model was trained)",
+    )
+    parser.add_argument(
+        "--audio-track",
+        type=whole_number,
+        metavar="N",
+        help="which of a file's sound tracks to hear, counted from 0 (default: FFmpeg's choice)",
     )
     parser.add_argument(
         "--json", action="store_true", help="one JSON object a line, with the gate over time (also with --output)"
@@ -122,6 +135,8 @@ def load_captioner(arguments: argparse.Namespace) -> "AudioVisualCaptioningPipel
             trust_remote_code=arguments.trust_remote_code,
             **({"dtype": arguments.dtype} if arguments.dtype else {}),
         )
+    if arguments.channels:
+        captioner.processor.feature_extractor.channels = arguments.channels
     print(f"loaded {printable(captioner.model.name_or_path)} in {time.perf_counter() - begin:.1f} s", file=sys.stderr)
     return captioner
 
@@ -155,6 +170,7 @@ def print_captions(arguments: argparse.Namespace, media: list[str | Path]) -> in
         batch_size=arguments.batch_size or 1,
         num_workers=arguments.workers or 0,
         num_beams=arguments.num_beams,
+        audio_track=arguments.audio_track,
         return_gate=gated,
     )
     return 1 if failures else 0
@@ -212,6 +228,7 @@ def _append_captions(arguments: argparse.Namespace, lines: JsonLines, media: lis
             batch_size=arguments.batch_size or BATCH_SIZE,
             num_workers=min(usable_cores(), MAX_WORKERS) if arguments.workers is None else arguments.workers,
             num_beams=arguments.num_beams,
+            audio_track=arguments.audio_track,
             return_gate=gated,
         )
     return failures

@@ -30,6 +30,7 @@ from media_files import (  # noqa: E402
     beep_starts,
     beeps,
     cut_by_edit_list,
+    damage,
     read_barcode,
     read_barcodes,
     rotate,
@@ -660,32 +661,6 @@ for path in sys.stdin.read().split("\\n"):
             assert "\\n" not in str(error)
 print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
-
-
-def damage(data: bytes, chance: random.Random) -> bytes:
-    data, size = bytearray(data), len(data)
-    kind = chance.choice(["bytes", "head", "tail", "numbers", "zeros", "cut", "insert"])
-    if kind == "bytes":
-        for _ in range(max(1, size // chance.choice([50, 500, 5000]))):
-            data[chance.randrange(size)] = chance.randrange(256)
-    elif kind in ("head", "tail"):
-        for _ in range(chance.randint(1, 40)):
-            where = chance.randrange(min(size, 3000))
-            data[where if kind == "head" else -1 - where] = chance.randrange(256)
-    elif kind == "numbers":
-        for _ in range(chance.randint(1, 4)):
-            where = chance.randrange(size - 4)
-            data[where : where + 4] = chance.choice([b"\xff" * 4, b"\x7f\xff\xff\xff", b"\x80\0\0\0", b"\0" * 4])
-    elif kind == "zeros":
-        where = chance.randrange(size)
-        length = min(chance.randint(1, size // 4), size - where)
-        data[where : where + length] = bytes(length)
-    elif kind == "cut":
-        del data[chance.randrange(20, size) :]
-    else:
-        where = chance.randrange(size)
-        data[where:where] = chance.randbytes(chance.randint(1, 5000))
-    return bytes(data)
 
 
 @pytest.mark.slow

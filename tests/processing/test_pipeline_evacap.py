@@ -1,8 +1,15 @@
+import copy
 import itertools
 import json
+import logging
+import multiprocessing
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
+import av
 import datasets
 import numpy as np
 import pytest
@@ -14,7 +21,7 @@ from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from evacap import EVACapConfig, EVACapForConditionalGeneration
-from evacap.processing.media_evacap import MediaError
+from evacap.processing.media_evacap import MediaError, load_media
 from evacap.processing.pipeline_evacap import AudioVisualCaptioningPipeline, read_windows
 
 
@@ -98,7 +105,7 @@ def test_kinds_of_input(captioner, files):
     clip = files["clip"]
     expected = captioner(clip)
     content = Path(clip).read_bytes()
-    window = captioner.processor._load(clip, 0.0, None, {})
+    window = load_media(clip, num_frames=4, duration=WINDOW)
     sound = {"array": window.waveform, "sampling_rate": RATE}
     with open(clip, "rb") as file:
         for same in (
@@ -419,3 +426,140 @@ def test_memory_does_not_grow_with_the_length(tmp_path):
         assert count == windows
         peaks.append(kibibytes / 1024)
     assert peaks[1] - peaks[0] < 12, f"{peaks} MiB"
+
+
+def test_a_still_stays_beside_a_sound_of_several_windows(captioner, files, tmp_path):
+    sound = str(write_clip(tmp_path / "long.m4a", seconds=6, video=None))
+    for picture in (files["still"], Image.open(files["still"])):
+        parts = list(read_windows({"audio": sound, "image": picture}, captioner.processor, WINDOW))
+        assert [part["timestamp"] for part in parts] == [(0.0, WINDOW), (WINDOW, 2 * WINDOW), (2 * WINDOW, 6.0)]
+        for part in parts:
+            assert torch.equal(part["inputs"].pixel_values_videos, parts[0]["inputs"].pixel_values_videos)
+    assert len(captioner({"audio": sound, "image": files["still"]})["chunks"]) == 3
+
+
+def test_frames_beside_a_sound_file_of_several_windows(captioner, files):
+    video = frames(64)
+    parts = list(read_windows({"audio": files["long"], "video": video}, captioner.processor, WINDOW))
+    assert len(parts) == 3
+    last = captioner.processor(videos=video[int(2 * WINDOW / 6 * 64) :], return_tensors="pt").pixel_values_videos
+    torch.testing.assert_close(parts[2]["inputs"].pixel_values_videos, last)
+
+
+@pytest.mark.parametrize("name", ["clip", "long"])
+def test_a_file_is_opened_once_and_its_frames_are_stacked_once(captioner, files, name, monkeypatch):
+    opened, stacked = [], []
+    real_open, real_stack = av.open, np.stack
+    monkeypatch.setattr(av, "open", lambda *args, **options: opened.append(args) or real_open(*args, **options))
+    monkeypatch.setattr(np, "stack", lambda arrays, **options: stacked.append(1) or real_stack(arrays, **options))
+    windows = list(read_windows(files[name], captioner.processor, WINDOW))
+    assert len(opened) == 1 and len(stacked) == len(windows)
+
+
+def test_silence_is_told(captioner, tmp_path, caplog):
+    sound = np.zeros((1, 6 * RATE), np.float32)
+    sound[:, : 2 * RATE] = noise(2)
+    half = str(write_clip(tmp_path / "half.wav", video=None, audio="pcm_s16le", rate=RATE, sound=sound))
+    whole = str(write_clip(tmp_path / "whole.wav", video=None, audio="pcm_s16le", rate=RATE, sound=0 * sound))
+    caplog.set_level(logging.WARNING)
+    result = captioner(half)
+    assert "silent" not in result
+    assert [chunk.get("silent", False) for chunk in result["chunks"]] == [False, True, True]
+    assert captioner(whole)["silent"] is True
+    assert captioner({"audio": {"array": 0 * sound[0, :RATE], "sampling_rate": RATE}})["silent"] is True
+    messages = [record.getMessage() for record in caplog.records if "silent" in record.getMessage()]
+    assert len(messages) == 3, "once an input"
+    assert messages[0].startswith(f"{half} is silent from 2.56 to 5.12 s")
+
+
+def test_audio_track(captioner, tmp_path):
+    path = tmp_path / "two.mkv"
+    with av.open(str(path), "w") as container:
+        voices = [container.add_stream("flac", rate=RATE, layout="mono") for _ in range(2)]
+        for seed, voice in enumerate(voices):
+            frame = av.AudioFrame.from_ndarray(noise(2, seed=seed)[None], format="flt", layout="mono")
+            frame.sample_rate, frame.pts = RATE, 0
+            for packet in [*voice.encode(frame), *voice.encode(None)]:
+                container.mux(packet)
+    first, second = (
+        next(read_windows(str(path), captioner.processor, WINDOW, track))["inputs"].input_features for track in (0, 1)
+    )
+    assert not torch.equal(first, second)
+    assert captioner(str(path), audio_track=0) == captioner(str(path))
+    with pytest.raises(MediaError, match="no number 5"):
+        captioner(str(path), audio_track=5)
+
+
+def test_an_assistant_and_guidance(captioner, files):
+    assistant = make_model()
+    for return_gate in (False, True):
+        expected = captioner(files["clip"], return_gate=return_gate)
+        assisted = captioner(files["clip"], assistant_model=assistant, return_gate=return_gate)
+        assert assisted["text"] == expected["text"]
+    with pytest.raises(ValueError, match="`guidance_scale` is 1.5: classifier-free guidance"):
+        captioner(files["clip"], guidance_scale=1.5)
+
+
+def test_a_generation_config_gives_no_warning(captioner, files, caplog):
+    caplog.set_level(logging.WARNING)
+    configuration = copy.deepcopy(captioner.model.generation_config)
+    configuration.max_new_tokens = 6
+    plain = AudioVisualCaptioningPipeline(captioner.model, captioner.processor, device="cpu")
+    assert len(plain(files["long"], generation_config=configuration)["chunks"]) == 3
+    assert [record.getMessage() for record in caplog.records if "max_length" in record.getMessage()] == []
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_generators_where_processes_are_no_copies(captioner, files, monkeypatch, method):
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda allow_none=False: method)
+    names = ["clip", "sound"]
+    results = list(captioner((files[name] for name in names), num_workers=2))
+    assert results == [captioner(files[name]) for name in names]
+
+
+@pytest.mark.slow
+def test_workers_that_are_no_copies(files, tmp_path):
+    code = """
+        import multiprocessing, sys
+        sys.path[:0] = sys.argv[2:]
+        import evacap
+        from test_pipeline_evacap import make_pipeline
+        if __name__ == "__main__":
+            multiprocessing.set_start_method("spawn")
+            captioner = make_pipeline()
+            assert captioner([sys.argv[1]] * 2, num_workers=2) == [captioner(sys.argv[1])] * 2
+            assert list(captioner((name for name in sys.argv[1:2]), num_workers=2)) == [captioner(sys.argv[1])]
+    """
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(code))
+    folders = Path(__file__).parent, Path(__file__).parents[1]
+    subprocess.run([sys.executable, script, files["clip"], *map(str, folders)], check=True, timeout=500)
+
+
+WORKER_OVER_ITS_BUDGET = """
+    import sys, time
+    import torch
+    import evacap
+    from evacap.processing import media_evacap
+    media_evacap.guard_process(memory=200 * 2**20)
+    if sys.argv[1] == "memory":
+        try:
+            bytearray(400 * 2**20)
+        except MemoryError:
+            print("refused")
+        bytearray(50 * 2**20)
+    else:
+        media_evacap.SECONDS_A_WINDOW = 0.5
+        media_evacap._Budget("clip.mp4")
+        while True:
+            pass
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is read from /proc")
+def test_a_process_that_reads_has_a_budget(tmp_path):
+    assert run_in_a_process(WORKER_OVER_ITS_BUDGET, "memory", cache=tmp_path) == "refused\n"
+    command = [sys.executable, "-c", textwrap.dedent(WORKER_OVER_ITS_BUDGET), "time"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 70
+    assert "clip.mp4: reading it takes more than 1 s; its process is ended" in result.stderr

@@ -360,13 +360,8 @@ def test_saved_folder_loads_with_and_without_the_package(files, tmp_path):
     processor.save_pretrained(folder)
     saved = json.loads((folder / "processor_config.json").read_text())
     assert saved["modalities"] == "audio_video" and saved["max_text_length"] == 40
-    assert {path.name for path in folder.glob("*.py")} == {
-        "feature_extraction_evacap.py",
-        "media_evacap.py",
-        "pipeline_evacap.py",
-        "processing_evacap.py",
-        "video_processing_evacap.py",
-    }
+    code = Path(sys.modules[EVACapProcessor.__module__].__file__).parent
+    assert {path.name for path in folder.glob("*.py")} == {path.name for path in code.glob("*_evacap.py")}
     loaded = EVACapProcessor.from_pretrained(folder)
     assert loaded.feature_extractor.to_dict() == processor.feature_extractor.to_dict()
     assert loaded.video_processor.to_dict() == processor.video_processor.to_dict()
@@ -386,3 +381,56 @@ def test_pushes_a_folder_given_as_a_path(processor, tmp_path):
     # No hub can be reached: all that is asked is that the name of the folder is understood.
     with pytest.raises(OfflineModeIsEnabled):
         processor.save_pretrained(tmp_path / "saved", push_to_hub=True)
+
+
+@pytest.mark.parametrize("group", ["common_kwargs", "audio_kwargs", "videos_kwargs", "text_kwargs"])
+def test_return_tensors_in_any_group(processor, files, group):
+    expected = processor(media=files["clip"], text="a dog", return_tensors="pt")
+    assert_same(processor(media=files["clip"], text="a dog", **{group: {"return_tensors": "pt"}}), expected)
+    assert isinstance(processor(text=["a dog"], **{group: {"return_tensors": "np"}})["labels"], np.ndarray)
+
+
+def test_what_the_tokenizer_was_saved_with():
+    processor = make_processor()
+    tokenizer = BertTokenizer(
+        vocab={word: index for index, word in enumerate(WORDS)}, padding="max_length", max_length=6
+    )
+    processor = EVACapProcessor(processor.feature_extractor, processor.video_processor, tokenizer)
+    labels = processor(text=["a dog", "a dog barks while a man speaks"], return_tensors="pt")["labels"]
+    assert labels.shape == (2, 5), "6 tokens with the [CLS] that labels lack"
+    assert processor(text=["a dog"], padding=False, return_tensors="pt")["labels"].shape == (1, 3)
+
+
+def test_stills_have_no_clock(processor, files):
+    long = str(Path(files["long"]))
+    still = processor(images=files["still"], audio=files["sound"], return_tensors="pt").pixel_values_videos
+    for name in ("images", "videos"):
+        later = processor(audio=long, **{name: files["still"]}, start=3.0, duration=2.0, return_tensors="pt")
+        torch.testing.assert_close(later.pixel_values_videos, still)
+
+
+def test_media_that_has_been_read(processor, files):
+    with processor.open(files["long"]) as reader:
+        first, second = reader.read(2.0), reader.read(2.0)
+    for clip, start in ((first, 0.0), (second, 2.0)):
+        expected = processor(media=files["long"], start=start, duration=2.0, return_tensors="pt")
+        batch = processor(media=clip, return_tensors="pt")
+        torch.testing.assert_close(batch.pixel_values_videos, expected.pixel_values_videos)
+        torch.testing.assert_close(batch.input_features, expected.input_features, atol=0.2, rtol=0)
+        assert_same(processor(audio=[clip], videos=[clip], return_tensors="pt"), batch)
+
+
+def test_silence_is_told(processor, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    path = write_clip(
+        tmp_path / "silence.wav", seconds=1, video=None, audio="pcm_s16le", sound=np.zeros((1, 44100), "f4")
+    )
+    processor(media=path)
+    processor(audio=[noise(1), 0 * noise(1)], sampling_rate=RATE)
+    names = [record.getMessage().split(" is silent")[0] for record in caplog.records]
+    assert names == [str(path), "audio[1]"]
+
+
+def test_masks_are_bool(processor, files):
+    batch = processor(media=[files["sound"], files["clip"]], return_tensors="pt")
+    assert batch.pixel_values_videos_mask.dtype == torch.bool
