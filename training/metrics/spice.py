@@ -111,6 +111,9 @@ def _run(
     cache: Path | None,
 ) -> list[float]:
     """The F-scores of the clips."""
+    # It imports PyTorch, which the other metrics do without.
+    from ..data.worker_pool import usable_cores
+
     clips: list[dict[str, Any]] = [
         {"image_id": index, "test": prediction, "refs": list(clip)}
         for index, (prediction, clip) in enumerate(zip(predictions, references, strict=True))
@@ -127,7 +130,7 @@ def _run(
     with tempfile.TemporaryDirectory() as folder:
         captions, answer = Path(folder, "captions.json"), Path(folder, "scores.json")
         captions.write_text(json.dumps(clips), encoding="ascii")
-        arguments = [captions, "-out", answer, "-silent", "-threads", min(os.cpu_count() or 1, MAX_THREADS)]
+        arguments = [captions, "-out", answer, "-silent", "-threads", min(usable_cores(), MAX_THREADS)]
         arguments += [] if cache is None else ["-cache", cache]
         run_java(java, *options, "edu.anu.spice.SpiceScorer", *arguments, timeout=timeout)
         scores = {

@@ -143,7 +143,7 @@ def as_markdown(results: Sequence[Result], plots: Sequence[str] = ()) -> str:
     parts += ["", *(f"* {column}: {COLUMNS[column]}" for column in COLUMNS)]
     parts += _shuffled(runs, metrics)
     parts += _differences(runs)
-    parts += _oracles(results, metrics)
+    parts += _oracles(results)
     parts += _detectors(runs)
     parts += _crossed(runs)
     parts += _gates(runs)
@@ -264,11 +264,11 @@ def _differences(runs: Mapping[str, list[Result]]) -> list[str]:
     ]
 
 
-def _oracles(results: Sequence[Result], metrics: Sequence[str]) -> list[str]:
+def _oracles(results: Sequence[Result]) -> list[str]:
     found = next((result["oracles"] for result in results if result["variant"] == ORACLE_RESULT), None)
     if found is None:
         return []
-    metrics = [metric for metric in metrics if found["right"].get(metric)]
+    metrics = [metric for metric in METRIC_TITLES if found["right"].get(metric)]
     rows = [
         [
             oracle,
