@@ -40,7 +40,8 @@ def measure(arguments, results: Results, dtype: str, beams: int) -> None:
     encoded = [encoder(**clip) for clip in clips]
     next_clip, next_encoded = itertools.cycle(clips).__next__, itertools.cycle(encoded).__next__
 
-    # On CUDA, CUDA graphs replace single kernel launches. There `generate` compiles by itself, but never in beam search.
+    # On CUDA, CUDA graphs replace single kernel launches. There `generate` compiles by itself, but never in beam
+    # search.
     options = {"fullgraph": True, "dynamic": False, "mode": "reduce-overhead" if "cuda" in device else "default"}
     compiled_encoder = torch.compile(encoder, **options)
     eager_forward, compiled_forward = model.forward, torch.compile(model.forward, **options)

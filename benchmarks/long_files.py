@@ -1,7 +1,7 @@
 """Long files in windows: seconds of work per second of the file (the real-time factor), and peak memory.
 
-Each file is captioned in its own process, after a short file. The memory is what captioning the file adds to the process
-that reads it and runs the model; it must not grow with the length of the file.
+Each file is captioned in its own process, after a short file. The memory is what captioning the file adds to the
+process that reads it and runs the model; it must not grow with the length of the file.
 """
 
 import itertools

@@ -2,9 +2,9 @@
 
     python -m benchmarks.preparation --clips 64
 
-A few procedural clips with the usual size of AudioCaps clips (or those of `--manifest`) are prepared repeatedly under new
-ids, once as many as asked for and once four times as many. The rate is computed from the difference of the two runs, so
-the start of the workers does not count.
+A few procedural clips with the usual size of AudioCaps clips (or those of `--manifest`) are prepared repeatedly under
+new ids, once as many as asked for and once four times as many. The rate is computed from the difference of the two
+runs, so the start of the workers does not count.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The matrix products of a captioner, counted from the shapes: its floating-point operations and its lower time bound.
 
-Only the products that every implementation has to compute are counted: no norms, activations or softmax, and each prefix
-token once for each layer. The patch embeddings are products too, because their kernels do not overlap.
+Only the products that every implementation has to compute are counted: no norms, activations or softmax, and each
+prefix token once for each layer. The patch embeddings are products too, because their kernels do not overlap.
 """
 
 from collections.abc import Iterable
@@ -155,9 +155,9 @@ def floor(
 ) -> dict[str, float]:
     """The lower time bound in seconds, from plain matrix products.
 
-    For encoder and prefill it is the time of a plain product of each shape. For decoding it is the time of its operations
-    at the best rate among those products, plus, for each step, the time to read the weights at the memory bandwidth. (A
-    plain product of few rows is limited by that bandwidth itself, so its own time would count it twice.)
+    For encoder and prefill it is the time of a plain product of each shape. For decoding it is the time of its
+    operations at the best rate among those products, plus, for each step, the time to read the weights at the memory
+    bandwidth. (A plain product of few rows is limited by that bandwidth itself, so its own time would count it twice.)
     """
     prefix = prefix_tokens(config, frames)
     parts = {"encoder": encoder(config, batch, frames), "prefill": prefill(config, batch, beams, prefix)}

@@ -1,9 +1,9 @@
 """Start-up: the cost of imports and of the command line in a fresh process, and of loading a full-size checkpoint.
 
-Every figure comes from its own process. The checkpoint is in the page cache, so the disk does not count. *Initialised* is
-the number of elements of real tensors that were filled by an initialiser; it should be 0, because the model is built on the
-meta device. *Anonymous* memory is what loading needs besides the file, whose pages are mapped and become resident on first
-use. Memory is read from `/proc` of Linux.
+Every figure comes from its own process. The checkpoint is in the page cache, so the disk does not count. *Initialised*
+is the number of elements of real tensors that were filled by an initialiser; it should be 0, because the model is
+built on the meta device. *Anonymous* memory is what loading needs besides the file, whose pages are mapped and become
+resident on first use. Memory is read from `/proc` of Linux.
 """
 
 import functools

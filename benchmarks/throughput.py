@@ -6,8 +6,8 @@ have to do the work of both, and the *bound* is the larger of that and the slowe
 
     bound = max(seconds reading, seconds model, (core-seconds reading + core-seconds model) / cores)
 
-Core-seconds are the processor time of all threads and processes. Run it with `OMP_WAIT_POLICY=passive`, as `evacap caption
---output` does: spinning threads would count as work and block the reading processes.
+Core-seconds are the processor time of all threads and processes. Run it with `OMP_WAIT_POLICY=passive`, as `evacap
+caption --output` does: spinning threads would count as work and block the reading processes.
 """
 
 import itertools

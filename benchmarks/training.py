@@ -1,8 +1,8 @@
 """Clips per second and peak memory of one optimisation step, and the time that it waits for its data.
 
 Measured by variant, attention and gradient checkpointing; on a CPU each combination runs in its own process. The data
-comes from a data loader as in training. A batch that does not fit in the memory is split into parts, whose gradients add
-up to the same step; the table has the size of the parts.
+comes from a data loader as in training. A batch that does not fit in the memory is split into parts, whose gradients
+add up to the same step; the table has the size of the parts.
 """
 
 import argparse

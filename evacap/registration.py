@@ -65,8 +65,9 @@ def register() -> None:
 def register_when_needed() -> None:
     """Registers now if a module that needs it is already imported, otherwise right after such an import.
 
-    Registering at once would import torch and the whole model with every `import evacap`. The lazy tables of Transformers
-    only take its own models, and change between versions. So a hook of the import system chooses the moment.
+    Registering at once would import torch and the whole model with every `import evacap`. The lazy tables of
+    Transformers only take its own models, and change between versions. So a hook of the import system chooses the
+    moment.
     """
     if not _register_if_awaited():
         sys.meta_path.insert(0, _Watcher())

@@ -60,8 +60,8 @@ def score_blocks(
         mask (`torch.BoolTensor` of shape `(batch_size, keys)`, *optional*): The keys that exist.
 
     Yields:
-        The slices of a block, over `batch_size * num_heads` rows and over queries, and its scores (rows, queries, keys).
-        The scores of masked keys are the lowest number of the dtype.
+        The slices of a block, over `batch_size * num_heads` rows and over queries, and its scores (rows, queries,
+        keys). The scores of masked keys are the lowest number of the dtype.
     """
     num_heads, num_keys = key.shape[1:3]
     query, key = query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)

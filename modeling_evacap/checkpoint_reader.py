@@ -20,12 +20,12 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """Reads a state dict. The file stays memory-mapped if its format allows it.
 
     Args:
-        path (`str` or `os.PathLike`): A `.safetensors` file, or a file from `torch.save` with a state dict or with a dict
-            that has one under `"model"`, `"state_dict"` or the like.
+        path (`str` or `os.PathLike`): A `.safetensors` file, or a file from `torch.save` with a state dict or with a
+            dict that has one under `"model"`, `"state_dict"` or the like.
 
     Returns:
-        `dict[str, torch.Tensor]`: The tensors, by names without the prefix of a parallel or compiled wrapper (`module.`,
-        `_orig_mod.`).
+        `dict[str, torch.Tensor]`: The tensors, by names without the prefix of a parallel or compiled wrapper
+        (`module.`, `_orig_mod.`).
 
     Raises:
         FileNotFoundError: If the file does not exist.

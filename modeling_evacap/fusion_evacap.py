@@ -112,8 +112,8 @@ class _BlockwiseAttentionAndEntropy(torch.autograd.Function):
             log_weights = at_least_float32(scores).log_softmax(-1)
             weights = log_weights.exp()
             of_value[rows] += torch.bmm(weights.to(value.dtype).transpose(1, 2), of_context[block])
-            # A masked key has the weight 0 and the lowest finite log-weight. Their product is 0; any other product with
-            # the log-weight could overflow, so this one comes first.
+            # A masked key has the weight 0 and the lowest finite log-weight. Their product is 0; any other product
+            # with the log-weight could overflow, so this one comes first.
             terms = weights * log_weights
             of_weights = at_least_float32(torch.bmm(of_context[block], values[rows].transpose(1, 2)))
             mean = (weights * of_weights - of_entropy[block] * terms).sum(-1, keepdim=True)
@@ -129,9 +129,9 @@ def fused_attention_and_entropy(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor, None]:
     """
-    The same as [`attention_and_entropy`], but it never holds the probabilities of more than one block (ours): by Triton
-    kernels on a GPU, elsewhere block by block. PyTorch's kernels do not give the entropy, and finding it beside one would
-    take a second pass over the scores.
+    The same as [`attention_and_entropy`], but it never holds the probabilities of more than one block (ours): by
+    Triton kernels on a GPU, elsewhere block by block. PyTorch's kernels do not give the entropy, and finding it beside
+    one would take a second pass over the scores.
     """
     if mask is not None:
         # A row without any key sees all of its padding: its result is never used, but it must not be NaN.

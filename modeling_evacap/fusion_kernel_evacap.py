@@ -99,8 +99,8 @@ if triton is not None:
     ):
         """The forward pass of a block of queries of one head.
 
-        Besides the sums of e^s and e^s v of an online softmax, it keeps the sum of s e^s, all relative to the highest score
-        so far.
+        Besides the sums of e^s and e^s v of an online softmax, it keeps the sum of s e^s, all relative to the highest
+        score so far.
         """
         num_blocks = tl.cdiv(num_queries, QUERIES)
         pair = tl.program_id(0) // num_blocks
@@ -334,10 +334,11 @@ def kernel_attention_and_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and its entropy, with their gradients, by Triton kernels.
 
-    Each pass reads keys and values once for each block of queries, and keeps no scores outside the multiprocessors. The
-    online softmax is Milakov's and Gimelshein's, the order of the blocks is that of FlashAttention-2, the entropy is ours.
-    With s the scores minus their maximum, an online softmax keeps sum(e^s). Together with sum(s e^s) this gives the entropy
-    H = log(sum(e^s)) - sum(s e^s) / sum(e^s). Its derivative dH/ds_j = -P_j (log P_j + H) is added to that of attention.
+    Each pass reads keys and values once for each block of queries, and keeps no scores outside the multiprocessors.
+    The online softmax is Milakov's and Gimelshein's, the order of the blocks is that of FlashAttention-2, the entropy
+    is ours. With s the scores minus their maximum, an online softmax keeps sum(e^s). Together with sum(s e^s) this
+    gives the entropy H = log(sum(e^s)) - sum(s e^s) / sum(e^s). Its derivative dH/ds_j = -P_j (log P_j + H) is added
+    to that of attention.
 
     Args:
         query (`torch.Tensor` of shape `(batch_size, num_heads, T_a, head_dim)`): In bfloat16, float16 or float32;

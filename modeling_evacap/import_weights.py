@@ -92,20 +92,21 @@ def model_from_weights(
         avcap (`str` or `os.PathLike`, *optional*): A captioner of AVCap, instead of `cav_mae` and `git`.
         cav_mae (`str` or `os.PathLike`, *optional*): A pretrained or fine-tuned CAV-MAE, for the encoder.
         git (`str` or `os.PathLike`, *optional*): A GIT, for the decoder: a folder or Hub name for Transformers, or
-            GIT's original `model.pt`. Its projection of CLIP's tokens is not used; the prefix projection is new (AVCap).
+            GIT's original `model.pt`. Its projection of CLIP's tokens is not used; the prefix projection is new
+            (AVCap).
         preset (`str`, *optional*): A key of [`PRESETS`]; `"avcap"` with `avcap`, `"evacap"` without by default.
         num_attention_heads (`int`, *optional*): Heads of towers and decoder, which the tensors do not show; 12 by
             default if the width is 768.
         num_mel_bins (`int`, *optional*): Mel bins of the filterbank; 128 by default.
         image_size (`int`, *optional*): Height and width of a frame, if the video position table does not determine it.
             224 by default, if the table fits 224 pixels.
-        num_frames (`int`, *optional*): Frames of a clip, for weights that were trained on single pictures or on none. 18
-            by default, but 1 for an `avcap` of single pictures that stays AVCap.
+        num_frames (`int`, *optional*): Frames of a clip, for weights that were trained on single pictures or on none.
+            18 by default, but 1 for an `avcap` of single pictures that stays AVCap.
         video_embedding (`str`, defaults to `"inflate"`): How the embedding of single pictures becomes one of clips.
-            `"inflate"` repeats the patch weights over the tubelet, divided by its length, so that a still gives the same
-            tokens, and repeats the position table over time (ours). `"fresh"` initialises both at random (AVCap).
-        allow_missing (`Sequence[str]`): Shell patterns of parameters that the files may lack, and of unknown tensors that
-            are ignored.
+            `"inflate"` repeats the patch weights over the tubelet, divided by its length, so that a still gives the
+            same tokens, and repeats the position table over time (ours). `"fresh"` initialises both at random (AVCap).
+        allow_missing (`Sequence[str]`): Shell patterns of parameters that the files may lack, and of unknown tensors
+            that are ignored.
 
     Returns:
         The model in float32, in evaluation mode, and the [`ImportReport`].

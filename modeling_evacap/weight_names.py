@@ -1,7 +1,7 @@
 """The mapping from the tensor names of AVCap, CAV-MAE and GIT checkpoints to those of EVACap.
 
-Everything is mapped through the names of AVCap: those of CAV-MAE with the prefix `av_encoder.`, and those of GIT with the
-prefix `textual.`. The names of GIT in Transformers are translated to them.
+Everything is mapped through the names of AVCap: those of CAV-MAE with the prefix `av_encoder.`, and those of GIT with
+the prefix `textual.`. The names of GIT in Transformers are translated to them.
 """
 
 import re
@@ -76,8 +76,8 @@ class NameTable:
     """Maps the tensors of a checkpoint with AVCap's names to the parameters of EVACap.
 
     The blocks of both towers use the layer norms without a suffix (CAV-MAE, AVCap). The joint blocks have three pairs:
-    `_a` for `"audio_only"`, `_v` for `"video_only"`, and the pair without a suffix for a sequence of both modalities, such
-    as EVACap's fused sequence (ours).
+    `_a` for `"audio_only"`, `_v` for `"video_only"`, and the pair without a suffix for a sequence of both modalities,
+    such as EVACap's fused sequence (ours).
 
     Args:
         fusion_type (`str`): The `fusion_type` of the [`EVACapConfig`] to fill.

@@ -28,7 +28,8 @@ def make_processor_and_config(section: ModelSection) -> tuple[EVACapProcessor, E
     """Makes the processor and the configuration of the model to train.
 
     Raises:
-        ValueError: If a field of `model.config` is unknown, or if `model.start` is another variant than `model.preset`.
+        ValueError: If a field of `model.config` is unknown, or if `model.start` is another variant than
+            `model.preset`.
         OSError: If the tokenizer or `model.start` cannot be loaded.
     """
     preset = get_preset(section.preset)

@@ -142,7 +142,8 @@ class SavingSection:
     """The checkpoints and models.
 
     Args:
-        every_steps (`int`, *optional*): Steps between checkpoints, `null` for one per epoch; the last one is at the end.
+        every_steps (`int`, *optional*): Steps between checkpoints, `null` for one per epoch; the last one is at the
+            end.
         keep (`int`, defaults to 2): Number of newest checkpoints to keep.
         code (`bool`, defaults to `True`): Whether saved models carry their code, to load without this package.
     """
@@ -196,7 +197,8 @@ class RunConfig:
     Args:
         output (`str`): The folder of the run, for checkpoints, models and logs. The same configuration with the same
             folder continues the run.
-        seed (`int`, defaults to 0): Seed of the initial weights, the order of the clips, dropout, augmentation and swaps.
+        seed (`int`, defaults to 0): Seed of the initial weights, the order of the clips, dropout, augmentation and
+            swaps.
         model, data, optimization, validation, saving, logging, resources: See the classes of the sections.
     """
 

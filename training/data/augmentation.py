@@ -13,13 +13,13 @@ class Augmentation:
     rolled in time. Of the pictures a random run is taken.
 
     Args:
-        freq_mask (`int`, *optional*, defaults to 48): The width of the masked band is drawn uniformly below so many mel
-            bins, and its position is drawn uniformly, as in torchaudio's `FrequencyMasking`. 0 for none.
+        freq_mask (`int`, *optional*, defaults to 48): The width of the masked band is drawn uniformly below so many
+            mel bins, and its position is drawn uniformly, as in torchaudio's `FrequencyMasking`. 0 for none.
         time_mask (`int`, *optional*, defaults to 192): The same in frames, as in torchaudio's `TimeMasking`.
-        noise (`bool`, *optional*, defaults to `True`): Whether to add uniform noise from [0, 1) to every value, scaled by
-            one uniform draw from [0, 0.1).
-        roll (`bool`, *optional*, defaults to `True`): Whether to roll the frames by a uniformly drawn number. AVCap has
-            one switch for noise and roll.
+        noise (`bool`, *optional*, defaults to `True`): Whether to add uniform noise from [0, 1) to every value, scaled
+            by one uniform draw from [0, 0.1).
+        roll (`bool`, *optional*, defaults to `True`): Whether to roll the frames by a uniformly drawn number. AVCap
+            has one switch for noise and roll.
         random_frames (`bool`, *optional*, defaults to `True`): Whether to take a random run of consecutive pictures.
 
     Raises:

@@ -165,8 +165,8 @@ def _histograms(evaluation: Evaluation) -> "Figure | None":
 def make_sample_plots(evaluation: Evaluation, make_clips: MakeClips, samples: int = 3) -> dict[str, "Figure"]:
     """Plots of the first clips with a swapped video, by the name of their file.
 
-    A plot shows both videos, the filterbank, and gate and entropy over time of every checkpoint with a gate. Without such
-    a checkpoint there are none.
+    A plot shows both videos, the filterbank, and gate and entropy over time of every checkpoint with a gate. Without
+    such a checkpoint there are none.
 
     Args:
         evaluation (`Mapping`): The result of [`evaluate`].

@@ -58,9 +58,9 @@ def evaluate_predictions(
 def read_captions(path: str | os.PathLike) -> dict[str, list[str]]:
     """The captions of each clip in a file of JSON lines (`.jsonl`), or in a CSV file with a header (`.csv`).
 
-    Its fields: `id`, and `caption` or a list of `captions`; other fields do not matter. What `evacap caption` writes is
-    read as well: `text` is the caption, and the name of `file` without its suffix is the id. A clip may have several
-    rows. An empty caption is one.
+    Its fields: `id`, and `caption` or a list of `captions`; other fields do not matter. What `evacap caption` writes
+    is read as well: `text` is the caption, and the name of `file` without its suffix is the id. A clip may have
+    several rows. An empty caption is one.
 
     Raises:
         ValueError: With file and line, for a row that lacks a field or holds a wrong one, and for an empty file.

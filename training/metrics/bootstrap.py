@@ -79,9 +79,9 @@ def meteor(counts: Sequence[Sequence[float]]) -> Statistic:
     """METEOR 1.5 of a corpus, with its weights for English, from the `counts` of `compute_metrics`.
 
     Args:
-        counts (`Sequence[Sequence[float]]` of shape `(clips, 23)`): Words of the caption and of the reference, function
-            words of both; for each kind of match (exact, stem, synonym, paraphrase) the content words of both that
-            match, and the function words of both; chunks, and the words of both that match.
+        counts (`Sequence[Sequence[float]]` of shape `(clips, 23)`): Words of the caption and of the reference,
+            function words of both; for each kind of match (exact, stem, synonym, paraphrase) the content words of both
+            that match, and the function words of both; chunks, and the words of both that match.
     """
     counts = np.array(counts, dtype=float)
     # If all words match in one chunk, there is no fragmentation penalty.
@@ -131,9 +131,9 @@ def interval(figures: np.ndarray, confidence: float = CONFIDENCE) -> list[float]
 def p_value(differences: np.ndarray) -> float | None:
     """The two-sided p-value of a paired bootstrap test.
 
-    It is twice the share of the resamples in which the difference does not have its usual sign, with one resample added
-    so that it is never 0, and at most 1. It is the level at which the percentile interval of the difference begins to
-    include 0. It covers the choice of the clips, but not the choice of a training seed.
+    It is twice the share of the resamples in which the difference does not have its usual sign, with one resample
+    added so that it is never 0, and at most 1. It is the level at which the percentile interval of the difference
+    begins to include 0. It covers the choice of the clips, but not the choice of a training seed.
 
     Args:
         differences (`np.ndarray` of shape `(resamples,)`): Differences of two figures in the same resamples.

@@ -59,9 +59,9 @@ def compute_metrics(
     Args:
         predictions (`Sequence[str]`): One caption a clip.
         references (`Sequence[Sequence[str]]`): One or more captions a clip, not the same number for each.
-        metrics (`Sequence[str]`, *optional*, defaults to the toolkit's): Of `"bleu"` (1 to 4), `"meteor"`, `"rouge_l"`,
-            `"cider_d"`, `"spice"` and `"spider"`, the mean of CIDEr-D and SPICE; and of `"fense"`, `"fluency_error"`,
-            the share of captions with an error, and `"spider_fl"`, SPIDEr with FENSE's penalty.
+        metrics (`Sequence[str]`, *optional*, defaults to the toolkit's): Of `"bleu"` (1 to 4), `"meteor"`,
+            `"rouge_l"`, `"cider_d"`, `"spice"` and `"spider"`, the mean of CIDEr-D and SPICE; and of `"fense"`,
+            `"fluency_error"`, the share of captions with an error, and `"spider_fl"`, SPIDEr with FENSE's penalty.
         sentence_encoder (`str` or `os.PathLike`, *optional*): The folder of FENSE's, see
             [`~fense.sentence_similarities`].
         fluency_detector (`str` or `os.PathLike`, *optional*): The folder of FENSE's and SPIDEr-FL's, see

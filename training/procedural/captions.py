@@ -1,7 +1,7 @@
 """Captions of the procedural clips in the style of AudioCaps: what is heard, in its order, and what overlaps.
 
-Also the closed vocabulary of these captions, a WordPiece tokenizer for it, and the parsing of a caption into the sources
-that it names.
+Also the closed vocabulary of these captions, a WordPiece tokenizer for it, and the parsing of a caption into the
+sources that it names.
 """
 
 import re
@@ -48,8 +48,8 @@ def write_captions(groups: list[tuple[str, ...]], count: int, rng: np.random.Gen
     """Writes different captions of one clip.
 
     Args:
-        groups (`list[tuple[str, ...]]`): The names of the sounds (keys of `KINDS` or `UNSEEN`): overlapping sounds in one
-            group, the groups in the order in which they begin.
+        groups (`list[tuple[str, ...]]`): The names of the sounds (keys of `KINDS` or `UNSEEN`): overlapping sounds in
+            one group, the groups in the order in which they begin.
         count (`int`): Number of captions, all different.
         rng (`np.random.Generator`): Chooses the words.
     """

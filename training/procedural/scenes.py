@@ -8,7 +8,8 @@ A clip has one to three sounding sources, in a row or overlapping, under some ro
   different;
 * a source can be off screen. It is heard, and the caption says what can be known: a sound-alike off screen gets the
   word that its pair shares ("an engine runs"), every other kind its own name;
-* one or two silent objects can be on screen. They are never captioned, and their sound is unlike every sound of the clip.
+* one or two silent objects can be on screen. They are never captioned, and their sound is unlike every sound of the
+  clip.
 """
 
 import argparse

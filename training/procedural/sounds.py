@@ -204,8 +204,8 @@ def synthesize(sound: str, rng: np.random.Generator, seconds: float, pitch: floa
         rhythm (`float`): Factor on the rate of strokes, syllables or turns; 1 is the usual rate.
 
     Returns:
-        `np.ndarray` of shape `(samples,)`, float32, 16 kHz, with a root mean square of `EVENT_LEVEL` or a peak of `PEAK`,
-        whichever is quieter.
+        `np.ndarray` of shape `(samples,)`, float32, 16 kHz, with a root mean square of `EVENT_LEVEL` or a peak of
+        `PEAK`, whichever is quieter.
     """
     # Whole hundredths of a second are lengths with a fast Fourier transform.
     num_samples = max(1, round(seconds * 100)) * SAMPLING_RATE // 100
