@@ -31,7 +31,11 @@ def test_equals_kaldi(shared, window_type):
     batch = features(extractor, [answers[f"{name}.waveform"] for name in names]) * extractor.std + extractor.mean
     for name, log_mel in zip(names, batch):
         expected = answers[f"{name}.{window_type}"]
-        torch.testing.assert_close(log_mel[: len(expected)], expected, atol=1e-3, rtol=0, msg=lambda m: f"{name}: {m}")
+        off = (log_mel[: len(expected)] - expected).abs()
+        # 70 dB below the loudest band of its frame a band is what the Fourier transform rounds, on each processor in its
+        # own way: the sidelobes of a chirp are there.
+        is_heard = expected > expected.amax(1, keepdim=True) - 16
+        assert off[is_heard].max() < 5e-4 and off.max() < 0.05, name
         assert log_mel[len(expected) :].abs().max() < 1e-6, "frames past the end are zero before normalisation"
 
 
