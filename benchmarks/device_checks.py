@@ -1,6 +1,7 @@
-"""
-Whether a device computes what the CPU computes in float32: the model, its gradients and captions, training, and two
-processes on one device. A check is a row with what was found and how much of it is allowed.
+"""Checks that a device computes the same as the CPU in float32.
+
+The checks cover the model, its gradients and captions, training, and two processes on one device. Each check is a row
+with the difference that was found and the difference that is allowed.
 """
 
 import contextlib

@@ -58,8 +58,7 @@ def summary(values: Iterable[float]) -> dict[str, float]:
 def interleave(
     runs: dict[str, Callable[[], Any]], repeats: int = 5, budget: float = 60.0, long_run: float = 20.0
 ) -> dict[str, list[Any]]:
-    """
-    Calls the `runs` in turn, A B C A B C …, so that what else happens on the machine falls on all of them alike.
+    """Calls the `runs` in turn, A B C A B C …, so that what else happens on the machine falls on all of them alike.
 
     Args:
         runs (`dict[str, Callable]`): What to call, by name; each returns its own measurement.
@@ -105,8 +104,7 @@ def _resident_bytes(field: str) -> int:
 
 
 def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int | None:
-    """
-    The bytes that a call needs beside what this process holds already; see [`peak_memory`].
+    """The bytes that a call needs beside what this process holds already; see [`peak_memory`].
 
     On the CPU what earlier calls have left in the allocator is given back first; `None` there where it is not Linux.
     """
@@ -135,8 +133,7 @@ def _answer(queue: multiprocessing.Queue, function: Callable, args: tuple) -> No
 
 
 def in_own_process(function: Callable, *args) -> Any:
-    """
-    What `function`, of a module, returns for `args` in a fresh process.
+    """What `function`, of a module, returns for `args` in a fresh process.
 
     Raises:
         RuntimeError: the process died.
@@ -159,8 +156,7 @@ def in_own_process(function: Callable, *args) -> Any:
 
 
 def peak_memory(setup: Callable, *args, device: str = "cpu", warm_ups: int = 0) -> Any:
-    """
-    The bytes that a call needs beside its weights and inputs.
+    """The bytes that a call needs beside its weights and inputs.
 
     On the CPU, in a process of its own: the peak of the resident set during the call, less the resident set before it,
     so the libraries' working buffers are counted too. On CUDA: the peak of the allocated memory less what was
@@ -192,10 +188,10 @@ def _peaks(setup: Callable, args: tuple, device: str, warm_ups: int) -> int | No
 
 @functools.cache
 def product_seconds(batch: int, m: int, k: int, n: int, dtype: str, device: str) -> float:
-    """
-    The seconds of `batch` plain products (m × k) · (k × n) at the better rate of `torch.mm`, one by one, and of
-    `torch.bmm`, all at once. The result's memory is given, and the second factor is transposed as a linear layer's
-    weight is. Of a very large product a part is measured, at whose rate the rest follows.
+    """The seconds of `batch` plain products (m × k) · (k × n), by `torch.mm` or `torch.bmm`, whichever is faster.
+
+    The memory of the result is allocated before, and the second factor is transposed like the weight of a linear
+    layer. Of a very large product only a part is measured, and the rest is extrapolated.
     """
     options = {"dtype": DTYPES[dtype], "device": device}
     rows = max(1, min(m, int(MAX_PRODUCT_FLOPS[torch.device(device).type] / (2 * k * n))))
@@ -252,14 +248,14 @@ def machine(device: str) -> dict[str, Any]:
 
 
 class Results:
-    """
-    The measurements of one benchmark in a JSON file, a list of dictionaries. A measurement with the same settings
-    takes the place of an older one, so a run can be split, interrupted and continued.
+    """The measurements of one benchmark, a list of dictionaries in a JSON file.
+
+    A new measurement replaces an older one with the same settings, so a run can be split, interrupted and continued.
 
     Args:
-        path (`Path`): The file; made with its folder where it does not exist.
-        settings (`tuple[str, …]`): The names of the entries that tell one measurement from another.
-        device (`str`): Where the figures are taken; another machine than the file's own is refused.
+        path (`Path`): The file; it is made with its folder if it does not exist.
+        settings (`tuple[str, …]`): The names of the entries that identify a measurement.
+        device (`str`): The device of the measurements; another machine than that of the file is refused.
     """
 
     def __init__(self, path: str | Path, settings: tuple[str, ...], device: str):

@@ -35,8 +35,10 @@ LOG_FLOOR = torch.finfo(torch.float32).eps
 
 @lru_cache(maxsize=8)
 def _mel_filters(num_mel_bins: int, n_fft: int, sampling_rate: int, low_freq: float, high_freq: float) -> torch.Tensor:
-    """Kaldi's triangular mel filters, (n_fft // 2 + 1, num_mel_bins). Cached outside of the feature extractor, whose
-    attributes all go to its JSON file."""
+    """Kaldi's triangular mel filters, (n_fft // 2 + 1, num_mel_bins).
+
+    They are cached outside the feature extractor, because all of its attributes are saved in its JSON file.
+    """
     with warnings.catch_warnings():
         # Kaldi's filters are narrower than an FFT bin at low frequencies: some see none and stay at the log floor.
         warnings.filterwarnings("ignore", message="At least one mel filter has all zero values")
@@ -53,12 +55,11 @@ def _mel_filters(num_mel_bins: int, n_fft: int, sampling_rate: int, low_freq: fl
 
 
 class EVACapFeatureExtractor(SequenceFeatureExtractor):
-    r"""
-    Turns mono 16 kHz waveforms into normalised Kaldi log-mel filterbanks (HTK-compatible, no dither, no energy) of a
-    fixed number of frames, as AVCap and CAV-MAE do.
+    r"""Turns mono 16 kHz waveforms into normalised Kaldi log-mel filterbanks with a fixed number of frames (AVCap, CAV-MAE).
 
-    The mean of the whole waveform is removed, the filterbank computed, zero-padded or cut to `max_frames`, and only
-    then normalised by `(x - mean) / std` (AVCap): padded frames hold `(0 - mean) / std`.
+    The filterbanks are HTK-compatible, without dither and energy. The mean of the whole waveform is subtracted, the
+    filterbank is computed and zero-padded or cut to `max_frames`, and only then normalised by `(x - mean) / std`
+    (AVCap). So padded frames have the value `(0 - mean) / std`.
 
     Args:
         feature_size (`int`, *optional*, defaults to 128): Number of mel bins.
@@ -173,7 +174,8 @@ class EVACapFeatureExtractor(SequenceFeatureExtractor):
         device: "str | torch.device | None" = None,
         **kwargs,
     ) -> BatchFeature:
-        """
+        """Computes the features of one clip or of a batch.
+
         Args:
             raw_speech (array, tensor, list of floats, or a list of them):
                 One clip or a batch, floats in [-1, 1]. One clip is `(samples,)`; a batch is a list of clips of any
@@ -196,8 +198,8 @@ class EVACapFeatureExtractor(SequenceFeatureExtractor):
             `input_features_mask` (batch, max_frames) int64.
 
         Raises:
-            `ValueError`: for a wrong `sampling_rate`; an empty, integer-typed, wrongly shaped clip; NaN, infinity, or a
-                sample beyond ±1000.
+            `ValueError`: for a wrong `sampling_rate`; an empty, integer-typed, wrongly shaped clip; NaN, infinity, or
+                a sample beyond ±1000.
         """
         if sampling_rate is None:
             logger.warning_once(

@@ -81,8 +81,9 @@ def answer(model, processor) -> dict[str, Any]:
         processor ([`EVACapProcessor`]): Its processor.
 
     Returns:
-        `caption`, `tokens` (its ids), `score` (their mean log-probability, without the cache), `logits` (the highest of the
-        first step, by token id), `scale` (their standard deviation over the vocabulary), `dtype`, `device` and `versions`.
+        `caption`, `tokens` (its ids), `score` (their mean log-probability, without the cache), `logits` (the highest
+        of the first step, by token id), `scale` (their standard deviation over the vocabulary), `dtype`, `device` and
+        `versions`.
     """
     rate = getattr(processor.feature_extractor, "sampling_rate", None)
     waveform, frames = make_clip(rate, processor.window_seconds)
@@ -151,8 +152,8 @@ def read_known_answer(folder: str | os.PathLike) -> dict[str, Any] | None:
 def compare(known: dict[str, Any], found: dict[str, Any]) -> tuple[bool, str]:
     """Compares an answer with the known one.
 
-    The logits may differ by the tolerance of the coarser of the two precisions. The caption must be the same if both are
-    float32. In a coarser precision it may be another caption that is equally likely, within the same tolerance.
+    The logits may differ by the tolerance of the coarser of the two precisions. The caption must be the same if both
+    are float32. In a coarser precision it may be another caption that is equally likely, within the same tolerance.
 
     Args:
         known (`dict`): The result of [`read_known_answer`].

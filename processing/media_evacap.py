@@ -11,13 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A media file in, its sound and its picture out: one waveform and a few frames on one time line.
+"""Reading of a media file: its sound as one waveform, and a few frames on the same time line.
 
-A file is read once, in the order in which it is written, and windows are cut from it as they fill. Header fields lie
-(durations, frame counts, rates), and so do indexes, so nothing here depends on them; only a window that begins later is
-entered by a jump, in the containers that say the time with every packet, and the first packets there must agree. The time
-line starts at 0, where the first stream of the file starts. Where the clock of a broadcast breaks (it wraps, leaps or
-starts again), the seconds are counted on.
+A file is read once, in the order in which it is written, and windows are cut from it as they fill. Header fields
+(durations, frame counts, rates) and indexes can be wrong, so nothing depends on them. A jump is used only for a window
+that begins later, and only in containers with a time stamp in every packet; the first packets there must confirm it.
+The time line starts at 0 with the first stream of the file. If the clock of a broadcast breaks (wraps, leaps or starts
+again), the time is counted on.
 """
 
 import errno
@@ -64,7 +64,8 @@ MEMORY_A_PROCESS = 2**32
 DOWNLOAD_BYTES, DOWNLOAD_SECONDS = 2**32, 600.0
 """The largest download, or stream that cannot be read twice, and the longest time that a download may take."""
 
-# Play lists, concatenation scripts and picture sequences are left out: they would read other files than the one asked for.
+# Play lists, concatenation scripts and picture sequences are left out: they would read other files than the one asked
+# for.
 _FORMATS = (
     "mov,matroska,avi,mpegts,mpeg,flv,asf,mxf,ogg,wav,w64,aiff,au,caf,flac,mp3,aac,ac3,eac3,amr,wv,"
     "gif,apng,png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe"
@@ -105,17 +106,17 @@ class MediaNotFoundError(MediaError, FileNotFoundError):
 
 @dataclass
 class Media:
-    """What [`load_media`] returns.
+    """The result of [`load_media`].
 
     Attributes:
         waveform: Sound, float32 of shape `(samples,)`, or `None` if there is no (readable) sound track.
-        sampling_rate: Samples a second of `waveform`.
+        sampling_rate: Samples per second of `waveform`.
         frames: Pictures, uint8 RGB of shape `(frames, height, width, 3)`, or `None` if there is no (readable) picture.
-        timestamps: When each frame appears, float64 of shape `(frames,)`, in seconds from the window's start: below 0 for
-            a frame that was already on display then.
+        timestamps: The time of each frame, float64 of shape `(frames,)`, in seconds from the start of the window;
+            below 0 for a frame that was already on display.
         start: Start of the window, in seconds from the start of the file.
         duration: Seconds of the window that the file really has; 0 for a still image.
-        name: What messages call the file.
+        name: The name of the file in messages.
     """
 
     waveform: np.ndarray | None
@@ -134,7 +135,7 @@ class Media:
 
 @dataclass
 class MediaInfo:
-    """What [`probe_media`] returns: `duration` in seconds (0 for a still image) and which tracks there are."""
+    """The result of [`probe_media`]: `duration` in seconds (0 for a still image), and which tracks there are."""
 
     duration: float
     has_audio: bool
@@ -142,7 +143,7 @@ class MediaInfo:
 
 
 class MediaFile:
-    """A source that is open and can be read from any place, with the name that messages give it."""
+    """An open source that can be read from any position, with its name in messages."""
 
     def __init__(self, file: BinaryIO, label: str):
         self.label = label
@@ -156,15 +157,18 @@ class MediaFile:
 
 
 def is_file(item: Any) -> bool:
-    """Whether `item` names or holds a media file: path, URL, bytes, file object, open `MediaFile`, or the
-    `{"bytes": …, "path": …}` of an undecoded `datasets` column."""
+    """Whether `item` is a media file or its name.
+
+    That is a path, a URL, bytes, a file object, an open `MediaFile`, or the `{"bytes": …, "path": …}` of an undecoded
+    `datasets` column.
+    """
     if isinstance(item, dict):
         return bool(item) and item.keys() <= {"bytes", "path"}
     return isinstance(item, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(item, "read")
 
 
 def file_source(item: Any) -> "str | os.PathLike | bytes | BinaryIO | MediaFile":
-    """What `load_media` reads for an `item` that is a file."""
+    """The source that `load_media` reads for an `item` that is a file."""
     if not isinstance(item, dict):
         return item
     source = item.get("path") if item.get("bytes") is None else item["bytes"]
@@ -175,14 +179,14 @@ def file_source(item: Any) -> "str | os.PathLike | bytes | BinaryIO | MediaFile"
 
 @contextmanager
 def open_media(source: str | os.PathLike | bytes | BinaryIO | MediaFile) -> Iterator[MediaFile]:
-    """Open a source once, to read several windows of it: a URL is downloaded once, a pipe is read once.
+    """Opens a source once, to read several windows of it: a URL is downloaded once, a pipe is read once.
 
     Args:
         source: A path, a URL (`http:`, `https:`, `file:`), the bytes of a file, or a binary file object, which is read
             from its beginning and stays open.
 
     Raises:
-        MediaError: The source is missing, a directory, closed, empty, not binary, or could not be downloaded.
+        MediaError: If the source is missing, a directory, closed, empty or not binary, or cannot be downloaded.
     """
     if isinstance(source, MediaFile):
         yield source
@@ -222,16 +226,16 @@ def open_media(source: str | os.PathLike | bytes | BinaryIO | MediaFile) -> Iter
 
 
 def probe_media(source: str | os.PathLike | bytes | BinaryIO | MediaFile) -> MediaInfo:
-    """How long a file lasts and which tracks it has, without decoding it.
+    """The duration and the tracks of a file, without decoding it.
 
-    The announced duration is checked against the last packets; only where they disagree, or cannot be jumped to, is the
-    whole file read.
+    The announced duration is checked against the last packets. The whole file is read only if they disagree or cannot
+    be reached by a jump.
 
     Args:
         source: See [`open_media`].
 
     Raises:
-        MediaError: See [`load_media`].
+        MediaError: If the file cannot be read, see [`load_media`].
     """
     with read_media(source) as reader:
         return MediaInfo(reader.length(), reader.has_audio, reader.has_video)
@@ -252,47 +256,47 @@ def load_media(
     audio_track: int | None = None,
     backend: str = "pyav",
 ) -> Media:
-    """Read the sound and some frames of a file, or of a window of it.
+    """Reads the sound and some frames of a file, or of a window of it.
 
-    A frame is chosen by time, never by number: the one on display at that time, which is the last one with a time stamp
-    at or before it. So a clip with fewer frames than asked for repeats them, a picture that ends before the sound stays,
-    and before its first frame a picture that starts late shows that first frame. A still image (a file with one picture
-    and no sound) has no clock: it is on display at any time, and repeated as often as asked for. A sound that starts
-    late, pauses, or is over before the window starts, is silent there; silence is not added where the sound merely ends
-    earlier than the picture. (ours)
+    Frames are chosen by time, never by number: the frame on display at a time is the last one with a time stamp at or
+    before it. So a clip with too few frames repeats them, a picture that ends before the sound stays, and a picture
+    that starts late shows its first frame until then. A still image (a file with one picture and no sound) is on
+    display at any time and repeated as often as needed. Where a sound starts late or pauses, or if it is over before
+    the window starts, it is silent. No silence is added if the sound only ends before the picture. (ours)
 
-    Sound is resampled channel by channel, then reduced to one. (Not FFmpeg's mix to mono, (L + R)/√2, which is louder.)
+    Sound is resampled channel by channel and then reduced to one channel, without FFmpeg's mix to mono, (L + R)/√2,
+    which is louder.
 
-    A track of which nothing can be decoded counts as missing. Where a file is damaged or shorter than it announces, what
-    can be read is returned, with one warning. Digital silence is returned as it is, and `Media.silent` says so.
+    A track without any decodable data counts as missing. If a file is damaged or shorter than announced, the readable
+    part is returned, with one warning. Digital silence is returned as it is, with `Media.silent` set.
 
-    A window may cost 60 s of processor time, 1 GiB of sound and 512 MiB of pictures, which are shrunk where they would
-    take more. Pictures that are animated are read from GIF and APNG files, not from WebP.
+    A window may cost 60 s of processor time, 1 GiB of sound and 512 MiB of pictures; larger pictures are shrunk.
+    Animated pictures are read from GIF and APNG files, but not from WebP.
 
     Args:
         source: See [`open_media`].
-        sampling_rate: Samples a second of the waveform.
-        num_frames: Frames to return. Not used for `fps` with `frame_sampling="uniform"`.
-        fps: Frames a second, instead of `num_frames` frames however long the window is.
-        frame_sampling: `"uniform"`: the window is cut into `num_frames` equal parts (paper), or parts of 1/`fps` seconds,
-            and each gives the frame in its middle. `"middle"`: as with `fps`, which must be given, but of these only the
-            middle run of `num_frames` (AVCap's evaluation), all of them if they are fewer.
-        channels: `"average"` of all channels (ours) or the `"first"` (AVCap). Where channels cancel each other, so that
-            their average is far below what it would be of unrelated ones, the loudest is taken instead, with a warning.
+        sampling_rate: Samples per second of the waveform.
+        num_frames: Number of frames. It is ignored with `fps` and `frame_sampling="uniform"`.
+        fps: Frames per second, instead of `num_frames` frames for any length of the window.
+        frame_sampling: With `"uniform"`, the window is divided into `num_frames` equal parts (paper), or into parts of
+            1/`fps` seconds, and the frame in the middle of each is taken. `"middle"` needs `fps` and takes only the
+            middle run of `num_frames` of these frames (AVCap's evaluation), or all if there are fewer.
+        channels: `"average"` of all channels (ours), or the `"first"` (AVCap). If channels cancel each other, so that
+            their average is far below that of unrelated channels, the loudest is taken instead, with a warning.
         start: Start of the window, in seconds.
         duration: Length of the window, in seconds; up to the end of the file by default, and never beyond it.
         audio: Whether to read the sound.
         video: Whether to read the picture. Cover art of a sound file is not a picture in this sense.
-        audio_track: Which of the sound tracks to read, counted from 0; FFmpeg's choice by default.
-        backend: Reader of the frames: `"pyav"`, or `"decord"`, which picks wrong frames in files with an edit list, and
-            can hang or end the process on others. The sound is PyAV's in either case: decord's stereo is not sound.
+        audio_track: The number of the sound track, counted from 0; FFmpeg's choice by default.
+        backend: Reader of the frames: `"pyav"`, or `"decord"`, which picks wrong frames in files with an edit list,
+            and may hang or crash on others. The sound is always read by PyAV, because decord reads stereo wrongly.
 
     Raises:
-        MediaError: The source is missing, a directory, empty, damaged beyond reading, no media file, has neither sound
-            nor picture, or ends before the window starts; its sound holds a sample that is not finite or beyond ±1000;
-            or it takes more time or memory than a window may.
-        ValueError: An argument is out of range.
-        ImportError: The package of the backend is not installed.
+        MediaError: If the source is missing, a directory, empty, damaged beyond reading or not a media file; if it has
+            neither sound nor picture, or ends before the window starts; if its sound has a sample that is not finite
+            or beyond ±1000; or if it takes more time or memory than a window may.
+        ValueError: If an argument is out of range.
+        ImportError: If the package of the backend is not installed.
     """
     with read_media(
         source,
@@ -312,15 +316,17 @@ def load_media(
 
 @contextmanager
 def read_media(source: str | os.PathLike | bytes | BinaryIO | MediaFile, **options) -> Iterator["MediaReader"]:
-    """Open a file to read one window after the other, in one pass. What went wrong becomes a `MediaError` or, where there
-    are results, one warning at the end.
+    """Opens a file to read its windows one after the other, in one pass.
+
+    Problems become a `MediaError` or, if there are results, one warning at the end.
 
     Args:
         source: See [`open_media`].
-        options: Those of [`load_media`] but `duration`.
+        options: The options of [`load_media`] except `duration`.
 
     Raises:
-        MediaError, ValueError, ImportError: See [`load_media`]; also from the methods of the reader.
+        MediaError, ValueError, ImportError: If the file cannot be read, see [`load_media`]; also from the methods of
+            the reader.
     """
     if av is None:
         raise ImportError("Reading media needs PyAV: `pip install av`")
@@ -347,8 +353,8 @@ class MediaReader:
     """Windows of an open file, one after the other; see [`read_media`].
 
     Attributes:
-        label: What messages call the file.
-        has_audio, has_video: Which tracks there are.
+        label: The name of the file in messages.
+        has_audio, has_video: Whether there is such a track.
         still: Whether the file is one picture.
         position: Where the next window starts, in seconds.
     """
@@ -399,7 +405,7 @@ class MediaReader:
         return _Demuxer(self.file, start, self.problems, self.budget, **{**self.wanted, **changes})
 
     def close(self):
-        """Let go of all that has threads: a process that is forked later would wait for these when it tidies up."""
+        """Releases everything with threads, for which a process that is forked later would wait at its end."""
         self.budget.end()
         if self.sound is not None:
             self.sound.waveform.resampler = None
@@ -411,7 +417,7 @@ class MediaReader:
         """The next `duration` seconds, or all that follow.
 
         Raises:
-            MediaError: See [`load_media`].
+            MediaError: If the file cannot be read, see [`load_media`].
         """
         check_options(("duration", duration, duration is None or 0 < duration < math.inf, "above 0 or None"))
         self.budget.begin()
@@ -523,7 +529,7 @@ class MediaReader:
 
 
 class _Problems(list):
-    """What is wrong with a file, in words."""
+    """The problems of a file, in words."""
 
     def note(self, problem: str):
         if problem not in self:
@@ -531,7 +537,7 @@ class _Problems(list):
 
 
 class _Budget:
-    """The processor time that a window may take, asked about wherever FFmpeg comes back."""
+    """The processor time that a window may take, checked whenever FFmpeg returns."""
 
     current: "_Budget | None" = None  # of the file that is being read
 
@@ -555,11 +561,13 @@ class _Budget:
 
 
 def guard_process(memory: int = MEMORY_A_PROCESS):
-    """Hold a process that does nothing but read files to a budget: what it takes beyond fails with an error that names the
-    file, and where FFmpeg does not come back in twice the time of a window, the process says so in one line and ends.
+    """Limits memory and time of a process that only reads files.
+
+    More memory fails with an error that names the file. If FFmpeg does not return within twice the time of a window,
+    the process says so in one line and ends.
 
     Args:
-        memory: Bytes on top of what the process has already; only on Linux.
+        memory: Bytes that the process may use in addition to what it has; only on Linux.
     """
     try:
         import resource
@@ -613,13 +621,13 @@ class _Cursor:
 
 @dataclass(slots=True)
 class _Packet:
-    """A packet on the time line of the file, in seconds: when it is on display (or heard), and when it is decoded."""
+    """A packet with its display and decoding times on the time line of the file, in seconds."""
 
     data: Any
     time: float
     order: float
     counted: bool
-    """Whether the time is counted, as the packet has none that could be believed."""
+    """Whether the time is counted because the packet has no credible one."""
     after_gap: bool = False
     """Whether packets before it were left out."""
 
@@ -1162,8 +1170,7 @@ class _Sound:
             return []
 
     def cut(self, start: float, end: float) -> np.ndarray | None:
-        """The sound from `start` to `end`, silent where there is none, up to the last there is; `None` where none of
-        the track can be decoded."""
+        """The sound from `start` to `end`, or to its end, with silence in gaps; `None` if nothing can be decoded."""
         if self.drained:
             self.waveform.flush()
         if (self.undecodable or self.track.damaged) and not self.waveform.has_sound:

@@ -1,4 +1,4 @@
-"""The processor that belongs to a model, and its tokenizer."""
+"""The processor of a model, and its tokenizer."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -13,20 +13,19 @@ from .video_processing_evacap import EVACapVideoProcessor
 
 
 FUSION_MODALITIES = {"audio_only": "audio", "video_only": "video"}
-"""What the processor of a `fusion_type` takes; the others take both streams."""
+"""The stream that a processor takes, by `fusion_type`; the others take both."""
 
 
 def make_processor(
     config: PreTrainedConfig, processing: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> EVACapProcessor:
-    """
-    The processor of a model.
+    """The processor of a model.
 
     Args:
-        config ([`EVACapConfig`]): Its sizes.
+        config ([`EVACapConfig`]): The configuration of the model, for its sizes.
         processing (`Mapping`): Options of the feature extractor, such as `window_type`, `channels` and
             `frame_shift_ms`, and `frame_sampling` and `fps` of the video processor, such as a preset's `processing`.
-        tokenizer ([`PreTrainedTokenizerBase`]): Its decoder's.
+        tokenizer ([`PreTrainedTokenizerBase`]): The tokenizer of its decoder.
     """
     audio, video = config.audio_config, config.video_config
     sampling = {name: processing[name] for name in ("frame_sampling", "fps") if name in processing}
@@ -50,9 +49,9 @@ def make_processor(
 
 @contextmanager
 def loading(name: str | os.PathLike) -> Iterator[None]:
-    """
-    Within it whatever a damaged file of the model `name` makes the libraries raise, which has no common type, becomes a
-    `ValueError` with a sentence.
+    """Turns every error within it into a `ValueError` that the model `name` cannot be loaded.
+
+    For a damaged file, the libraries raise errors without a common type.
     """
     try:
         yield
@@ -68,22 +67,20 @@ def loading(name: str | os.PathLike) -> Iterator[None]:
 
 
 def load_processor(name: str | os.PathLike) -> EVACapProcessor:
-    """
-    The processor of a model folder or of a model of the Hub, without running code of theirs or asking to do so.
+    """The processor of a model folder or of a model of the Hub, without running code of theirs or asking to do so.
 
     Raises:
-        ValueError: it cannot be loaded.
+        ValueError: If it cannot be loaded.
     """
     with loading(name):
         return EVACapProcessor.from_pretrained(name, trust_remote_code=False)
 
 
 def load_tokenizer(name: str | os.PathLike) -> BertTokenizer:
-    """
-    A BERT tokenizer of the Hub, or of a folder that holds at least `vocab.txt`.
+    """A BERT tokenizer of the Hub, or of a folder that holds at least `vocab.txt`.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: If there is none.
     """
     try:
         tokenizer = BertTokenizer.from_pretrained(name)

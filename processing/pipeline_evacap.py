@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The task "audio-visual-captioning": from files of any length to captions of what is heard."""
+"""The pipeline of the task "audio-visual-captioning": captions of files of any length."""
 
 import itertools
 import math
@@ -53,7 +53,7 @@ from .video_processing_evacap import stack_videos
 logger = logging.get_logger(f"transformers.{__name__}")
 
 ON_ERROR = ("raise", "skip")
-# Keys of an input, and the argument of the processor that takes what they hold.
+# Keys of an input, each with the argument of the processor for its value.
 STREAMS = {
     "media": "media",
     "audio": "audio",
@@ -65,12 +65,12 @@ STREAMS = {
 
 
 def split_streams(inputs: Any, processor: EVACapProcessor) -> dict[str, Any]:
-    """
-    The streams of one input that the model takes, by the processor's argument for each, the one that sets the length
-    first.
+    """The streams of one input that the model takes, by the argument of the processor.
+
+    The stream that determines the length comes first.
 
     Raises:
-        `ValueError`: if there is none, no sound for a model that listens, or a sound that is malformed.
+        ValueError: If there is no stream, if a model with an audio tower gets no sound, or if the sound is malformed.
     """
     if is_file(inputs):
         inputs = {"media": inputs}
@@ -110,12 +110,11 @@ def split_streams(inputs: Any, processor: EVACapProcessor) -> dict[str, Any]:
 def read_windows(
     inputs: Any, processor: EVACapProcessor, window_seconds: float, audio_track: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """
-    Read one input window by window, each file in one pass, so that memory does not grow with its length.
+    """Reads one input window by window, each file in one pass, so that memory does not grow with its length.
 
-    The windows follow each other without overlap; the last is shorter, and a rest below half a second is left out
-    (ours). The sound sets the length: a picture that ends earlier is missing in later windows, a still stays, and
-    decoded frames, which have no clock, are spread evenly over the sound.
+    The windows follow each other without overlap. The last is shorter; a rest below half a second is left out (ours).
+    The sound determines the length. A picture that ends earlier is missing in later windows, a still stays, and
+    decoded frames, which have no time stamps, are spread evenly over the sound.
 
     Yields:
         `{"timestamp": (start, end), "is_last": bool, "is_silent": bool, "inputs": BatchFeature}`.
@@ -223,10 +222,10 @@ class _SoundWindows:
 
 
 class WindowDataset(IterableDataset):
-    """
-    The windows of many inputs, each with the number of its input, in the order of the inputs. Workers share out the
-    inputs. Where reading fails the error takes the place of the input's remaining windows, so that it is the caller
-    who decides, and no other input is lost.
+    """The windows of many inputs in their order, each with the number of its input.
+
+    Workers divide the inputs among themselves. If reading fails, the error replaces the remaining windows of the
+    input, so that the caller can decide and no other input is lost.
     """
 
     def __init__(self, inputs: Any, read: Callable[[Any], Iterator[dict[str, Any]]]):
@@ -258,19 +257,19 @@ def _copies_itself() -> bool:
 
 
 def numbered(error: Exception, index: int) -> Exception:
-    """The error with the number of its input in front of its message, unless that names a file."""
+    """The error with the number of its input before its message, unless the message names a file."""
     if not isinstance(error, MediaError) or str(error).startswith("<"):
         error.args = (f"inputs[{index}]: {message(error)}", *error.args[1:])
     return error
 
 
 def message(error: Exception) -> str:
-    """What an error says; what it is where it says nothing, as `MemoryError` does."""
+    """The message of an error, or its type if it has none, as `MemoryError`."""
     return str(error) or type(error).__name__
 
 
 def portable(error: Exception) -> Exception:
-    """The error itself, or one of the same message that survives the way from a worker process."""
+    """The error itself if it can be pickled for the way from a worker process, otherwise one with the same message."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -280,7 +279,7 @@ def portable(error: Exception) -> Exception:
 
 @dataclass
 class WindowBatch:
-    """Windows as one batch of inputs, beside the items they are from, each with the number of its input."""
+    """A batch of windows, and the items that they come from, each with the number of its input."""
 
     items: list[tuple[int, dict[str, Any] | Exception]]
     inputs: dict[str, torch.Tensor]
@@ -291,7 +290,7 @@ class WindowBatch:
 
 
 def collate_windows(items: list[tuple[int, dict[str, Any] | Exception]]) -> WindowBatch:
-    """Windows as one batch; an item keeps what is known of it beside its inputs: its timestamp, or the error."""
+    """Collates windows into one batch; their items keep everything except the inputs, such as timestamps or the error."""
     batch = [item.pop("inputs") for _, item in items if not isinstance(item, Exception)]
     inputs = {
         name: torch.cat([window[name] for window in batch])
@@ -305,7 +304,7 @@ def collate_windows(items: list[tuple[int, dict[str, Any] | Exception]]) -> Wind
 
 
 def undecoded(rows: Any) -> Any:
-    """`datasets` rows, or a column of them, with files in place of decoders: the windows are read from the files."""
+    """`datasets` rows, or one of their columns, with files instead of decoders, so that windows can be read."""
     if isinstance(rows, KeyDataset):
         return KeyDataset(undecoded(rows.dataset), rows.key)
     if hasattr(rows, "column_name"):
@@ -331,7 +330,7 @@ class _Rows(Dataset):
 
 
 class _Captions:
-    """The results of many inputs, computed when iterated over; as long as the inputs, where their number is known."""
+    """The results of many inputs, computed during iteration; it has a length if the inputs have one."""
 
     def __init__(self, inputs: Any, iterate: Callable[[], Iterator[dict[str, Any]]]):
         self.inputs, self.iterate = inputs, iterate
@@ -344,8 +343,7 @@ class _Captions:
 
 
 class AudioVisualCaptioningPipeline(ChunkPipeline):
-    r"""
-    Describes what is heard in audio-visual clips of any length.
+    r"""Describes what is heard in audio-visual clips of any length.
 
     Args:
         model ([`EVACapForConditionalGeneration`]): The captioner.
@@ -354,7 +352,6 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
             arguments of a call.
 
     Example:
-
     ```python
     >>> import evacap
     >>> from transformers import pipeline
@@ -380,17 +377,16 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
         super().__init__(model, processor=processor, **kwargs)
 
     def __call__(self, inputs: Any, **kwargs) -> dict | list[dict] | Iterator[dict]:
-        r"""
-        Caption one input or many.
+        r"""Captions one input or many.
 
         Args:
-            inputs: One input is a file (path, URL, bytes, file object, or the `{"bytes": …, "path": …}` of `datasets`)
-                or a dict of `"media"`, or of `"audio"` (file or `{"array": …, "sampling_rate": …}`) and, if there is a
-                picture, `"video"` (file, array, list of PIL images or picture files) or `"image"`, also spelt as the
-                processor does, `"videos"` or `"images"`; other keys are not read. A `"video"` file alone is heard, too.
-                A list or tuple gives a list. A generator, a PyTorch or `datasets` dataset or a column of one gives an
-                iterator that reads as it goes.
-            batch_size (`int`, *optional*, defaults to 1): Windows to caption at a time, across inputs.
+            inputs: One input is a file (path, URL, bytes, file object, or the `{"bytes": …, "path": …}` of
+                `datasets`), or a dict with `"media"`, or a dict with `"audio"` (file or `{"array": …, "sampling_rate":
+                …}`) and optionally `"video"` (file, array, list of PIL images or picture files) or `"image"`. The
+                names of the processor, `"videos"` and `"images"`, are accepted too; other keys are ignored. A
+                `"video"` file alone also gives the sound. A list or tuple of inputs gives a list. A generator, a
+                PyTorch or `datasets` dataset, or a column of one, gives an iterator that reads as it goes.
+            batch_size (`int`, *optional*, defaults to 1): Number of windows in a batch, across inputs.
             num_workers (`int`, *optional*, defaults to 0):
                 Processes that read and decode, each within a budget of memory; a generator is read by one at most,
                 and by none where processes do not start as copies of this one (macOS, Windows, Python 3.14).
@@ -416,8 +412,8 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
             whose sound there is nothing to hear, and one warning an input: what is said of silence is invented.
 
         Raises:
-            `ValueError`: for an argument out of range and, with `on_error="raise"`, for an input that is none or a file
-            that cannot be read, naming the file or, of several inputs, the number.
+            ValueError: If an argument is out of range or, with `on_error="raise"`, if an input is of no such kind or a
+                file cannot be read; the message has the file, or the number of the input.
         """
         inputs = undecoded(inputs)
         if isinstance(inputs, (list, tuple)):
@@ -425,7 +421,7 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
             if not inputs:
                 return []
         elif isinstance(inputs, IterableDataset):
-            # One that has a length has no items by number all the same.
+            # Even one with a length cannot be indexed.
             inputs = (item for item in inputs)
         elif not (is_file(inputs) or isinstance(inputs, (Mapping, Dataset)) or hasattr(inputs, "ndim")):
             if hasattr(inputs, "__len__") and hasattr(inputs, "__getitem__"):
@@ -479,9 +475,9 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
         return _Captions(inputs, partial(self._caption, loader, forward_params, **postprocess_params))
 
     def window_loader(self, inputs: Any, num_workers: int, batch_size: int, **preprocess_params) -> DataLoader:
-        """The windows of the inputs in batches, read by processes of their own while the model is at work."""
+        """The windows of the inputs in batches, read by other processes while the model runs."""
         # The base class reads in one process at most, cannot batch windows with and without a picture, and loses a
-        # batch to one bad file.
+        # batch if one file is bad.
         most = len(inputs) if hasattr(inputs, "__len__") else int(_copies_itself())
         return DataLoader(
             WindowDataset(inputs, partial(read_windows, **self._reading(**preprocess_params))),
@@ -501,7 +497,7 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
     def _caption(
         self, loader: DataLoader, forward_params: dict, on_error: str = "raise", **postprocess_params
     ) -> Iterator[dict]:
-        """Run the model on batches of windows and yield the results in the order of the inputs."""
+        """Runs the model on batches of windows and yields the results in the order of the inputs."""
         windows, results, upcoming = defaultdict(list), {}, 0
         for batch in loader:
             inputs = {name: value.to(self.device, non_blocking=True) for name, value in batch.inputs.items()}
@@ -572,11 +568,12 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
         return curves
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Saves the model, the processor, their code and the known answer.
+
+        With the code the folder loads without this package. With the known answer `evacap check-install` can tell
+        whether another machine captions as this one does.
         """
-        Saves the model, the processor, the code of all, so that the folder loads without this package, and the known
-        answer by which `evacap check-install` sees whether another machine captions as this one does.
-        """
-        # First, as it is small: where the folder cannot be written, no large file is left in it.
+        # First, because it is small: if the folder cannot be written, no large file is left in it.
         self.processor.save_pretrained(save_directory, **kwargs)
         # The base class would write two parts of the processor once more, into files that nobody reads.
         parts = {name: getattr(self, name) for name in ("tokenizer", "feature_extractor")}

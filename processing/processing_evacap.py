@@ -29,8 +29,8 @@ from .video_processing_evacap import EVACapVideoProcessorKwargs, stack_videos, t
 
 
 if TYPE_CHECKING:
-    # Not run, as the pipeline builds on this file. transformers saves with a processor's file those it names like this,
-    # and so the pipeline's code travels with the processor and a saved folder has its task.
+    # Not run, as the pipeline builds on this file. transformers saves with a processor's file those it names like
+    # this, and so the pipeline's code travels with the processor and a saved folder has its task.
     from .pipeline_evacap import AudioVisualCaptioningPipeline  # noqa: F401
 
 # Below transformers' own logger, so that its verbosity holds here too.
@@ -49,10 +49,10 @@ NEGLIGIBLE_SECONDS = 0.5
 
 class EVACapProcessorKwargs(ProcessingKwargs, total=False):
     """
-    start (`float`, *optional*, defaults to 0.0): Where the clip begins, in seconds.
+    start (`float`, *optional*, defaults to 0.0): Start of the clip in seconds.
     duration (`float`, *optional*): Seconds to use, at most and by default `window_seconds`.
-    audio_track (`int`, *optional*): Which of the sound tracks of a file to hear, counted from 0.
-    """
+    audio_track (`int`, *optional*): The number of the sound track of a file, counted from 0.
+    """  # noqa: D205, D212
 
     videos_kwargs: EVACapVideoProcessorKwargs
     start: float | None
@@ -85,9 +85,7 @@ class _Window:
 
 
 class EVACapProcessor(ProcessorMixin):
-    r"""
-    Makes the inputs of EVACap from media files, or from sound and pictures that are already decoded, and its labels
-    from captions.
+    r"""Makes the inputs of EVACap from media files or decoded sound and pictures, and its labels from captions.
 
     Args:
         feature_extractor ([`EVACapFeatureExtractor`]): Waveforms to `input_features`.
@@ -96,10 +94,11 @@ class EVACapProcessor(ProcessorMixin):
         modalities (`str`, *optional*, defaults to `"audio_video"`):
             What the model takes: `"audio_video"`, or `"audio"` or `"video"` alone. The other stream is neither decoded
             nor returned, so the checkpoint of an `audio_only` model stores `"audio"`.
-        max_text_length (`int`, *optional*, defaults to 40): Longest caption in tokens, with `[CLS]` and `[SEP]` (AVCap).
+        max_text_length (`int`, *optional*, defaults to 40): Longest caption in tokens, with `[CLS]` and `[SEP]`
+            (AVCap).
 
     Raises:
-        `ValueError`: for another value of `modalities` or a `max_text_length` below 3.
+        ValueError: If `modalities` has another value or `max_text_length` is below 3.
     """
 
     valid_processor_kwargs = EVACapProcessorKwargs
@@ -145,9 +144,10 @@ class EVACapProcessor(ProcessorMixin):
         images=None,
         **kwargs: Unpack[EVACapProcessorKwargs],
     ) -> BatchFeature:
-        r"""
-        Every stream is one clip or a list of clips; a file is a path, URL, bytes, a file object or the
-        `{"bytes": …, "path": …}` of an undecoded `datasets` column, or [`Media`] that has been read already. Use either
+        r"""Makes the inputs of one clip, or of a batch of clips.
+
+        Every stream is one clip or a list of clips. A file is a path, a URL, bytes, a file object, the
+        `{"bytes": …, "path": …}` of an undecoded `datasets` column, or [`Media`] that was read before. Give either
         `media`, or `audio` with `videos` or `images` in the same order.
 
         Args:
@@ -186,9 +186,10 @@ class EVACapProcessor(ProcessorMixin):
               them itself.
 
         Raises:
-            `ValueError` (of which `MediaError` is one), naming the file or argument: for a file that cannot be read or
-            lacks the sound that the model needs, batches of different sizes, a wrong sampling rate, and bad options.
-            `TypeError`: for `video` or `image`, which are called `videos` and `images`.
+            ValueError: If a file cannot be read (then a `MediaError`) or lacks the sound that the model needs, if
+                batches differ in size, or if a sampling rate or an option is wrong; the message has the file or
+                argument.
+            TypeError: If `video` or `image` is given, which are called `videos` and `images`.
         """
         for name in ("video", "image"):
             if name in kwargs:
@@ -249,16 +250,16 @@ class EVACapProcessor(ProcessorMixin):
         video: bool = True,
         **sampling,
     ) -> AbstractContextManager[MediaReader]:
-        """
-        Open a file to read its windows as this processor takes them: the streams that are asked for and that the model
-        takes. What the reader returns is passed as `media`, `audio` or `videos`.
+        """Opens a file to read its windows for this processor, with the requested streams that the model takes.
+
+        The windows of the reader can be passed as `media`, `audio` or `videos`.
 
         Args:
             source: A file, see [`is_file`].
-            start (`float`, *optional*, defaults to 0.0): Where the first window begins, in seconds.
+            start (`float`, *optional*, defaults to 0.0): Start of the first window in seconds.
             audio_track (`int`, *optional*): See `__call__`.
-            audio, video (`bool`, *optional*, defaults to `True`): The streams that are asked for.
-            sampling: `num_frames`, `fps` and `frame_sampling`, by default the video processor's.
+            audio, video (`bool`, *optional*, defaults to `True`): The requested streams.
+            sampling: `num_frames`, `fps` and `frame_sampling`; by default those of the video processor.
         """
         return read_media(
             file_source(source),
@@ -275,7 +276,7 @@ class EVACapProcessor(ProcessorMixin):
         )
 
     def _load(self, source, window: "_Window", sampling: dict, audio: bool = True, video: bool = True) -> Media:
-        """A window of a file, or what was read of one already."""
+        """A window of a file, unless it was read before."""
         if isinstance(source, Media):
             self._check_streams(source, audio, video)
             return source
@@ -348,8 +349,7 @@ class EVACapProcessor(ProcessorMixin):
         return waveforms, known_rate
 
     def to_waveform(self, clip: Any, name: str, rate: int | None = None) -> torch.Tensor:
-        """
-        A decoded clip as a tensor of floats, (samples,) or (channels, samples), or an error that calls it `name`.
+        """A decoded clip as a tensor of floats, (samples,) or (channels, samples), or an error that calls it `name`.
 
         Args:
             clip: Samples, `{"array": …, "sampling_rate": …}`, or the decoder of a `datasets` column.

@@ -49,9 +49,9 @@ class EVACapVideoProcessorKwargs(VideosKwargs, total=False):
         `1 / fps` seconds. `"middle"` needs `fps` and takes the middle run of `num_frames` frames, `1 / fps` seconds
         apart (AVCap's evaluation).
     tubelet_size (`int`, *optional*):
-        The number of frames is filled up to a multiple of it by repeating the last one. Defaults to 2, the frames of
-        the model's tubelets, and to 1 for `num_frames=1`.
-    """
+        The last frame is repeated until the number of frames is a multiple of it. Defaults to 2, the frames of the
+        model's tubelets, and to 1 for `num_frames=1`.
+    """  # noqa: D205, D212
 
     frame_sampling: str | None
     tubelet_size: int | None
@@ -62,14 +62,13 @@ def stack_videos(
     masks: Sequence[torch.Tensor | None] | None = None,
     num_frames: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """
-    Stacks videos into one batch, filled up with zeros.
+    """Stacks videos into one batch, filled up with zeros.
 
     Args:
-        videos (`Sequence[torch.Tensor | None]`): The video of each clip, (frames, channels, height, width); `None` for a
-            clip without a picture. One at least is not `None`.
-        masks (`Sequence[torch.Tensor | None]`, *optional*): The frames of each video that exist, (frames,), bool; `None`
-            for all of them.
+        videos (`Sequence[torch.Tensor | None]`): The video of each clip, (frames, channels, height, width); `None` for
+            a clip without a picture. One at least is not `None`.
+        masks (`Sequence[torch.Tensor | None]`, *optional*): The frames of each video that exist, (frames,), bool;
+            `None` for all of them.
         num_frames (`int`, *optional*): Frames of the batch; by default those of the longest video.
 
     Returns:
@@ -103,8 +102,10 @@ def _fill_up(frames: torch.Tensor, num_frames: int) -> torch.Tensor:
 
 
 def to_tensor(frames: np.ndarray) -> torch.Tensor:
-    """Frames (frames, height, width, 3) as `load_media` gives them as a tensor (frames, 3, height, width). A picture that
-    is repeated stays one picture in memory."""
+    """Frames (frames, height, width, 3) of `load_media` as a tensor (frames, 3, height, width).
+
+    A repeated picture stays one picture in memory.
+    """
     if frames.strides[0] == 0:
         return torch.from_numpy(np.array(frames[0])).permute(2, 0, 1)[None].expand(len(frames), -1, -1, -1)
     return torch.from_numpy(frames).permute(0, 3, 1, 2)
@@ -118,18 +119,19 @@ def _ndim(item) -> int:
 
 
 class EVACapVideoProcessor(BaseVideoProcessor):
-    r"""
-    Samples frames, resizes their shorter side to 224 (bicubic), crops the centre and normalises by ImageNet's mean and
-    standard deviation (AVCap).
+    r"""Samples frames, resizes, crops and normalises them (AVCap).
+
+    The shorter side is resized to 224 pixels (bicubic) and the centre is cropped. Pixels are normalised by the mean
+    and standard deviation of ImageNet.
 
     A video is a path, URL, bytes or file object (read by `load_media`: by time stamp, rotation applied); an array or
     tensor `(frames, height, width, channels)` or `(frames, channels, height, width)`; a list of PIL images or 3-D
     arrays; or one picture, a video of one frame. A list of videos is a batch, in which the kinds may be mixed, and in
-    which a list of picture files is one video. Values are 0 to 255, unless `do_rescale=False`. Sampling 18 frames from a
-    video that has fewer repeats frames.
+    which a list of picture files is one video. Values are 0 to 255, unless `do_rescale=False`. Sampling 18 frames from
+    a video that has fewer repeats frames.
 
-    A picture more than four times as long as it is wide is first cut to its middle: the crop shows less of it still, and
-    a strip of some thousand pixels would take gigabytes when its short side is enlarged. (ours)
+    A picture more than four times as long as it is wide is first cut to its middle (ours). The crop shows even less of
+    it, and enlarging the short side of a strip of some thousand pixels would take gigabytes.
 
     Args:
         num_frames (`int`, *optional*, defaults to 18): Frames to sample; 18 are 2 per second over 9 s (paper).
@@ -182,8 +184,7 @@ class EVACapVideoProcessor(BaseVideoProcessor):
         frame_sampling: str | None = None,
         **kwargs,
     ) -> np.ndarray:
-        """
-        The indices of the frames to take from a decoded video: the rule by which `load_media` chooses its times.
+        """The indices of the frames to take from a decoded video: the rule by which `load_media` chooses its times.
 
         Args:
             metadata ([`VideoMetadata`]): `total_num_frames`, and `fps` where frames per second are asked for.

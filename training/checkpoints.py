@@ -37,8 +37,7 @@ RANDOM_STATES = "random_states_{}.safetensors"
 
 @dataclass
 class TrainingState:
-    """
-    Where a run is; a part of its checkpoints.
+    """Where a run is; a part of its checkpoints.
 
     Args:
         step (`int`): Steps of the optimizer that are done.
@@ -75,8 +74,7 @@ class TrainingState:
 
 
 class Checkpoints:
-    """
-    The folder `checkpoints` of a run. A checkpoint has its name when it is complete, and not before.
+    """The folder `checkpoints` of a run. A checkpoint has its name when it is complete, and not before.
 
     It holds tensors (safetensors) and JSON, which run no code when they are loaded, and is the same whether the model
     is whole in each process or shared out among them (FSDP).
@@ -141,8 +139,7 @@ class Checkpoints:
             )
 
     def resume(self) -> bool:
-        """
-        Loads the newest checkpoint; returns whether there was one.
+        """Loads the newest checkpoint; returns whether there was one.
 
         Raises:
             FileNotFoundError: a file of it is missing or incomplete.
@@ -267,8 +264,7 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
 
 
 class Models:
-    """
-    The folders of a run that Transformers loads: the best models, and the one at the end.
+    """The folders of a run that Transformers loads: the best models, and the one at the end.
 
     Args:
         folder (`Path`): The folder of the run.
@@ -333,12 +329,10 @@ class Models:
 
 
 def write_folder(target: Path, accelerator: Accelerator, write: Callable[[Path], None]) -> None:
-    """
-    Makes the folder `target`, or makes it anew, with what `write` puts there, in all processes at once: beside it, then
-    renamed.
+    """Makes or replaces the folder `target`, in all processes at once, by writing beside it and renaming.
 
     Raises:
-        OSError: it could not be written. What was there before is as it was.
+        OSError: If it cannot be written. The previous folder is then unchanged.
     """
     # All processes must know it; the lock of the run keeps other runs away.
     partial = target.with_name(f".{target.name}.partial")

@@ -34,9 +34,9 @@ def check_run(folder: Path, config: RunConfig) -> None:
 
 
 def record_start(folder: Path, config: RunConfig, command: list[str], num_processes: int, step: int) -> None:
-    """
-    Writes `run.json`: the configuration and, for each time that the run was started, when, by which command, from which
-    step, with which versions and which git commit of the working directory.
+    """Writes `run.json`: the configuration and all starts of the run.
+
+    A start has its time, command, step, versions, and the git commit of the working directory.
     """
     path = folder / "run.json"
     starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
@@ -55,7 +55,8 @@ def record_start(folder: Path, config: RunConfig, command: list[str], num_proces
 
 def _git_commit() -> str | None:
     """The commit that the working directory is at, with `+changes` where files differ from it."""
-    # A repository can name commands that git runs to compare its files: they are for who works in it, and not run here.
+    # A repository can name commands that git runs to compare its files: they are for who works in it, and not run
+    # here.
     options = ["-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}"]
     for line in (_git("config", "--name-only", "--get-regexp", r"^filter\..*\.(clean|process)$") or "").splitlines():
         options += ["-c", f"{line}="]
@@ -80,8 +81,7 @@ def _git(*arguments: str) -> str | None:
 
 
 class RunLog:
-    """
-    Tells figures to `log.jsonl` and to the trackers; in the main process alone.
+    """Tells figures to `log.jsonl` and to the trackers; in the main process alone.
 
     Args:
         folder (`Path`): The folder of the run.

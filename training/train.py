@@ -44,8 +44,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def train(config: RunConfig, run_class: type["TrainingRun"] | None = None) -> int:
-    """
-    Trains a captioner, from the newest checkpoint in `config.output` where there is one.
+    """Trains a captioner, from the newest checkpoint in `config.output` where there is one.
 
     Args:
         config ([`RunConfig`]): All of it.
@@ -98,8 +97,7 @@ def run_steps(run: "TrainingRun") -> int:
 
 
 class TrainingRun:
-    """
-    All that a run works with, made from its configuration.
+    """All that a run works with, made from its configuration.
 
     Args:
         config ([`RunConfig`]): See there.
@@ -221,8 +219,7 @@ class TrainingRun:
                 state.epoch, state.step_in_epoch = state.epoch + 1, 0
 
     def step(self, batches: list[dict[str, torch.Tensor]], stop: "StopSignals") -> tuple[dict[str, float], bool]:
-        """
-        One step of the optimizer.
+        """One step of the optimizer.
 
         Args:
             batches (`list[dict]`): The batches of this process, whose gradients are added up.
@@ -314,8 +311,7 @@ class TrainingRun:
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """
-    The accelerator that the configuration and `accelerate launch` ask for.
+    """The accelerator that the configuration and `accelerate launch` ask for.
 
     Raises:
         ImportError: a tracker is not installed.
@@ -374,10 +370,7 @@ def adapt_fsdp(accelerator: Accelerator, model: torch.nn.Module) -> None:
 
 
 class StopSignals:
-    """
-    Within it, the first Ctrl-C or SIGTERM is noted in `number`, for the run to stop after its step; the second one ends
-    the process.
-    """
+    """Records the first Ctrl-C or SIGTERM in `number`, so that the run stops after its step; a second one ends it at once."""
 
     def __init__(self):
         self.number = 0

@@ -88,16 +88,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def find_media(names: Iterable[str]) -> list[str | Path]:
-    """
-    Each file once, in the order of the names, folders replaced by the media files in and below them in the order of
-    their paths; hidden files and folders are left out.
+    """Lists each file once, in the order of the names, with the media files in and below a folder in its place.
+
+    Hidden files and folders are left out.
 
     Returns:
-        A `Path` for whatever is there, so that a file which is called like a URL is not taken for one; the name itself
-        for all else.
+        A `Path` for everything that exists, so that a file with a name like a URL is not taken for one; otherwise the
+        name.
 
     Raises:
-        ValueError: a folder has no media file.
+        ValueError: If a folder has no media file.
     """
     files = []
     for name in names:
@@ -205,8 +205,8 @@ def write_captions(arguments: argparse.Namespace, media: list[str | Path]) -> in
 def _append_captions(arguments: argparse.Namespace, lines: JsonLines, media: list[str | Path], total: int) -> int:
     from tqdm.auto import tqdm
 
-    # Read when torch is loaded: its threads would wait actively, on cores that the reading processes need. With as many
-    # of either as cores that took five times as long.
+    # Read when torch is loaded: its threads would wait actively, on cores that the reading processes need. With as
+    # many of either as cores that took five times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from ..training.data.worker_pool import usable_cores
 
@@ -235,8 +235,7 @@ def _append_captions(arguments: argparse.Namespace, lines: JsonLines, media: lis
 
 
 def open_results(path: Path, drop_failed: bool = False) -> tuple[JsonLines, dict[str, dict[str, Any]]]:
-    """
-    An output file to add results to, and those that it holds, by file.
+    """An output file to add results to, and those that it holds, by file.
 
     Half a line at the end, as a killed run can leave it, is cut off from the file, and with `drop_failed` every line
     that has an error.
@@ -267,8 +266,7 @@ def caption(
     batch_size: int,
     **options: Any,
 ) -> None:
-    """
-    Hands each file with its caption or error to `take`, in their order, as soon as it is done.
+    """Hands each file with its caption or error to `take`, in their order, as soon as it is done.
 
     A file that ends the process which reads it, as damage can that a decoder is not proof against, costs no other one:
     those that were being read then are read once more, each in a process of its own.

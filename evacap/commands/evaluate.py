@@ -167,8 +167,7 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def name_checkpoints(values: list[str]) -> dict[str, str]:
-    """
-    Checkpoints by name: what stands before a `=`, or the end of the path as far as it takes to tell them apart.
+    """Checkpoints by name: what stands before a `=`, or the end of the path as far as it takes to tell them apart.
 
     Raises:
         ValueError: two have one name.

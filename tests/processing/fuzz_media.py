@@ -1,5 +1,4 @@
-"""
-Reads thousands of damaged files, and compares what comes out with a plain sequential decode of the same bytes.
+"""Reads thousands of damaged files, and compares what comes out with a plain sequential decode of the same bytes.
 
     python tests/processing/fuzz_media.py --count 10000 --output fuzz.jsonl
 

@@ -98,20 +98,21 @@ class _Clips:
 
 
 class PreparedClips(_Clips, Dataset):
-    """
-    The clips of a split that [`prepare`] has made, memory-mapped: `datasets` makes a copy of the shards in its cache
-    when they are used for the first time, from which single clips are read.
+    """The clips of a split made by [`prepare`], memory-mapped.
 
-    In training, with an `augmentation`, one of the captions of a clip, its augmentation and its run of frames are
-    drawn at random; the draw follows from `seed`, the epoch and the clip's id, and from nothing else. Without, a clip
-    has its first caption, and the frames that the processor's video processor samples: uniformly over the clip, or the
-    middle run. Where it takes fewer frames than are stored, it samples those as if they were the whole video. (ours)
+    `datasets` copies the shards into its cache on first use, and single clips are read from there.
+
+    With an `augmentation`, for training, one of the captions of a clip, its augmentation and its run of frames are
+    drawn at random. The draw depends only on `seed`, the epoch and the id of the clip. Without one, a clip has its
+    first caption and the frames that the video processor samples: uniformly over the clip, or the middle run. If the
+    video processor takes fewer frames than are stored, it samples the stored ones as if they were the whole video.
+    (ours)
 
     Args:
-        folder (`str` or `os.PathLike`): What [`prepare`] wrote.
+        folder (`str` or `os.PathLike`): The folder made by [`prepare`].
         split (`str`): Name of the split.
-        processor ([`EVACapProcessor`]): The model's. It may take fewer frames, or one stream of both, but must make
-            the features that are stored.
+        processor ([`EVACapProcessor`]): The processor of the model. It may take fewer frames, or only one stream, but
+            must make the same features as the stored ones.
         augmentation ([`Augmentation`], *optional*): For training.
         seed (`int`, *optional*, defaults to 0): Of the random choices.
 
@@ -137,8 +138,11 @@ class PreparedClips(_Clips, Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`input_features` (T, M) float32, `pixel_values_videos` (F, 3, H, W) float32 and `labels`, as
-        [`EVACapDataCollator`] takes them; a stream that the clip or the model does not have is absent."""
+        """A clip for [`EVACapDataCollator`], without the streams that the clip or the model does not have.
+
+        Returns:
+            `input_features` (T, M) float32, `pixel_values_videos` (F, 3, H, W) float32 and `labels`.
+        """
         return self._clip(self.rows[int(index)])
 
     def captions(self, index: int) -> list[str]:
@@ -151,16 +155,16 @@ class PreparedClips(_Clips, Dataset):
 
 
 class StreamedClips(_Clips, IterableDataset):
-    """
-    The clips of a split as [`PreparedClips`] gives them, read from the shards without a copy: for more data than there
-    is disk, and for folders elsewhere (`hf://datasets/ORG/NAME`, `s3://…`; whatever `fsspec` opens).
+    """The clips of a split, as in [`PreparedClips`], read from the shards without a copy.
 
-    The order of all clips follows from `seed` and the epoch. Each process (rank) takes an equal part of it, one clip
-    more or less, and each worker of its data loader an equal part of that; so every clip is seen exactly once. Do not
-    let Accelerate split it again: leave its data loader out of `accelerator.prepare`, or give `world_size=1` there.
+    It is for more data than fits on the disk, and for remote folders (`hf://datasets/ORG/NAME`, `s3://…`, and
+    everything else that `fsspec` opens). The order of all clips depends on `seed` and the epoch. Each process (rank)
+    takes an equal part of it, up to one clip, and each worker of its data loader an equal part of that, so every clip
+    is seen exactly once. Do not let Accelerate split it again: leave its data loader out of `accelerator.prepare`, or
+    give `world_size=1`.
 
     Args:
-        folder, split, processor, augmentation, seed: As of [`PreparedClips`].
+        folder, split, processor, augmentation, seed: As in [`PreparedClips`].
         shuffle (`bool`, *optional*, defaults to `True`): Whether to shuffle: the row groups of all shards, and then
             the clips of each `GROUPS_AT_ONCE` of them.
         even (`bool`, *optional*, defaults to `False`): Whether all processes get the same number of clips, so that

@@ -28,8 +28,7 @@ def usable_cores() -> int:
 
 @dataclass(frozen=True)
 class Lost:
-    """
-    Stands for the result of an item whose worker ended, twice.
+    """Stands for the result of an item whose worker ended, twice.
 
     Args:
         reason (`str`): How.
@@ -52,8 +51,7 @@ class _Worker:
 
 
 class WorkerPool:
-    """
-    Processes that apply a function, each with one thread, in memory that does not depend on the number of items.
+    """Processes that apply a function, each with one thread, in memory that does not depend on the number of items.
 
     Other than the pools of the standard library it outlives its workers: where one is killed, or crashes in native
     code, another worker takes its place and tries the item once more. If that ends, too, the item becomes [`Lost`].

@@ -120,7 +120,8 @@ def choose_videos(clips: Sequence[TestedClip], share: float, seed: int = 0) -> l
         seed (`int`, *optional*, defaults to 0): Seed of the choice.
 
     Returns:
-        `list[int | None]`: For each clip the number of the clip whose video it gets; `None` for a clip without a picture.
+        `list[int | None]`: For each clip the number of the clip whose video it gets; `None` for a clip without a
+        picture.
 
     Raises:
         ValueError: If `share` is not between 0 and 1, or if fewer than two clips have a picture.
@@ -207,8 +208,8 @@ class Captioner:
     ) -> dict[Pair, Caption]:
         """Captions the pairs that have no caption yet.
 
-        Each process of `accelerator` takes batches of its own. A batch is always made of the same pairs, so the captions
-        depend neither on the number of processes nor on interruptions.
+        Each process of `accelerator` takes batches of its own. A batch is always made of the same pairs, so the
+        captions depend neither on the number of processes nor on interruptions.
 
         Args:
             batches (`Sequence[Sequence[Pair]]`): Pairs in batches; all pairs of a batch have one number of frames.

@@ -82,13 +82,13 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Captions test clips with some checkpoints under some conditions, and scores the captions.
 
-    The call may be stopped at any moment; the same call goes on. Under `accelerate launch` the processes share the clips
-    and produce the captions that one process produces. Pairs that a model cannot tell apart are captioned once: a clip
-    that keeps its video at another share, and any video for a model without a video tower.
+    The call may be stopped at any moment; the same call goes on. Under `accelerate launch` the processes share the
+    clips and produce the captions that one process produces. Pairs that a model cannot tell apart are captioned once:
+    a clip that keeps its video at another share, and any video for a model without a video tower.
 
-    Intervals come from a percentile bootstrap of the corpus scores over the clips. BLEU and METEOR are computed from the
-    counts of each resample. The others are means over its clips; CIDEr-D keeps the document
-    frequencies of the whole set. (ours)
+    Intervals come from a percentile bootstrap of the corpus scores over the clips. BLEU and METEOR are computed from
+    the counts of each resample. The others are means over its clips; CIDEr-D keeps the document frequencies of the
+    whole set. (ours)
 
     Args:
         checkpoints (`Mapping[str, str]`): Model folders, or names on the Hub, by their names in the tables.
@@ -112,8 +112,8 @@ def evaluate(
         The content of `evaluation.json`, see [`report.write_report`]; `None` in all processes but the main one.
 
     Raises:
-        ValueError: If an argument is wrong, if the clips do not fit a checkpoint, or if `output` holds captions of other
-            settings.
+        ValueError: If an argument is wrong, if the clips do not fit a checkpoint, or if `output` holds captions of
+            other settings.
         OSError: If a file cannot be read or written.
     """
     _check(checkpoints, shares, frames, metrics)

@@ -22,15 +22,14 @@ def evaluate_predictions(
     resamples: int = RESAMPLES,
     **models: str | os.PathLike | None,
 ) -> dict[str, Any]:
-    """Judges captions that are there already, without a captioner: metrics with bootstrap intervals, and paired tests
-    between the systems.
+    """Scores existing captions without a captioner, with bootstrap intervals and paired tests between the systems.
 
     Args:
-        predictions (`Mapping[str, str]`): Files with one caption a clip, by what they are called in the tables, see
-            [`read_captions`].
-        references (`str` or `os.PathLike`): Such a file with one or more captions a clip, as a manifest is.
-        output (`str` or `os.PathLike`): The folder of slow scores, made if it is missing.
-        dataset (`str`, *optional*): What the clips are called; the file's name by default.
+        predictions (`Mapping[str, str]`): Files with one caption for each clip, see [`read_captions`], by their names
+            in the tables.
+        references (`str` or `os.PathLike`): A file with one or more captions for each clip, such as a manifest.
+        output (`str` or `os.PathLike`): Folder of the slow scores; it is made if it is missing.
+        dataset (`str`, *optional*): Name of the clips; by default that of the file.
         metrics, seed, resamples, **models: See [`~evaluate.evaluate`].
 
     Returns:
