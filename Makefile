@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install caption spice test test-slow test-newest test-lowest test-transformers constraints gpu-check style tiny study clean
+.PHONY: help install caption spice test test-slow test-newest test-lowest test-transformers constraints fuzz gpu-check style tiny study clean
 
 help:
 	@echo "make caption            install, caption a sample clip with the bundled checkpoint, and check the installation"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-lowest        the tests with the lowest versions that setup.py allows"
 	@echo "make test-transformers  Transformers' own common tests, from its source distribution"
 	@echo "make constraints        write constraints.txt anew, from the newest versions (TORCH=2.14.1: with that one)"
+	@echo "make fuzz               read 10,000 damaged files, which takes half an hour; stopped, it goes on"
 	@echo "make gpu-check          check and measure a GPU in eight minutes, and write runs/gpu_check/gpu_check.md"
 	@echo "make style              format and lint"
 	@echo "make tiny               train the bundled checkpoint and its audio-only twin anew"
@@ -72,6 +73,10 @@ test-transformers: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet parameterized
 	HF_HUB_OFFLINE=1 PYTHONPATH=$$($(BIN)/python tests/transformers_common/fetch.py .transformers) \
 		$(BIN)/python -m pytest -c tests/transformers_common/pytest.ini tests/transformers_common/common_*.py
+
+# Which file each is follows from its number. A file that comes out wrong stays in runs/fuzz.
+fuzz: $(VENV)/.installed-dev
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/processing/fuzz_media.py --output runs/fuzz.jsonl --keep runs/fuzz
 
 constraints:
 	rm -rf .venv-constraints && $(PYTHON) -m venv .venv-constraints

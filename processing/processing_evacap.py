@@ -453,7 +453,7 @@ class EVACapProcessor(ProcessorMixin):
         labels = [[*ids, self.tokenizer.sep_token_id] for ids in encoded["input_ids"]]
         if pad:
             fixed = text_kwargs.get("padding") == "max_length"
-            length = max_length - 1 if fixed else max(map(len, labels))
+            length = max_length if fixed else max(map(len, labels))
             labels = [ids + [-100] * (length - len(ids)) for ids in labels]
         return labels
 

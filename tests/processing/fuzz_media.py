@@ -76,15 +76,17 @@ def write_originals(folder: Path) -> dict[str, bytes]:
     return originals
 
 
-def second_heard(samples: np.ndarray) -> int | None:
-    """Which second of the original a second of sound is; `None` for silence, -1 for something else."""
+def second_heard(samples: np.ndarray, share: float = 0.1) -> int | None:
+    """Which second of the original a second of sound is, if its tone has that share of the energy; `None` for silence,
+    -1 for something else."""
+    samples = np.pad(samples, (0, RATE - len(samples)))
     middle = samples[len(samples) // 4 : 3 * len(samples) // 4]
-    if len(middle) < RATE // 4 or np.abs(middle).max() < 0.01:
+    if np.abs(middle).max() < 0.01:
         return None
     power = np.abs(np.fft.rfft(middle * np.hanning(len(middle)))) ** 2
     frequencies = np.arange(len(power)) * RATE / len(middle)
     shares = [power[np.abs(frequencies - 400 - 100 * second) < 30].sum() / power.sum() for second in range(SECONDS)]
-    return int(np.argmax(shares)) if max(shares) > 0.1 else -1
+    return int(np.argmax(shares)) if max(shares) > share else -1
 
 
 def number_shown(picture: np.ndarray) -> int | None:
@@ -123,19 +125,21 @@ def reference(path: str, found: dict[str, Any]) -> dict[str, Any]:
         with contextlib.suppress(av.FFmpegError, IndexError, ValueError, OverflowError), av.open(path) as container:
             stream = getattr(container.streams, kind)[0]
             origin = max(0, container.start_time or 0) * 1e-6
+            follows = origin
             resampler, waiting = av.AudioResampler(format="flt", layout="mono", rate=RATE), []
             for packet in container.demux(stream):
                 if packet.dts is not None:
                     waiting.append(float(packet.dts * packet.time_base))
                 with contextlib.suppress(av.FFmpegError):
                     for frame in packet.decode():
-                        moment = origin if frame.time is None else frame.time
+                        moment = follows if frame.time is None else frame.time
                         if kind == "video":
                             if container.format.name == "avi":
                                 waiting.sort()
                                 moment = waiting.pop(0) if waiting else moment
                             shown.append((moment - origin, number_shown(frame.to_ndarray(format="rgb24"))))
                             continue
+                        follows = moment + frame.samples / frame.sample_rate
                         for piece in resampler.resample(frame):
                             samples = piece.to_ndarray().reshape(-1)
                             first = round((moment - origin) * RATE)
@@ -143,7 +147,8 @@ def reference(path: str, found: dict[str, Any]) -> dict[str, Any]:
                                 part = waveform[first : first + len(samples)]
                                 part[:] = samples[: len(part)]
     sounds = [
-        (start, second_heard(waveform[round(start * RATE) : round((start + 1) * RATE)]))
+        # What is to be better must be clearly so.
+        (start, second_heard(waveform[round(start * RATE) : round((start + 1) * RATE)], share=0.3))
         for start, _ in found["sounds"]
     ]
     pictures = []
@@ -258,6 +263,7 @@ def main() -> int:
     arguments = parser.parse_args()
     from tqdm import tqdm
 
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="fuzz_media."))
     lines = arguments.output.read_text().splitlines(keepends=True) if arguments.output.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -279,8 +285,8 @@ def main() -> int:
                 output.write(json.dumps(record) + "\n")
                 output.flush()
                 if arguments.keep and record["outcome"] not in ("whole", "damaged", "refused"):
-                    arguments.keep.mkdir(exist_ok=True)
-                    path.rename(arguments.keep / path.name)
+                    arguments.keep.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(path, arguments.keep)
                 path.unlink(missing_ok=True)
     finally:
         if worker:

@@ -198,7 +198,7 @@ def test_labels(processor):
     long = processor(text=" ".join(["dog"] * 100), return_tensors="pt")["labels"]
     assert long.shape == (1, 39) and long[0, -1] == SEP, "40 tokens with the [CLS] that labels lack"
     fixed = processor(text="a dog", text_kwargs={"padding": "max_length", "max_length": 8}, return_tensors="pt")
-    assert fixed["labels"].tolist() == [[a, dog, SEP, -100, -100, -100, -100]]
+    assert fixed["labels"].tolist() == [[a, dog, SEP, -100, -100, -100, -100, -100]]
 
 
 def test_decode(processor):
@@ -397,7 +397,7 @@ def test_what_the_tokenizer_was_saved_with():
     )
     processor = EVACapProcessor(processor.feature_extractor, processor.video_processor, tokenizer)
     labels = processor(text=["a dog", "a dog barks while a man speaks"], return_tensors="pt")["labels"]
-    assert labels.shape == (2, 5), "6 tokens with the [CLS] that labels lack"
+    assert labels.shape == (2, 6) and labels[1].tolist()[4:] == [SEP, -100], "[CLS] counts, which labels lack"
     assert processor(text=["a dog"], padding=False, return_tensors="pt")["labels"].shape == (1, 3)
 
 
