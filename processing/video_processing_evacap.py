@@ -149,8 +149,8 @@ class EVACapVideoProcessor(BaseVideoProcessor):
         (batch, frames) bool is true for real frames.
 
     Raises:
-        `ValueError`: for a bad argument, naming it, or a video of the wrong shape or without frames.
-        `MediaError`: for a file that cannot be read.
+        ValueError: If an argument is wrong, or if a video has the wrong shape or no frames.
+        MediaError: If a file cannot be read.
     """
 
     resample = PILImageResampling.BICUBIC
