@@ -208,7 +208,7 @@ def _append_captions(arguments: argparse.Namespace, lines: JsonLines, media: lis
     # Read when torch is loaded. Otherwise its idle threads spin on cores that the reading processes need, which took
     # five times as long with as many threads and processes as cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from ..training.data.worker_pool import usable_cores
+    from ..training.cores import usable_cores
 
     captioner = load_captioner(arguments)
     gated = arguments.json and captioner.model.config.fusion_type == "gated_cross_attention"

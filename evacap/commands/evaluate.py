@@ -132,8 +132,8 @@ def _evaluate_predictions(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate_checkpoints(arguments: argparse.Namespace) -> tuple[dict[str, Any] | None, "MakeClips"]:
+    from ..training.cores import usable_cores
     from ..training.data.prepared_clips import PreparedClips
-    from ..training.data.worker_pool import usable_cores
     from ..training.evaluation.evaluate import evaluate
 
     if not arguments.checkpoints or not arguments.data:
