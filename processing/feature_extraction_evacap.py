@@ -270,7 +270,7 @@ class EVACapFeatureExtractor(SequenceFeatureExtractor):
             except (ValueError, TypeError):
                 clip = None
             if clip is None or clip.dtype.kind not in "fiu":
-                raise ValueError(f"`{name}` is no list of numbers, nor of channels of the same length.")
+                raise ValueError(f"`{name}` is not a list of numbers, nor of channels of the same length.")
         if isinstance(clip, np.ndarray) and clip.dtype.kind == "f":
             clip = torch.from_numpy(np.array(clip, dtype=np.float32, order="C"))
         if not isinstance(clip, torch.Tensor) or not clip.is_floating_point():

@@ -142,7 +142,7 @@ def _open_jar(source: Path, name: str, called: str) -> Iterator[BinaryIO]:
             with archive.open(members[0]) as jar:
                 yield jar
     except (BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{called} is no whole zip archive: {error}") from error
+        raise ValueError(f"{called} is not a complete zip archive: {error}") from error
 
 
 def _copy(source: BinaryIO, target: Path, size: int | None, name: str, here: int = 0) -> None:
