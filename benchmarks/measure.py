@@ -136,7 +136,7 @@ def in_own_process(function: Callable, *args) -> Any:
     """What `function`, of a module, returns for `args` in a fresh process.
 
     Raises:
-        RuntimeError: the process died.
+        RuntimeError: If the process died.
     """
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()

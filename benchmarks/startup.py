@@ -54,7 +54,7 @@ class CountedInitialisers(TorchDispatchMode):
 
 
 def memory(field: str) -> int:
-    """Bytes of a field of `/proc/self/status`: `VmHWM` is the peak, `RssAnon` what is no file's."""
+    """Bytes of a field of `/proc/self/status`: `VmHWM` is the peak, `RssAnon` the memory that belongs to no file."""
     return 1024 * int(re.search(rf"^{field}:\s+(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
 
 

@@ -28,7 +28,7 @@ from evacap.commands.caption import find_media
 from evacap.modeling_evacap.presets import get_preset
 from evacap.processing.model_processor import make_processor
 from evacap.processing.pipeline_evacap import AudioVisualCaptioningPipeline
-from evacap.training.data.worker_pool import usable_cores
+from evacap.training.cores import usable_cores
 from evacap.training.files import write_text
 from evacap.training.procedural.scenes import make_scene, write_clip
 

@@ -1,4 +1,4 @@
-"""The command line `evacap COMMAND …`; a command's module is imported when it is asked for."""
+"""The command line `evacap COMMAND …`. The module of a command is imported only when it runs."""
 
 import argparse
 import importlib
@@ -24,11 +24,11 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit status: 0, 1 after an error that a sentence explains, 2 for a wrong call."""
+    """Runs one command and returns its exit status: 0, 1 after an explained error, 2 for wrong arguments."""
     argv = sys.argv[1:] if argv is None else list(argv)
     logging.setLogRecordFactory(PrintableRecord)
     for stream in (sys.stdout, sys.stderr):
-        # A terminal need not have the letters of every name and caption.
+        # The terminal may not have all letters of names and captions.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(prog="evacap", description="Audio-visual captioning with EVACap.")
@@ -54,14 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def positive_int(text: str) -> int:
     """An argument that must be a whole number above 0."""
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
 def whole_number(text: str) -> int:
     """An argument that must be a whole number, 0 or more."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, 0 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
     return int(text)
 
 

@@ -84,7 +84,7 @@ class EVACapFeatureExtractor(SequenceFeatureExtractor):
             Whether to return `input_features_mask`, 1 for the frames that hold sound. AVCap uses no mask.
 
     Raises:
-        `ValueError`: if `window_type`, `channels`, `backend`, `high_freq` or a size is not one of the legal values.
+        ValueError: If `window_type`, `channels`, `backend`, `high_freq` or a size has an illegal value.
     """
 
     def __init__(
@@ -198,8 +198,8 @@ class EVACapFeatureExtractor(SequenceFeatureExtractor):
             `input_features_mask` (batch, max_frames) int64.
 
         Raises:
-            `ValueError`: for a wrong `sampling_rate`; an empty, integer-typed, wrongly shaped clip; NaN, infinity, or
-                a sample beyond ±1000.
+            ValueError: If `sampling_rate` is wrong, if a clip is empty, has integers or the wrong shape, or if it has
+                NaN, infinity or a sample beyond ±1000.
         """
         if sampling_rate is None:
             logger.warning_once(
@@ -270,7 +270,7 @@ class EVACapFeatureExtractor(SequenceFeatureExtractor):
             except (ValueError, TypeError):
                 clip = None
             if clip is None or clip.dtype.kind not in "fiu":
-                raise ValueError(f"`{name}` is no list of numbers, nor of channels of the same length.")
+                raise ValueError(f"`{name}` is not a list of numbers, nor of channels of the same length.")
         if isinstance(clip, np.ndarray) and clip.dtype.kind == "f":
             clip = torch.from_numpy(np.array(clip, dtype=np.float32, order="C"))
         if not isinstance(clip, torch.Tensor) or not clip.is_floating_point():

@@ -846,7 +846,7 @@ class _Demuxer:
         pending, track.pending = track.pending, None
         if order is not None and self._breaks(track, order):
             if pending is None or not 0 <= order - pending[1] <= _BACKWARD:
-                # One packet is no clock: what comes next will tell.
+                # One packet is not enough for a clock; the next ones decide.
                 track.pending = data, order
                 if pending is not None:
                     self._put(pending[0], track, None)

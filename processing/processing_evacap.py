@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(f"transformers.{__name__}")
 
 MODALITIES = ("audio_video", "audio", "video")
-# Containers round a stream's length up to whole codec frames: a rest shorter than this is no content to warn about.
+# Containers round a stream's length up to whole codec frames: a shorter rest is not content to warn about.
 MODEL_OPTIONS = frozenset(
     "attn_implementation device_map device_mesh distributed_config dtype experts_implementation key_mapping "
     "low_cpu_mem_usage max_memory offload_buffers offload_folder offload_state_dict quantization_config torch_dtype tp_plan "
@@ -67,7 +67,7 @@ def is_sound_with_rate(item: Any) -> bool:
 
 
 def is_still(frames: Any) -> bool:
-    """Whether decoded frames are one picture: a 3-D array, what is no collection (a PIL image), a video of one frame."""
+    """Whether decoded frames are one picture: a 3-D array, a single object (a PIL image), or a video of one frame."""
     return getattr(frames, "ndim", 4) < 4 or not hasattr(frames, "__len__") or len(frames) == 1
 
 
@@ -193,7 +193,7 @@ class EVACapProcessor(ProcessorMixin):
         """
         for name in ("video", "image"):
             if name in kwargs:
-                raise TypeError(f"`{name}` is no argument: pass `{name}s`.")
+                raise TypeError(f"`{name}` is not an argument: pass `{name}s`.")
         window = _Window(
             kwargs.pop("start", None) or 0.0, kwargs.pop("duration", None), kwargs.pop("audio_track", None)
         )

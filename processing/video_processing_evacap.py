@@ -149,8 +149,8 @@ class EVACapVideoProcessor(BaseVideoProcessor):
         (batch, frames) bool is true for real frames.
 
     Raises:
-        `ValueError`: for a bad argument, naming it, or a video of the wrong shape or without frames.
-        `MediaError`: for a file that cannot be read.
+        ValueError: If an argument is wrong, or if a video has the wrong shape or no frames.
+        MediaError: If a file cannot be read.
     """
 
     resample = PILImageResampling.BICUBIC
@@ -254,7 +254,7 @@ class EVACapVideoProcessor(BaseVideoProcessor):
     def _read_picture(picture, name: str) -> np.ndarray:
         media = load_media(file_source(picture), audio=False, num_frames=1)
         if media.frames is None or media.duration > 0:
-            raise MediaError(f"{media.name}: is no picture, but `{name}` is a list of files; pass a video alone.")
+            raise MediaError(f"{media.name}: is not a picture, but `{name}` is a list of files; pass a video alone.")
         return media.frames[0]
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The files of a run that must survive it: checkpoints to go on from, and models to use."""
+"""The files that a run saves: checkpoints to continue from, and models."""
 
 import hashlib
 import json
@@ -27,24 +27,24 @@ from .files import files_in, remove_folder, replace_folder, write_json
 
 
 VERSION = 2
-"""Of the form of a checkpoint. The first one held pickled objects."""
+"""Version of the checkpoint format. The first version had pickled objects."""
 CONTENTS = "contents.json"
-"""The file of a checkpoint that lists the others with their sizes and checksums."""
+"""The file of a checkpoint with the sizes and checksums of its other files."""
 MODEL, OPTIMIZER, PROGRESS = "model.safetensors", "optimizer.safetensors", "progress.json"
 RANDOM_STATES = "random_states_{}.safetensors"
-"""The file of each process."""
+"""The file of random states of each process."""
 
 
 @dataclass
 class TrainingState:
-    """Where a run is; a part of its checkpoints.
+    """The progress of a run, part of its checkpoints.
 
     Args:
-        step (`int`): Steps of the optimizer that are done.
-        epoch (`int`), step_in_epoch (`int`): Whole passes through the clips, and steps since the last of them.
-        sums (`dict`), summed (`int`): The figures since the last line of the log, and of how many steps they are.
-        best (`dict`): The best validations, best first: the name of each model and its score.
-        without_improvement (`int`): Validations since the last better one.
+        step (`int`): Number of finished steps of the optimizer.
+        epoch (`int`), step_in_epoch (`int`): Number of finished epochs, and of steps in the current one.
+        sums (`dict`), summed (`int`): Sums of the figures since the last line of the log, and their number of steps.
+        best (`dict`): The scores of the best validations by name of the model, best first.
+        without_improvement (`int`): Validations since the last improvement.
     """
 
     step: int = 0
@@ -61,7 +61,7 @@ class TrainingState:
         self.summed += 1
 
     def take_means(self) -> dict[str, float]:
-        """The means of the figures that were added since the last call."""
+        """The means of the figures added since the last call."""
         means = {name: total / self.summed for name, total in self.sums.items()}
         self.sums, self.summed = {}, 0
         return means
@@ -74,17 +74,17 @@ class TrainingState:
 
 
 class Checkpoints:
-    """The folder `checkpoints` of a run. A checkpoint has its name when it is complete, and not before.
+    """The folder `checkpoints` of a run. A checkpoint gets its name only when it is complete.
 
-    It holds tensors (safetensors) and JSON, which run no code when they are loaded, and is the same whether the model
-    is whole in each process or shared out among them (FSDP).
+    It has tensors (safetensors) and JSON, so loading it runs no code. It is the same for a model that is whole in each
+    process and for one that is sharded (FSDP).
 
     Args:
         folder (`Path`): The folder of the run.
-        accelerator (`Accelerator`): Its processes, and its gradient scaler where there is one.
-        model (`torch.nn.Module`), optimizer (`AcceleratedOptimizer`): As Accelerate has prepared them.
-        parts (`dict`): What else is saved, by name: objects whose `state_dict()` is JSON.
-        keep (`int`): Newest checkpoints to keep.
+        accelerator (`Accelerator`): The accelerator of the run.
+        model (`torch.nn.Module`), optimizer (`AcceleratedOptimizer`): Model and optimizer, prepared by Accelerate.
+        parts (`dict`): Further objects to save, by name; their `state_dict()` must be JSON.
+        keep (`int`): Number of newest checkpoints to keep.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Checkpoints:
         return sorted(self.folder.glob("step-*"))
 
     def save(self, step: int) -> None:
-        """Saves the run as it is after `step` steps, and removes the oldest checkpoint if there are too many."""
+        """Saves the state of the run after `step` steps, and removes the oldest checkpoint if there are too many."""
         target = self.folder / f"step-{step:08d}"
         if target.exists():
             return
@@ -119,7 +119,7 @@ class Checkpoints:
 
     def _write(self, folder: Path) -> None:
         accelerator = self.accelerator
-        # All processes take part, and the main one gets the whole.
+        # All processes take part, and the main one gets the complete state.
         weights, states = get_state_dict(
             self.model,
             self.optimizer,
@@ -142,8 +142,9 @@ class Checkpoints:
         """Loads the newest checkpoint; returns whether there was one.
 
         Raises:
-            FileNotFoundError: a file of it is missing or incomplete.
-            ValueError: a file is damaged, or it was made by another number of processes or an earlier version.
+            FileNotFoundError: If one of its files is missing or incomplete.
+            ValueError: If a file is damaged, or if it was made with another number of processes or by an earlier
+                version.
         """
         checkpoints = self.list()
         if not checkpoints:
@@ -200,7 +201,7 @@ class Checkpoints:
 
 
 def in_main_process(accelerator: Accelerator, call: Callable[[], Any]) -> None:
-    """Calls a function in the main process. What it raises (`OSError`, `ValueError`) is raised in all of them."""
+    """Calls a function in the main process; an `OSError` or `ValueError` in it is raised in all processes."""
     error = None
     if accelerator.is_main_process:
         try:
@@ -219,11 +220,11 @@ def checksum(file: Path) -> dict[str, Any]:
 
 
 def save_states(states: dict[str, Any], path: Path) -> None:
-    """Saves tensors, and whatever else is JSON, as one safetensors file."""
+    """Saves tensors and JSON values as one safetensors file."""
     tensors, storages = {}, set()
     for name, value in states.items():
         if isinstance(value, torch.Tensor):
-            # A tensor under two names, as tied weights are, is written twice: the format knows no links.
+            # A tensor with two names, such as tied weights, is written twice: the format has no links.
             is_again = value.untyped_storage().data_ptr() in storages
             storages.add(value.untyped_storage().data_ptr())
             tensors[name] = value.clone() if is_again else value.contiguous()
@@ -232,14 +233,14 @@ def save_states(states: dict[str, Any], path: Path) -> None:
 
 
 def load_states(path: Path) -> dict[str, Any]:
-    """What [`save_states`] saved."""
+    """Loads a file of [`save_states`]."""
     with safe_open(path, framework="pt") as file:
         others = json.loads(file.metadata()["others"])
         return {name: file.get_tensor(name) for name in file.keys()} | others
 
 
 def random_states(device: torch.device) -> dict[str, Any]:
-    """The states of all generators from which a process draws."""
+    """The states of all random generators of a process."""
     numpy_state = np.random.get_state(legacy=False)
     states = {
         "python": random.getstate(),
@@ -252,7 +253,7 @@ def random_states(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any], device: torch.device) -> None:
-    """Sets the generators to what [`random_states`] returned."""
+    """Sets the random generators to the states from [`random_states`]."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     numpy_state = states["numpy"]
@@ -264,14 +265,14 @@ def set_random_states(states: dict[str, Any], device: torch.device) -> None:
 
 
 class Models:
-    """The folders of a run that Transformers loads: the best models, and the one at the end.
+    """The model folders of a run: the best models, and the final one.
 
     Args:
         folder (`Path`): The folder of the run.
-        accelerator (`Accelerator`), model (`torch.nn.Module`): The model as Accelerate has prepared it.
-        processor ([`EVACapProcessor`]): Saved beside it.
+        accelerator (`Accelerator`), model (`torch.nn.Module`): The model, prepared by Accelerate.
+        processor ([`EVACapProcessor`]): Its processor, which is saved with it.
         training (`dict`): The content of `training.json`, for the model card.
-        code (`bool`): Whether they carry the code that makes them load without this package.
+        code (`bool`): Whether the folders include the code, to load without this package.
     """
 
     def __init__(
@@ -295,7 +296,7 @@ class Models:
         """Saves the model if its score is among the `keep` best so far; returns whether it is the best."""
         name = f"step-{state.step:08d}"
         scores = {**state.best, name: score}
-        # The earlier of two equal ones is the better: it took less training.
+        # Of two equal models the earlier one is better: it took less training.
         ranking = sorted(scores, key=lambda name: (scores[name] if lower_is_better else -scores[name], name))[:keep]
         state.best = {name: scores[name] for name in ranking}
         if name in ranking:
@@ -307,13 +308,13 @@ class Models:
         return ranking[0] == name
 
     def save_final(self) -> None:
-        """Saves the model as it is at the end of the run, with its known answer."""
+        """Saves the model at the end of the run, with its known answer."""
         write_folder(self.final_folder, self.accelerator, self._write_with_answer)
 
     def _write_with_answer(self, folder: Path) -> None:
         self._write(folder)
         if self.accelerator.is_main_process:
-            # As it was saved, as the weights of this process may be a part of the model.
+            # Loaded from the folder, because this process may have only a shard of the weights.
             saved = EVACapForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
             write_known_answer(folder, saved, self.processor)
 
@@ -334,7 +335,7 @@ def write_folder(target: Path, accelerator: Accelerator, write: Callable[[Path],
     Raises:
         OSError: If it cannot be written. The previous folder is then unchanged.
     """
-    # All processes must know it; the lock of the run keeps other runs away.
+    # The name must be the same in all processes; the lock of the run excludes other runs.
     partial = target.with_name(f".{target.name}.partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
@@ -346,7 +347,7 @@ def write_folder(target: Path, accelerator: Accelerator, write: Callable[[Path],
         if accelerator.is_main_process:
             replace_folder(partial, target)
     except Exception as error:
-        # PyTorch and safetensors report a full disk as errors of their own.
+        # PyTorch and safetensors have their own errors for a full disk.
         free = shutil.disk_usage(target.parent).free
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
@@ -357,7 +358,7 @@ def write_folder(target: Path, accelerator: Accelerator, write: Callable[[Path],
 
 
 def strip_code(folder: str | os.PathLike) -> None:
-    """Takes the code, and the mention of it, out of a saved model: the package's own checkpoints need none."""
+    """Removes the code, and references to it, from a saved model; the bundled checkpoints do not need it."""
 
     def without_mention(content):
         if not isinstance(content, dict):

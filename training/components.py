@@ -14,10 +14,10 @@ from ..modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from ..modeling_evacap.presets import get_preset
 from ..processing.model_processor import load_processor, load_tokenizer, loading, make_processor
 from ..processing.processing_evacap import EVACapProcessor
+from .cores import usable_cores
 from .data.augmentation import Augmentation
 from .data.collator import EVACapDataCollator
 from .data.prepared_clips import PreparedClips, StreamedClips
-from .data.worker_pool import usable_cores
 from .procedural.captions import build_tokenizer
 from .procedural.dataset import KeptProceduralClips, ProceduralClips
 from .procedural.kinds import KINDS

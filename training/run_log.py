@@ -1,4 +1,4 @@
-"""What a run tells of itself: `run.json`, `log.jsonl` and the trackers."""
+"""The records of a run: `run.json`, `log.jsonl` and the trackers."""
 
 import dataclasses
 import importlib.metadata
@@ -18,15 +18,15 @@ from .run_config import RunConfig, flatten
 
 PACKAGES = ("evacap", "torch", "transformers", "accelerate", "datasets", "numpy")
 SETTLED = ("seed", "model.", "data.", "optimization.")
-"""What a run keeps from its beginning to its end: the beginnings of these keys of the configuration."""
+"""Prefixes of the keys of the configuration that must not change during a run."""
 
 
 def check_run(folder: Path, config: RunConfig) -> None:
-    """Raises a `ValueError` if the run in this folder was begun with other settings than `config` has."""
+    """Raises a `ValueError` if the run in this folder was started with other settings."""
     path = folder / "run.json"
     if path.exists():
         before = flatten(json.loads(path.read_text(encoding="utf-8"))["config"])
-        # A setting that was not there yet had what is its default now.
+        # A setting that did not exist yet had the value of its present default.
         before = flatten(RunConfig(output="")) | before
         now = dict.fromkeys(before) | flatten(config)
         settled = {key: now[key] for key in sorted(now) if key.startswith(SETTLED)}
@@ -54,9 +54,9 @@ def record_start(folder: Path, config: RunConfig, command: list[str], num_proces
 
 
 def _git_commit() -> str | None:
-    """The commit that the working directory is at, with `+changes` where files differ from it."""
-    # A repository can name commands that git runs to compare its files: they are for who works in it, and not run
-    # here.
+    """The git commit of the working directory, with `+changes` if files differ from it."""
+    # A repository can configure commands that git runs to compare files. They are meant for its developers and are not
+    # run here.
     options = ["-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}"]
     for line in (_git("config", "--name-only", "--get-regexp", r"^filter\..*\.(clean|process)$") or "").splitlines():
         options += ["-c", f"{line}="]
@@ -65,13 +65,13 @@ def _git_commit() -> str | None:
     commit = _git(*options, "rev-parse", "--verify", "--quiet", "HEAD")
     if not commit:
         return None
-    # A submodule has commands of its own.
+    # A submodule may have its own commands.
     changes = _git(*options, "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")
     return commit + ("+changes" if changes else "")
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints, without white space around it; `None` where it cannot tell."""
+    """The stripped output of git, or `None` if it fails."""
     command = ["git", "--no-optional-locks", "--no-pager", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
@@ -81,12 +81,12 @@ def _git(*arguments: str) -> str | None:
 
 
 class RunLog:
-    """Tells figures to `log.jsonl` and to the trackers; in the main process alone.
+    """Writes figures to `log.jsonl` and to the trackers, in the main process only.
 
     Args:
         folder (`Path`): The folder of the run.
-        accelerator (`Accelerator`): Knows the trackers.
-        step (`int`): Where the run goes on: lines of later steps, which will come again, are dropped.
+        accelerator (`Accelerator`): The accelerator, which has the trackers.
+        step (`int`): The step from which the run continues; lines of later steps are dropped, as they will come again.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, step: int):
@@ -96,12 +96,12 @@ class RunLog:
             self.lines.rewrite(line for line in self.lines.read() if line["step"] <= step)
 
     def write(self, step: int, figures: dict[str, float], **passing: float) -> None:
-        """Adds a line; `passing` figures, such as speed, go to the trackers alone, so that a line can be reproduced."""
+        """Adds a line; `passing` figures, such as the speed, go to the trackers only, so that lines are reproducible."""
         if self.accelerator.is_main_process:
             self.lines.append([{"step": step, **figures}])
             self.accelerator.log({**figures, **passing}, step=step)
 
 
 def command_line() -> list[str]:
-    """The command that runs this process."""
+    """The command line of this process."""
     return [Path(sys.argv[0]).name, *sys.argv[1:]]

@@ -1,27 +1,27 @@
-"""Text for a terminal, made of names and messages that may hold anything."""
+"""Safe output on a terminal of names and messages with arbitrary content."""
 
 import logging
 
 
 def printable(text: object) -> str:
-    """The text with an escape for whatever could move the cursor, change colours, or not be encoded."""
+    """The text with escapes for everything that could move the cursor, change colours, or not be encoded."""
     return "".join(_escaped(character) for character in str(text))
 
 
 def one_line(text: object) -> str:
-    """[`printable`], with a space for each line break: some libraries wrap their messages over several lines."""
+    """As [`printable`], with spaces for line breaks, because some libraries wrap their messages."""
     return printable(" ".join(str(text).split()))
 
 
 def explain(error: BaseException) -> str:
-    """The message of an error on one line; what it is where it has none."""
+    """The message of an error on one line, or its type if it has no message."""
     if isinstance(error, MemoryError):
         return "out of memory. Close other programs, or give a smaller batch or fewer workers."
     return one_line(error) or type(error).__name__
 
 
 class PrintableRecord(logging.LogRecord):
-    """A line of a log as [`printable`] makes it; for `logging.setLogRecordFactory`."""
+    """A log record that is [`printable`], for `logging.setLogRecordFactory`."""
 
     def getMessage(self) -> str:
         return "\n".join(map(printable, super().getMessage().split("\n")))
@@ -31,6 +31,6 @@ def _escaped(character: str) -> str:
     if character.isprintable():
         return character
     if "\udc80" <= character <= "\udcff":
-        # A byte of a name that is not UTF-8.
+        # A byte of a file name that is not UTF-8.
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode("ascii")

@@ -1,4 +1,4 @@
-"""Trains a captioner as a YAML file says, on any number of processes, and goes on where it was stopped.
+"""Trains a captioner by a YAML file, on any number of processes, and continues after interruptions.
 
 accelerate launch -m evacap.training.train evacap data.prepared=audiocaps model.start=start output=runs/evacap
 """
@@ -44,19 +44,19 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def train(config: RunConfig, run_class: type["TrainingRun"] | None = None) -> int:
-    """Trains a captioner, from the newest checkpoint in `config.output` where there is one.
+    """Trains a captioner, from the newest checkpoint in `config.output` if there is one.
 
     Args:
-        config ([`RunConfig`]): All of it.
-        run_class (`type`, *optional*, defaults to [`TrainingRun`]): Another one has steps of its own.
+        config ([`RunConfig`]): The configuration.
+        run_class (`type`, *optional*, defaults to [`TrainingRun`]): A subclass with other steps.
 
     Returns:
-        0 at the end of the run; 128 + its number if a signal stopped it, after a checkpoint was saved.
+        0 at the end of the run; 128 + its number if a signal stopped it, after saving a checkpoint.
 
     Raises:
-        ValueError: the configuration does not fit itself, its data or the run that is in its folder.
-        OSError: something cannot be read or written; a `BlockingIOError` if another process trains in this folder.
-        RuntimeError: the loss or the gradient is no finite number. The last checkpoint is the one before.
+        ValueError: If the configuration is inconsistent, or does not fit its data or the run in its folder.
+        OSError: If a file cannot be read or written; a `BlockingIOError` if another process trains in this folder.
+        RuntimeError: If the loss or the gradient is not finite. The last checkpoint is from before.
     """
     run = (run_class or TrainingRun)(config)
     with run.locked():
@@ -97,10 +97,10 @@ def run_steps(run: "TrainingRun") -> int:
 
 
 class TrainingRun:
-    """All that a run works with, made from its configuration.
+    """A training run with all its components, made from its configuration.
 
     Args:
-        config ([`RunConfig`]): See there.
+        config ([`RunConfig`]): The configuration.
     """
 
     def __init__(self, config: RunConfig):
@@ -138,7 +138,7 @@ class TrainingRun:
         self.clips_per_step = section.batch_size * section.accumulation_steps * self.accelerator.num_processes
         batches = len(self.loader)
         if isinstance(self.clips, IterableDataset):
-            # Each worker leaves out its own incomplete batch.
+            # Each worker drops its own incomplete batch.
             parts = range(len(self.clips)), max(self.config.resources.num_workers, 1)
             batches = sum(len(part) // section.batch_size for part in np.array_split(*parts))
         self.steps_per_epoch = math.ceil(batches / section.accumulation_steps)
@@ -152,7 +152,7 @@ class TrainingRun:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Makes the folder of the run, and keeps other runs away from it."""
+        """Makes the folder of the run and locks it against other runs."""
         with ExitStack() as stack:
 
             def lock():
@@ -163,12 +163,12 @@ class TrainingRun:
             yield
 
     def begin(self) -> RunLog:
-        """Goes to the newest checkpoint, writes down the start, and opens the logs."""
+        """Loads the newest checkpoint, records the start, and opens the logs."""
         accelerator, config = self.accelerator, self.config
         if accelerator.is_main_process:
             remove_leftovers(self.folder, self.folder / "checkpoints", self.folder / "best")
         accelerator.wait_for_everyone()
-        # Dropout differs between processes. A checkpoint brings its own state of the generators.
+        # Dropout has to differ between processes. A checkpoint restores the generators.
         set_seed(config.seed, device_specific=True)
         if self.checkpoints.list():
             check_run(self.folder, config)
@@ -189,25 +189,25 @@ class TrainingRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is left to do: all steps are done, or validations have not become better for long."""
+        """Whether all steps are done, or validations have not improved for `patience`."""
         patience = self.config.validation.patience
         stale = patience is not None and self.state.without_improvement >= patience
         return stale or self.state.step >= self.total_steps
 
     def is_due(self, every: int | None) -> bool:
-        """Whether it is time for what is done every so many steps, and after the last one."""
+        """Whether an action is due that is done every so many steps and after the last one."""
         step = self.state.step
         return every is not None and (step % every == 0 or step == self.total_steps)
 
     def batches(self) -> Iterator[list[dict[str, torch.Tensor]]]:
-        """The batches of each step, from where the run is to its end; no clip is read to be skipped."""
+        """The batches of each step, from the current state to the end; skipped clips are not read."""
         state, accumulated = self.state, self.config.optimization.accumulation_steps
         while not self.is_over:
             done = state.step_in_epoch * accumulated
             if hasattr(self.clips, "set_epoch"):
                 self.clips.set_epoch(state.epoch)
             if isinstance(self.clips, IterableDataset):
-                # Each process reads its own part of a stream already, so Accelerate has not taken over its loader.
+                # Each process reads its own part of a stream, so Accelerate has not wrapped this loader.
                 self.clips.skip(done, self.config.optimization.batch_size)
                 rest = (send_to_device(batch, self.accelerator.device, non_blocking=True) for batch in self.loader)
             else:
@@ -222,16 +222,16 @@ class TrainingRun:
         """One step of the optimizer.
 
         Args:
-            batches (`list[dict]`): The batches of this process, whose gradients are added up.
-            stop ([`StopSignals`]): The signals that this process has got.
+            batches (`list[dict]`): The batches of this process; their gradients are summed.
+            stop ([`StopSignals`]): The signals that this process has received.
 
         Returns:
-            The figures over all processes: `loss`, its terms by name where there are several, `grad_norm` and
-            `learning_rate`; and whether a signal has stopped any process.
+            The figures over all processes (`loss`, its terms by name if there are several, `grad_norm` and
+            `learning_rate`), and whether a signal has stopped any process.
         """
         accelerator, model, terms = self.accelerator, self.model, self._loss_terms()
         counts = [(batch["labels"] != -100).sum() for batch in batches]
-        # The caption loss is a mean over all caption tokens of the step, in whatever process and batch they are.
+        # The caption loss is the mean over all caption tokens of the step, in all processes and batches.
         count = accelerator.reduce(sum(counts))
         totals = torch.zeros(1 + len(terms) + 1, device=accelerator.device)
         totals[-1] = bool(stop.number)
@@ -239,7 +239,7 @@ class TrainingRun:
             with nullcontext() if number == len(batches) else accelerator.no_sync(model):
                 with accelerator.autocast():
                     outputs = model(**batch, use_cache=False, num_items_in_batch=count)
-                # The loss is this batch's share already, but gradients are averaged over the processes.
+                # The loss is already the share of this batch, but gradients are averaged over the processes.
                 accelerator.backward(outputs.loss * accelerator.num_processes)
             totals[0] += outputs.loss.detach()
             for place, name in enumerate(terms, start=1):
@@ -247,14 +247,14 @@ class TrainingRun:
                     totals[place] += outputs[name] * own_count / count
         norm = accelerator.clip_grad_norm_(model.parameters(), self.config.optimization.max_grad_norm or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        # One exchange a step tells every process the same: what to log, whether to stop, whether all is well.
+        # One exchange per step gives all processes the same figures and the same decision to stop.
         loss, *values, stopping = accelerator.reduce(totals).tolist()
         figures = {"loss": loss, **dict(zip(terms, values, strict=True)), "grad_norm": norm.item()}
         self.advance(figures)
         return figures, stopping > 0
 
     def advance(self, figures: dict[str, float]) -> None:
-        """Lets the optimizer take its step, if the figures are finite numbers, and adds `learning_rate` to them."""
+        """Takes the step of the optimizer if the figures are finite, and adds `learning_rate` to them."""
         self._check_finite(figures)
         figures["learning_rate"] = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
@@ -265,7 +265,7 @@ class TrainingRun:
         self.state.step_in_epoch += 1
 
     def _loss_terms(self) -> list[str]:
-        """The names of the terms that the loss is a sum of, where it is not the caption loss alone."""
+        """The names of the terms of the loss, if it has more than the caption loss."""
         weights = {
             "gate_stability": self.model_config.gate_stability_weight,
             "semantic_consistency": self.model_config.semantic_consistency_weight,
@@ -274,7 +274,7 @@ class TrainingRun:
         return ["caption_loss", *terms] if terms else []
 
     def _check_finite(self, figures: dict[str, float]) -> None:
-        # With fp16 a gradient may overflow: the step is left out and the loss scaled anew.
+        # With fp16 a gradient may overflow: then the step is skipped and the loss scale is lowered.
         checked = ("loss",) if self.accelerator.scaler is not None else ("loss", "grad_norm")
         for name in checked:
             if not math.isfinite(figures[name]):
@@ -286,7 +286,7 @@ class TrainingRun:
                 )
 
     def validate(self) -> dict[str, float]:
-        """The figures of a validation, under names for the log; the model is saved if it is among the best."""
+        """Runs a validation, saves the model if it is among the best, and returns the figures for the log."""
         section, state = self.config.validation, self.state
         figures = self.validation(self.model)
         score, lower = figures[section.best], section.best in LOWER_IS_BETTER
@@ -296,7 +296,7 @@ class TrainingRun:
         return {f"validation/{name}": value for name, value in figures.items()}
 
     def end(self) -> None:
-        """Saves what the run has come to."""
+        """Saves the last checkpoint and the final model."""
         self.checkpoints.save(self.state.step)
         self.models.save_final()
         self.say(f"{self.models.final_folder} is the model after step {self.state.step}")
@@ -305,22 +305,22 @@ class TrainingRun:
         self.accelerator.end_training()
 
     def say(self, line: str) -> None:
-        """Tells a line, above the progress bar, in one of the processes."""
+        """Prints a line above the progress bar, in the main process only."""
         if self.accelerator.is_main_process:
             tqdm.write(printable(f"{self.folder.name}: {line}"), file=sys.stderr)
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """The accelerator that the configuration and `accelerate launch` ask for.
+    """Makes the accelerator for the configuration and `accelerate launch`.
 
     Raises:
-        ImportError: a tracker is not installed.
-        ValueError: there is no such tracker, or the device cannot compute in this precision.
+        ImportError: If a tracker is not installed.
+        ValueError: If there is no such tracker, or if the device does not support the precision.
     """
     resources, trackers = config.resources, config.logging.trackers
     if resources.num_threads is not None:
         torch.set_num_threads(resources.num_threads)
-    # They would break the bar of the run at each checkpoint: bars of files, and notes on tied weights.
+    # Progress bars of files and notes on tied weights would break the bar of the run at each checkpoint.
     disable_progress_bar()
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     accelerator = Accelerator(
@@ -341,7 +341,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 def make_loader(
     config: RunConfig, clips: Dataset, collator: EVACapDataCollator, accelerator: Accelerator
 ) -> DataLoader:
-    """Batches in another order each epoch, which follows from the seed and the epoch; an incomplete one is left out."""
+    """Makes the data loader: the order depends on seed and epoch, and an incomplete batch is dropped."""
     resources, is_stream = config.resources, isinstance(clips, IterableDataset)
     loader = DataLoader(
         clips,
@@ -353,18 +353,18 @@ def make_loader(
         prefetch_factor=resources.prefetch if resources.num_workers else None,
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=_leave_signals_to_the_parent,
-        # Of its own: beginning an epoch must not move the generator from which dropout draws.
+        # A generator of its own: starting an epoch must not advance the one of dropout.
         generator=torch.Generator(),
     )
     return loader if is_stream else accelerator.prepare_data_loader(loader)
 
 
 def adapt_fsdp(accelerator: Accelerator, model: torch.nn.Module) -> None:
-    """What FSDP needs to know of this model."""
+    """Adapts the FSDP plugin to this model."""
     plugin = accelerator.state.fsdp_plugin
     # Autocast computes in half precision. Half-precision weights would round the gate's scalars.
     plugin.mixed_precision_policy = None
-    # Only those of the modules that are not to be split that this variant has.
+    # Only modules that this variant has.
     present = {type(module).__name__ for module in model.modules()}
     plugin.transformer_cls_names_to_wrap = [name for name in model._no_split_modules if name in present]
 
@@ -376,7 +376,7 @@ class StopSignals:
         self.number = 0
 
     def __enter__(self) -> "StopSignals":
-        # Only the main thread may change what a signal does.
+        # Only the main thread may set signal handlers.
         in_main_thread = threading.current_thread() is threading.main_thread()
         self._before = {s: signal.signal(s, self._note) for s in STOP_SIGNALS} if in_main_thread else {}
         return self

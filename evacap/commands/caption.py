@@ -1,4 +1,4 @@
-"""`evacap caption`: captions media files, and tells how far the picture was trusted."""
+"""`evacap caption`: captions media files, and shows how far the picture was trusted."""
 
 import argparse
 import json
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from ..processing.pipeline_evacap import AudioVisualCaptioningPipeline
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# As of the feature extractor, which takes a second to import.
+# Those of the feature extractor, which takes a second to import.
 CHANNELS = ("average", "first")
-# What is looked for in a folder; a file that is named may be called anything.
+# Suffixes that are searched for in folders; a file that is named itself may have any.
 SUFFIXES = frozenset(
     ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .flv .wmv .asf .3gp .ogv .mxf "
     ".wav .mp3 .flac .m4a .aac .ogg .oga .opus .aiff .aif .au .caf .wma .ac3 .eac3 .amr .wv .w64".split()
 )
-# Of a run that writes a file: on a CPU, too, a batch reads the decoder's weights once for all its clips.
+# For a run with an output file. On a CPU too, a batch reads the weights of the decoder once for all its clips.
 BATCH_SIZE = 8
 MAX_WORKERS = 16
 
@@ -131,7 +131,7 @@ def load_captioner(arguments: argparse.Namespace) -> "AudioVisualCaptioningPipel
             evacap.TASK,
             model=model,
             device=arguments.device,
-            # `None` would ask at the terminal, for whatever a folder says of itself.
+            # With `None` a folder could make it ask at the terminal.
             trust_remote_code=arguments.trust_remote_code,
             **({"dtype": arguments.dtype} if arguments.dtype else {}),
         )
@@ -205,10 +205,10 @@ def write_captions(arguments: argparse.Namespace, media: list[str | Path]) -> in
 def _append_captions(arguments: argparse.Namespace, lines: JsonLines, media: list[str | Path], total: int) -> int:
     from tqdm.auto import tqdm
 
-    # Read when torch is loaded: its threads would wait actively, on cores that the reading processes need. With as
-    # many of either as cores that took five times as long.
+    # Read when torch is loaded. Otherwise its idle threads spin on cores that the reading processes need, which took
+    # five times as long with as many threads and processes as cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from ..training.data.worker_pool import usable_cores
+    from ..training.cores import usable_cores
 
     captioner = load_captioner(arguments)
     gated = arguments.json and captioner.model.config.fusion_type == "gated_cross_attention"
@@ -235,13 +235,12 @@ def _append_captions(arguments: argparse.Namespace, lines: JsonLines, media: lis
 
 
 def open_results(path: Path, drop_failed: bool = False) -> tuple[JsonLines, dict[str, dict[str, Any]]]:
-    """An output file to add results to, and those that it holds, by file.
+    """Opens an output file to add results, and reads the results that it has, by file.
 
-    Half a line at the end, as a killed run can leave it, is cut off from the file, and with `drop_failed` every line
-    that has an error.
+    An incomplete last line of a killed run is removed, and with `drop_failed` every line with an error.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: If the file has other content.
     """
     lines = JsonLines(path, "file", _parse_result, "Give another --output.")
     results = dict(lines.recover())
@@ -266,17 +265,17 @@ def caption(
     batch_size: int,
     **options: Any,
 ) -> None:
-    """Hands each file with its caption or error to `take`, in their order, as soon as it is done.
+    """Passes each file with its caption or error to `take`, in order, as soon as it is done.
 
-    A file that ends the process which reads it, as damage can that a decoder is not proof against, costs no other one:
-    those that were being read then are read once more, each in a process of its own.
+    If a file crashes the process that reads it, for example in a decoder, no other file is lost: the files that were
+    being read are read once more, each in its own process.
     """
     from torch.utils.data import Subset
 
     position = careful = 0
     while position < len(media):
         count = 1 if careful else len(media) - position
-        # The signal of a process that ended may arrive anywhere in here, in `take`, too.
+        # The signal of an ended process may arrive anywhere in this block, even in `take`.
         try:
             for result in captioner(
                 Subset(media, range(position, position + count)),
@@ -294,5 +293,5 @@ def caption(
                 take(media[position], {"error": f"{media[position]}: it ended the process that read it: {error}"})
                 position += 1
             print(f"evacap caption: {one_line(error)}", file=sys.stderr)
-            # Enough for what the workers hold: what they are reading, what they have ready, what they were asked for.
+            # Enough for all files that the workers are reading, have ready, or were asked for.
             careful = 0 if careful else 4 * num_workers * batch_size

@@ -1,11 +1,11 @@
-"""`evacap check-install`: whether this machine captions as the one did that saved a checkpoint, and what is installed."""
+"""`evacap check-install`: checks that this machine gives the known answer of a checkpoint, and shows versions."""
 
 import argparse
 import platform
 from pathlib import Path
 
 
-# What a bug report needs, in the order of printing.
+# Packages for a bug report, in the order of printing.
 PACKAGES = (
     "evacap",
     "torch",

@@ -132,8 +132,8 @@ def _evaluate_predictions(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate_checkpoints(arguments: argparse.Namespace) -> tuple[dict[str, Any] | None, "MakeClips"]:
+    from ..training.cores import usable_cores
     from ..training.data.prepared_clips import PreparedClips
-    from ..training.data.worker_pool import usable_cores
     from ..training.evaluation.evaluate import evaluate
 
     if not arguments.checkpoints or not arguments.data:
@@ -167,10 +167,10 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def name_checkpoints(values: list[str]) -> dict[str, str]:
-    """Checkpoints by name: what stands before a `=`, or the end of the path as far as it takes to tell them apart.
+    """Checkpoints by name: the part before a `=`, or as much of the end of the path as makes it unique.
 
     Raises:
-        ValueError: two have one name.
+        ValueError: If two have the same name.
     """
     split = [("", value) if "=" not in value or Path(value).exists() else value.split("=", 1) for value in values]
     paths = [Path(folder).resolve() if Path(folder).exists() else Path(folder) for _, folder in split]

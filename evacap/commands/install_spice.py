@@ -54,20 +54,20 @@ def install_spice(
     folder: str | os.PathLike | None = None,
     jars: Mapping[str, tuple[int, str]] = JARS,
 ) -> None:
-    """Puts the jars that SPICE needs into a folder, after a check of their size and checksum, if they are not there yet.
+    """Installs the jars that SPICE needs into a folder, and checks their size and checksum.
 
-    A download that breaks off is kept beside them, and the same call goes on from there.
+    An interrupted download is kept beside them and continued by the same call.
 
     Args:
-        source (`str`, *optional*, defaults to Stanford's): A zip archive with the jars, its URL, a folder with them, or
-            a local Maven repository or the folder of one.
-        folder (`str`, *optional*): Where they go, by default where the metrics look for them.
-        jars (`Mapping[str, tuple[int, str]]`, *optional*, defaults to those of CoreNLP 3.6.0): Size in bytes and SHA-256
-            of each file.
+        source (`str`, *optional*, defaults to Stanford's): A zip archive with the jars, its URL, a folder with them,
+            or a local Maven repository or the folder of one.
+        folder (`str`, *optional*): The folder; by default the one in which the metrics look for them.
+        jars (`Mapping[str, tuple[int, str]]`, *optional*, defaults to those of CoreNLP 3.6.0): Size in bytes and
+            SHA-256 of each file.
 
     Raises:
-        ValueError: If the source is no zip archive, misses a jar, or holds another than the right one.
-        OSError: If it cannot be read, or the folder not be written.
+        ValueError: If the source is not a zip archive, or if it lacks a jar or has a wrong one.
+        OSError: If the source cannot be read or the folder cannot be written.
     """
     folder = jar_folder() if folder is None else Path(folder)
     try:
@@ -80,7 +80,7 @@ def install_spice(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".install-") as partial:
         download = None
         if str(source).startswith(("http://", "https://")):
-            # Another source is another file.
+            # Each source has its own file.
             download = folder / f"{hashlib.sha256(str(source).encode()).hexdigest()[:8]}.partial"
             _download(str(source), download)
         archive = download or Path(source)
@@ -90,7 +90,7 @@ def install_spice(
                     _copy(jar, Path(partial, name), size, name)
                 _check(Path(partial, name), size, checksum)
         except ValueError:
-            # It will not get better.
+            # Continuing it would not help.
             if download:
                 download.unlink()
             raise
@@ -101,7 +101,7 @@ def install_spice(
 
 
 def _download(url: str, path: Path) -> None:
-    """Fetches what is missing of `path`."""
+    """Downloads the missing part of `path`."""
     here = path.stat().st_size if path.exists() else 0
     request = Request(url, headers={"Range": f"bytes={here}-"} if here else {})
     try:
@@ -142,11 +142,11 @@ def _open_jar(source: Path, name: str, called: str) -> Iterator[BinaryIO]:
             with archive.open(members[0]) as jar:
                 yield jar
     except (BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{called} is no whole zip archive: {error}") from error
+        raise ValueError(f"{called} is not a complete zip archive: {error}") from error
 
 
 def _copy(source: BinaryIO, target: Path, size: int | None, name: str, here: int = 0) -> None:
-    """Copies `source` to `target`, behind the `here` bytes that it has."""
+    """Appends `source` to `target`, which has `here` bytes."""
     with (
         open(target, "ab" if here else "wb") as file,
         tqdm.wrapattr(source, "read", total=size, initial=here, desc=name) as bytes_read,

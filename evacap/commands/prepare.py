@@ -1,4 +1,4 @@
-"""`evacap prepare`: media files and captions to ready features for training."""
+"""`evacap prepare`: makes features for training from media files and captions."""
 
 import argparse
 import re
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def split_of(source: str) -> str:
-    """The split that the name of a list, or of its folder, tells; `"train"` if it tells none."""
+    """The split in the name of a list, or of its folder; `"train"` if there is none."""
     for name in (Path(source).stem, Path(source).resolve().parent.name):
         words = re.split(r"[^a-z]+", name.lower())
         for split, synonyms in SPLITS.items():
@@ -111,5 +111,5 @@ def _processor(model: str | None, preset: str):
     if model is not None:
         return load_processor(model)
     chosen = PRESETS[preset]
-    # Features depend on no tokenizer, but there is no processor without one.
+    # Features do not depend on the tokenizer, but a processor needs one.
     return make_processor(chosen.config(), chosen.processing, build_tokenizer())

@@ -79,7 +79,7 @@ def test_new_words_become_tokens_and_known_words_stay_as_they_are(example):
     ids = tokenizer("a Zebra slams. a dog barks", add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == ["a", "zebra", "slams", ".", "a", "dog", "barks"]
     assert tokenizer.decode(ids) == "a zebra slams. a dog barks"
-    assert tokenizer.tokenize("zebras slamsing")[0] == "z", "a new word is no piece of another"
+    assert tokenizer.tokenize("zebras slamsing")[0] == "z", "a new word is not a piece of another"
     for size in (model.config.text_config.vocab_size, len(model.lm_head.weight), len(model.lm_head.bias)):
         assert size == len(tokenizer)
     assert model.lm_head.weight is model.get_input_embeddings().weight

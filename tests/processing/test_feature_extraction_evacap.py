@@ -142,9 +142,9 @@ def test_warnings_follow_the_verbosity_of_transformers(caplog):
         (np.zeros(1600, np.int16), r"floats in \[-1, 1\] .*, got int16"),
         ([0, 12000, -7] * 100, r"`raw_speech\[0\]` must be .*floats in \[-1, 1\] .*, got int"),
         ([[0, 12000, -7] * 100], r"`raw_speech\[0\]` must be .*floats in \[-1, 1\] .*, got int"),
-        ([["a", "b"]], r"`raw_speech\[0\]` is no list of numbers"),
-        ([[[0.1, 0.2], [0.3]]], r"`raw_speech\[0\]` is no list of numbers"),
-        ([[0.1, None]], r"`raw_speech\[0\]` is no list of numbers"),
+        ([["a", "b"]], r"`raw_speech\[0\]` is not a list of numbers"),
+        ([[[0.1, 0.2], [0.3]]], r"`raw_speech\[0\]` is not a list of numbers"),
+        ([[0.1, None]], r"`raw_speech\[0\]` is not a list of numbers"),
         ("clip.wav", "`raw_speech` must be an array, a tensor or a list, got str"),
     ],
 )

@@ -352,7 +352,7 @@ def test_bad_arguments(captioner, files):
         ({"array": noise(1), "sampling_rate": None}, "`audio` has a sampling rate of None Hz"),
         ({"array": [0, 12000], "sampling_rate": RATE}, r"`audio` must be .*floats in \[-1, 1\].*, got int"),
         ({"raw": noise(1)}, "`audio` must be .* got the keys"),
-        ([files["clip"]], "`audio` is no list of numbers"),
+        ([files["clip"]], "`audio` is not a list of numbers"),
         (noise(0), "`audio` is empty"),
         (noise(6).reshape(-1, 2), "`audio` has shape .* samples must come last"),
     ):

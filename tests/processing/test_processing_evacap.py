@@ -270,7 +270,7 @@ def test_kinds_of_frames(processor, tmp_path):
         ({"audio": noise(1)[:0], "start": 0.5}, r"`audio\[0\]` is empty"),
         ({"audio": [noise(2).reshape(-1, 2)], "start": 0.5}, r"`audio\[0\]` has shape .* samples must come last"),
         ({"audio": [noise(1), noise(1) * np.nan]}, r"`audio\[1\]` holds NaN or infinite"),
-        ({"audio": [["a", "b"]], "start": 0.5}, r"`audio\[0\]` is no list of numbers"),
+        ({"audio": [["a", "b"]], "start": 0.5}, r"`audio\[0\]` is not a list of numbers"),
         ({"audio": [[0, 12000]]}, r"`audio\[0\]` must be .* floats in \[-1, 1\] .*, got int"),
         ({"audio": np.float32(1)}, "`audio` must be an array, a tensor or a list"),
         ({"audio": []}, "`audio` is empty"),
@@ -287,7 +287,7 @@ def test_malformed_inputs(processor, inputs, message):
 
 @pytest.mark.parametrize("name", ["video", "image"])
 def test_singular_names_are_errors(processor, files, name):
-    with pytest.raises(TypeError, match=f"`{name}` is no argument: pass `{name}s`"):
+    with pytest.raises(TypeError, match=f"`{name}` is not an argument: pass `{name}s`"):
         processor(audio=files["sound"], **{name: files["still"]})
 
 

@@ -151,7 +151,7 @@ def test_a_list_of_picture_files_is_one_video(small, clip, tmp_path):
     expected = small([frames, frames[:2]], return_tensors="pt").pixel_values_videos
     batch = small([paths, [path.read_bytes() for path in paths[:2]]], return_tensors="pt").pixel_values_videos
     assert torch.equal(batch, expected)
-    with pytest.raises(ValueError, match=r"clip.mp4: is no picture, but `videos\[0\]` is a list of files"):
+    with pytest.raises(ValueError, match=r"clip.mp4: is not a picture, but `videos\[0\]` is a list of files"):
         small([[paths[0], clip]])
 
 

@@ -87,7 +87,7 @@ def test_generated_captions_reach_the_metrics(clips, tmp_path):
 
 
 def test_predictions_with_labels_hold_logits_alone(clips, tmp_path):
-    """The cache and other fields of the output are no predictions: `Trainer` could not gather them."""
+    """The cache and other fields of the output are not predictions: `Trainer` could not gather them."""
     trainer = Trainer(
         make_model(gate_stability_weight=1.0),
         TrainingArguments(str(tmp_path), per_device_eval_batch_size=4, **PLAIN),

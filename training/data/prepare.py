@@ -32,10 +32,11 @@ from transformers.video_utils import VideoMetadata
 
 from ...processing.media_evacap import probe_media
 from ...processing.processing_evacap import EVACapProcessor
+from ..cores import usable_cores
 from ..files import JsonLines, check_settings, locked, remove_leftovers, whole_file, write_json
 from .audiocaps import CLIP_SECONDS, EXTENSIONS
 from .manifest import Entry
-from .worker_pool import Lost, WorkerPool, usable_cores
+from .worker_pool import Lost, WorkerPool
 
 
 VERSION = 1

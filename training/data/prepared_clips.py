@@ -1,4 +1,4 @@
-"""Prepared clips as data sets of PyTorch: all at hand in any order, or streamed."""
+"""Prepared clips as PyTorch datasets, with random access or streamed."""
 
 import glob
 import json
@@ -25,11 +25,11 @@ from .prepare import PREPARATION_FILE, describe
 
 
 GROUPS_AT_ONCE = 8
-"""Row groups that a stream holds in memory and shuffles into each other."""
+"""Number of row groups that a stream has in memory and shuffles together."""
 
 
 class _Clips:
-    """What both data sets do: rows of a prepared split to what the data collator takes."""
+    """The common base of both datasets: converts rows of a prepared split to clips for the data collator."""
 
     def __init__(
         self,
@@ -41,13 +41,13 @@ class _Clips:
     ):
         self.files, self.folder = fsspec.core.url_to_fs(os.fspath(folder))
         self.frames = _check(self.files, self.folder, split, processor)
-        # Escaped, as a folder whose name looks like a pattern may match others.
+        # Escaped, because the name of the folder may look like a pattern.
         self.shards = sorted(self.files.glob(f"{glob.escape(self.folder)}/data/{split}-*-of-*.parquet"))
         self.split = split
         self.processor = processor
         self.augmentation = augmentation
         self.seed = seed
-        # In shared memory, as the workers of a data loader may outlive an epoch.
+        # In shared memory, because the workers of a data loader may outlive an epoch.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     @property
@@ -55,14 +55,14 @@ class _Clips:
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Other epochs bring other random choices."""
+        """Sets the epoch, which the random choices depend on."""
         self._epoch.fill_(epoch)
 
     def _clip(self, row: pa.Table) -> dict[str, Any]:
-        """What the data collator takes, of a table of one row."""
+        """The clip of a table with one row."""
         extractor = self.processor.feature_extractor
         captions = row["captions"][0].as_py()
-        # The choices of a clip are its own, whatever its place and whichever process makes it.
+        # The random choices of a clip depend neither on its position nor on the process.
         rng = np.random.default_rng([self.seed, self.epoch, crc32(row["id"][0].as_py().encode())])
         clip: dict[str, Any] = {}
         caption = captions[0] if self.augmentation is None else captions[rng.integers(len(captions))]
@@ -87,9 +87,9 @@ class _Clips:
         return clip
 
     def _choose(self, stored: int, rng: np.random.Generator) -> np.ndarray:
-        """The numbers of the frames to take of those that are stored."""
+        """The numbers of the stored frames to take."""
         video = self.processor.video_processor
-        if stored == 1:  # A still, which the processor repeats.
+        if stored == 1:  # A still; the processor repeats it.
             return np.zeros(1, dtype=int)
         if self.augmentation is not None and self.augmentation.random_frames and stored > video.num_frames:
             first = self.augmentation.first_frame(stored, video.num_frames, rng)
@@ -113,13 +113,13 @@ class PreparedClips(_Clips, Dataset):
         split (`str`): Name of the split.
         processor ([`EVACapProcessor`]): The processor of the model. It may take fewer frames, or only one stream, but
             must make the same features as the stored ones.
-        augmentation ([`Augmentation`], *optional*): For training.
-        seed (`int`, *optional*, defaults to 0): Of the random choices.
+        augmentation ([`Augmentation`], *optional*): The augmentation, for training.
+        seed (`int`, *optional*, defaults to 0): Seed of the random choices.
 
     Raises:
-        FileNotFoundError: If the folder holds no prepared clips.
-        ValueError: If there is no such split, its preparation was not finished, or the processor makes other features:
-            the message names the fields.
+        FileNotFoundError: If the folder has no prepared clips.
+        ValueError: If there is no such split, if its preparation is not finished, or if the processor makes other
+            features; the message has the fields.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class PreparedClips(_Clips, Dataset):
         return self.rows[int(index)]["captions"][0].as_py()
 
     def extra(self, index: int) -> dict[str, Any]:
-        """What else the manifest said of a clip."""
+        """The other fields of a clip in the manifest."""
         return json.loads(self.rows[int(index)]["extra"][0].as_py())
 
 
@@ -165,16 +165,17 @@ class StreamedClips(_Clips, IterableDataset):
 
     Args:
         folder, split, processor, augmentation, seed: As in [`PreparedClips`].
-        shuffle (`bool`, *optional*, defaults to `True`): Whether to shuffle: the row groups of all shards, and then
-            the clips of each `GROUPS_AT_ONCE` of them.
+        shuffle (`bool`, *optional*, defaults to `True`): Whether to shuffle the row groups of all shards, and then the
+            clips within every `GROUPS_AT_ONCE` of them.
         even (`bool`, *optional*, defaults to `False`): Whether all processes get the same number of clips, so that
-            none waits for the others in vain: up to `world_size - 1` clips of an epoch are then left out, others in
-            each epoch that is shuffled.
-        rank (`int`, *optional*), world_size (`int`, *optional*): Number of this process, and how many there are; by
-            default those of `torch.distributed`, or of the environment variables `RANK` and `WORLD_SIZE`.
+            none waits for the others forever. Then up to `world_size - 1` clips are left out, other ones in each
+            shuffled epoch.
+        rank (`int`, *optional*), world_size (`int`, *optional*): Number of this process, and number of processes; by
+            default from `torch.distributed`, or from the environment variables `RANK` and `WORLD_SIZE`.
 
     Raises:
-        FileNotFoundError, ValueError: As [`PreparedClips`], or if `rank` is not below `world_size`.
+        FileNotFoundError, ValueError: If the folder or split does not fit, see [`PreparedClips`], or if `rank` is not
+            below `world_size`.
     """
 
     def __init__(
@@ -201,15 +202,16 @@ class StreamedClips(_Clips, IterableDataset):
         self._skipped = torch.zeros(2, dtype=torch.long).share_memory_()
 
     def __len__(self) -> int:
-        """Clips of this process."""
+        """The number of clips of this process."""
         return len(self._part(np.arange(sum(rows for _, _, rows in self.groups))))
 
     def skip(self, batches: int, batch_size: int) -> None:
-        """Lets the epoch, once it is set, begin after so many batches: for a training that is resumed.
+        """Skips the first batches of the epoch, to resume a training. Call it after `set_epoch`.
 
         Args:
-            batches (`int`): Batches that the data loader of this process has given, with as many workers as now.
-            batch_size (`int`): Its `batch_size`.
+            batches (`int`): Number of batches that the data loader of this process has given, with the same number of
+                workers.
+            batch_size (`int`): The `batch_size` of the data loader.
         """
         self._skipped.copy_(torch.tensor([batches, batch_size]))
 
@@ -220,7 +222,8 @@ class StreamedClips(_Clips, IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        # A data loader takes a batch from each of its workers in turn: the first one goes on where it is the turn.
+        # A data loader takes batches from its workers in turn. After a resume its first worker continues with the part
+        # of the worker whose turn it was.
         batches, batch_size = self._skipped.tolist()
         number = (number + batches) % workers
         places = np.array_split(self._part(self._order()), workers)[number]
@@ -234,7 +237,7 @@ class StreamedClips(_Clips, IterableDataset):
             yield self._clip(held[group].slice(row, 1))
 
     def _order(self) -> np.ndarray:
-        """Group and row of every clip of the split, in the order of this epoch: (clips, 2)."""
+        """The group and row of every clip of the split, in the order of this epoch: (clips, 2)."""
         rng = np.random.default_rng([self.seed, self.epoch])
         groups = np.arange(len(self.groups))
         if self.shuffle:
@@ -261,7 +264,7 @@ class StreamedClips(_Clips, IterableDataset):
 
 
 def _check(files: fsspec.AbstractFileSystem, folder: str, split: str, processor: EVACapProcessor) -> dict[str, Any]:
-    """Compares a processor with what was prepared, and returns which frames are stored."""
+    """Checks that a processor fits the prepared features, and returns which frames are stored."""
     path = f"{folder}/{PREPARATION_FILE}"
     if not files.exists(path):
         raise FileNotFoundError(f"{path}: there is no such file; make the folder with `evacap prepare`")
@@ -274,7 +277,7 @@ def _check(files: fsspec.AbstractFileSystem, folder: str, split: str, processor:
     expected, frames, video = describe(processor), preparation["frames"], processor.video_processor
     modalities = expected.pop("modalities")
     if preparation["modalities"] == "audio_video":
-        # One of two streams is enough for a model that takes one.
+        # A model with one stream ignores the other.
         expected = {name: fields for name, fields in expected.items() if not _is_idle(name, modalities)}
     else:
         expected["modalities"] = modalities

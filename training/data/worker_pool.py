@@ -1,4 +1,4 @@
-"""Worker processes for a long list of items, any of which may take its worker down with it."""
+"""Worker processes for a long list of items, each of which may crash its worker."""
 
 import multiprocessing
 import os
@@ -14,26 +14,21 @@ import torch
 
 
 ITEMS_AHEAD = 8
-"""Items for each worker that may be begun before the first of them is done."""
+"""Number of items for each worker that may be started before the first of them is done."""
 
 
 CRASHES = ("SIGSEGV", "SIGBUS", "SIGABRT", "SIGFPE", "SIGILL", "SIGSYS", "SIGTRAP")
-"""Signals that a process gets for what it does itself."""
-
-
-def usable_cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+"""Signals that a process causes itself."""
 
 
 @dataclass(frozen=True)
 class Lost:
-    """Stands for the result of an item whose worker ended, twice.
+    """The result of an item whose worker ended twice.
 
     Args:
-        reason (`str`): How.
-        passing (`bool`): Whether it was ended from outside, as by a system that is short of memory, so that the item
-            need not be the cause.
+        reason (`str`): How it ended.
+        passing (`bool`): Whether it was ended from outside, for example by a system without free memory, so that the
+            item may not be the cause.
     """
 
     reason: str
@@ -51,19 +46,19 @@ class _Worker:
 
 
 class WorkerPool:
-    """Processes that apply a function, each with one thread, in memory that does not depend on the number of items.
+    """Processes with one thread each that apply a function, with memory independent of the number of items.
 
-    Other than the pools of the standard library it outlives its workers: where one is killed, or crashes in native
-    code, another worker takes its place and tries the item once more. If that ends, too, the item becomes [`Lost`].
-    The workers end with the process that has the pool, however that ends.
+    Unlike the pools of the standard library, it survives its workers: if one is killed or crashes in native code,
+    another worker replaces it and tries the item once more. If that one ends too, the item becomes [`Lost`]. The
+    workers end with the process that has the pool, however it ends.
 
     Args:
-        function (`Callable`): Of one item; can be pickled. What it raises ends the pool.
-        num_workers (`int`): How many processes.
-        seconds (`float`): A worker that takes longer for an item is killed.
-        preload (`str`): The module of the function, which the workers then import once and together.
-        is_passing (`Callable`, *optional*): Whether a result is a failure that may pass: such an item is tried once
-            more, too, in a fresh worker.
+        function (`Callable`): A picklable function of one item. An exception in it ends the pool.
+        num_workers (`int`): Number of processes.
+        seconds (`float`): A worker is killed if an item takes longer.
+        preload (`str`): The module of the function, which is imported once for all workers.
+        is_passing (`Callable`, *optional*): Whether a result is a failure that may pass; such an item is also tried
+            once more, in a new worker.
     """
 
     def __init__(
@@ -86,7 +81,7 @@ class WorkerPool:
             self.workers.append(self._start())
 
     def close(self) -> None:
-        """Ends the workers, whatever they are doing."""
+        """Kills the workers."""
         for worker in self.workers:
             worker.connection.close()
             worker.process.kill()
@@ -97,7 +92,7 @@ class WorkerPool:
         """Yields `(item, result)` in the order of the items.
 
         Raises:
-            RuntimeError: If a worker ends before it has begun to work, as others would then, too.
+            RuntimeError: If a worker ends before its first item, because others would too.
         """
         numbered = enumerate(items)
         self.tried.clear()
@@ -124,7 +119,7 @@ class WorkerPool:
                 yielded += 1
 
     def _results(self) -> Iterator[tuple[tuple[int, Any], Any]]:
-        """Waits a moment, and yields the tasks that have an end, with their results."""
+        """Waits a moment, and yields the finished tasks with their results."""
         ready = wait([worker.connection for worker in self.workers], timeout=1.0)
         for position, worker in enumerate(self.workers):
             late = worker.task is not None and time.monotonic() - worker.since > self.seconds
@@ -165,7 +160,7 @@ class WorkerPool:
 def _send(connection: Connection, item: Any) -> None:
     try:
         connection.send(item)
-    except OSError:  # The worker is gone: its end of the pipe tells so when it is read.
+    except OSError:  # The worker has ended, which reading its end of the pipe will show.
         pass
 
 
@@ -180,14 +175,14 @@ def _ending(process: BaseProcess) -> Lost:
 
 
 def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that has the pool.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the process that has the pool.
     torch.set_num_threads(1)
     connection.send(None)
     while True:
         try:
             item = connection.recv()
         except EOFError:
-            os._exit(0)  # Nobody is left who would wait for a tidy end.
+            os._exit(0)  # No process is left that would wait for a clean exit.
         try:
             result = function(item)
         except Exception as error:

@@ -36,8 +36,8 @@ def evaluate_predictions(
         The content of `evaluation.json`, see [`~report.write_report`].
 
     Raises:
-        ValueError: With file and line where a file is wrong; with the clips' ids where one of them has no caption, or
-            more than one.
+        ValueError: If a file is wrong, with file and line, or if a clip does not have exactly one caption, with its
+            id.
         OSError: If something cannot be read or written.
     """
     clips = [TestedClip(name, captions, {}, False) for name, captions in read_captions(references).items()]
@@ -62,8 +62,8 @@ def read_captions(path: str | os.PathLike) -> dict[str, list[str]]:
     several rows. An empty caption is one.
 
     Raises:
-        ValueError: With file and line, for a row that lacks a field or holds a wrong one, and for an empty file.
-        FileNotFoundError: If there is no such file.
+        ValueError: If a row lacks a field or has a wrong one, with file and line, or if the file is empty.
+        FileNotFoundError: If the file does not exist.
     """
     path = Path(path)
     clips: dict[str, list[str]] = {}

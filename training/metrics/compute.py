@@ -1,4 +1,4 @@
-"""Caption metrics: those of the MS-COCO toolkit, equal to its own, and those that need models of the user's."""
+"""Caption metrics: those of the MS-COCO toolkit, with equal results, and those that need models from the user."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -23,19 +23,19 @@ METRIC_TITLES = {
     "fense": "FENSE",
     "fluency_error": "fluency errors",
 }
-"""The metrics under the paper's names, in its order, and those that need a model."""
+"""The names of the metrics in the paper, in its order, and of those that need a model."""
 
-# What needs models that the user has: a sentence encoder, a detector of errors, or both.
+# Metrics that need models from the user: a sentence encoder, an error detector, or both.
 MODEL_METRICS = {
     "fense": ("sentence_encoder", "fluency_detector"),
     "fluency_error": ("fluency_detector",),
     "spider_fl": ("fluency_detector",),
 }
 
-# What FENSE takes off a caption with an error.
+# The share that FENSE subtracts for a caption with an error.
 PENALTY = 0.9
 
-# What `evaluate.load` takes.
+# The path for `evaluate.load`.
 EVALUATE_MODULE = str(Path(__file__).with_name("hub_module") / "caption_metrics.py")
 
 
@@ -46,19 +46,20 @@ def compute_metrics(
     sentence_encoder: str | os.PathLike | None = None,
     fluency_detector: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
-    """Scores captions by the MS-COCO toolkit's metrics (`pycocoevalcap`), and where asked for by FENSE and SPIDEr-FL.
+    """Scores captions with the metrics of the MS-COCO toolkit (`pycocoevalcap`), and optionally FENSE and SPIDEr-FL.
 
-    All captions are tokenised once, by the Penn Treebank tokeniser; models read them as they are. What cannot be
-    computed here is left out and said: nothing is downloaded, and nothing is written but temporary files and SPICE's
-    parses.
+    All captions are tokenised once, by the Penn Treebank tokeniser; models read the original text. Metrics that cannot
+    be computed on this machine are skipped, with the reason. Nothing is downloaded, and only temporary files and the
+    parses of SPICE are written.
 
-    BLEU and METEOR of a corpus come from counts over all clips, ROUGE-L, CIDEr-D, SPICE and SPIDEr are means over the
-    clips. CIDEr-D weighs words by how few clips have them in their references, so that a clip's score depends on the
-    others, and a single clip has 0. An empty caption scores 0, but for ROUGE-L with an empty reference, which is 1.
+    BLEU and METEOR of a corpus come from counts over all clips. ROUGE-L, CIDEr-D, SPICE and SPIDEr are means over the
+    clips. CIDEr-D weights words by how few clips have them in their references, so the score of a clip depends on the
+    others, and a single clip scores 0. An empty caption scores 0, except for ROUGE-L with an empty reference, which is
+    1.
 
     Args:
-        predictions (`Sequence[str]`): One caption a clip.
-        references (`Sequence[Sequence[str]]`): One or more captions a clip, not the same number for each.
+        predictions (`Sequence[str]`): One caption for each clip.
+        references (`Sequence[Sequence[str]]`): One or more captions for each clip; their number may differ.
         metrics (`Sequence[str]`, *optional*, defaults to the toolkit's): Of `"bleu"` (1 to 4), `"meteor"`,
             `"rouge_l"`, `"cider_d"`, `"spice"` and `"spider"`, the mean of CIDEr-D and SPICE; and of `"fense"`,
             `"fluency_error"`, the share of captions with an error, and `"spider_fl"`, SPIDEr with FENSE's penalty.
@@ -175,7 +176,7 @@ def _judge_by_models(
     sentence_encoder: str | os.PathLike | None,
     fluency_detector: str | os.PathLike | None,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Of the clips, the scores that take a model, and why some are missing."""
+    """The scores of the clips that need a model, and the reasons for missing ones."""
     folders = {"sentence_encoder": sentence_encoder, "fluency_detector": fluency_detector}
     skipped = {}
     for name in MODEL_METRICS.keys() & set(metrics):

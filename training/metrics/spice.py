@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ..cores import usable_cores
 from .java import Java, run_java, toolkit_path
 
 
@@ -111,9 +112,6 @@ def _run(
     cache: Path | None,
 ) -> list[float]:
     """The F-scores of the clips."""
-    # It imports PyTorch, which the other metrics do without.
-    from ..data.worker_pool import usable_cores
-
     clips: list[dict[str, Any]] = [
         {"image_id": index, "test": prediction, "refs": list(clip)}
         for index, (prediction, clip) in enumerate(zip(predictions, references, strict=True))

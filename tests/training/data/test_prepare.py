@@ -148,7 +148,7 @@ def test_a_stopped_preparation_goes_on(processor, small, tmp_path, stop):
 
 
 def _processes_of(session: int) -> list[str]:
-    """The processes that were started in a session and are no zombies."""
+    """The processes that were started in a session and are not zombies."""
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
