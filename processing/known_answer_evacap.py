@@ -117,13 +117,18 @@ def answer(model, processor) -> dict[str, Any]:
 
 
 def write_known_answer(folder: str | os.PathLike, model, processor) -> dict[str, Any]:
-    """Writes `known_answer.json` into a model folder, completely or not at all; returns its content, see [`answer`]."""
+    """Writes `known_answer.json` into a model folder, whole or not at all; returns its content, see [`answer`]."""
     known = answer(model, processor)
+    save_answer(folder, known)
+    return known
+
+
+def save_answer(folder: str | os.PathLike, known: dict[str, Any]) -> None:
+    """Writes what [`answer`] gave into a model folder, whole or not at all."""
     path = Path(folder) / KNOWN_ANSWER_FILE
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
-    return known
 
 
 def read_known_answer(folder: str | os.PathLike) -> dict[str, Any] | None:

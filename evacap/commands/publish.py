@@ -10,6 +10,7 @@ import sys
 import tempfile
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, ModelCard, create_commit, create_repo, get_token
 from huggingface_hub.utils import validate_repo_id
@@ -17,7 +18,7 @@ from yaml import YAMLError
 
 from .. import modeling_evacap, processing
 from ..model_card import EVALUATION_FILE, TRAINING_FILE, check_metadata, example_code, fill_model_card
-from ..processing.known_answer_evacap import KNOWN_ANSWER_FILE
+from ..processing.known_answer_evacap import KNOWN_ANSWER_FILE, compare, read_known_answer, save_answer
 from ..training.files import write_text
 from ..training.procedural.scenes import make_scene, write_clip
 from ..training.terminal import one_line, printable
@@ -66,6 +67,13 @@ sys.modules["evacap"] = None
 from transformers.utils import logging
 logging.disable_progress_bar()
 exec(compile(sys.stdin.read(), "README.md", "exec"))
+
+import json, torch
+from transformers import AutoModel, AutoProcessor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+answer = get_class_from_dynamic_module("known_answer_evacap.answer", sys.argv[1])
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32)
+print(json.dumps(answer(model, AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True))))
 """
 
 
@@ -83,8 +91,9 @@ def run(arguments: argparse.Namespace) -> None:
 def publish(folder: str | os.PathLike, repo_id: str, private: bool = False, dry_run: bool = False) -> None:
     """Checks a model folder, writes its card if it has none, and uploads it.
 
-    The example code of the card's template has to caption a generated clip, in a process that has only the folder, and
-    neither the token nor any other secret of the environment. Code in a card that the folder has already is not run.
+    The example code of the card's template has to caption a generated clip, and the folder to reproduce its known
+    answer, which is written where there is none yet: in a process that has only the folder, and neither the token nor
+    any other secret of the environment. Code in a card that the folder has already is not run.
 
     Only files with known names are uploaded, see `UPLOADED`; links and folders never are.
 
@@ -112,9 +121,22 @@ def publish(folder: str | os.PathLike, repo_id: str, private: bool = False, dry_
     is_new = not card_path.exists()
     card = fill_model_card(folder, repo_id) if is_new else _load_card(card_path)
     check_metadata(card, str(card_path))
-    captions = caption_alone(folder, repo_id)
+    known = read_known_answer(folder)
+    captions, found = caption_alone(folder, repo_id)
     print("loads without this package and captions a generated clip:")
     print("\n".join(f"  {printable(line)}" for line in captions))
+    if known is None:
+        print(f"known answer: none yet, made here: {printable(found['caption'])}")
+        if not dry_run:
+            save_answer(folder, found)
+    else:
+        is_right, reason = compare(known, found)
+        if not is_right:
+            raise ValueError(
+                f"{folder}: it does not reproduce its known answer on this machine ({printable(reason)}). If the weights "
+                f"were changed since, write it anew: `evacap check-install {folder} --write`."
+            )
+        print(f"known answer: reproduced, {printable(reason)}")
     print(f"card: complete; {_check_on_hub(repo_id, card, may_fail=dry_run)}")
     print(f"card: {'filled from the template' if is_new else f'{CARD} of the folder, as it is'}")
     if is_new and not dry_run:
@@ -176,7 +198,7 @@ def check_files(folder: Path) -> None:
         raise FileNotFoundError(f"{folder}: it has no weights (model*.safetensors). Save the model there.")
     if "processor_config.json" not in names:
         raise FileNotFoundError(f"{folder}: it has no processor_config.json. Save the processor there, too.")
-    missing = {f"{module}.py" for module in modules} - names
+    missing = {f"{module}.py" for module in modules | {"known_answer_evacap"}} - names
     if missing:
         raise FileNotFoundError(
             f"{folder}: it lacks its code ({', '.join(sorted(missing))}). Load its model and its processor with `import "
@@ -184,11 +206,11 @@ def check_files(folder: Path) -> None:
         )
 
 
-def caption_alone(folder: Path, repo_id: str) -> list[str]:
+def caption_alone(folder: Path, repo_id: str) -> tuple[list[str], dict[str, Any]]:
     """Runs the example code of the card's template on a generated clip, offline, in a process that has only the folder.
 
     Returns:
-        The output of the code.
+        The output of the code, and what the folder says of the clip of known answers, see [`answer`].
 
     Raises:
         ValueError: If the code fails or prints no captions.
@@ -203,7 +225,7 @@ def caption_alone(folder: Path, repo_id: str) -> list[str]:
         # Packages of the user's are found through the home folder, and so is the token.
         environment |= {"HOME": str(place), "HF_HOME": str(place / "hub"), "PYTHONUSERBASE": site.getuserbase()}
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONUTF8": "1"}
-        command = [sys.executable, "-c", _RUN_ALONE]
+        command = [sys.executable, "-c", _RUN_ALONE, repo_id]
         code = example_code(repo_id)
         try:
             done = subprocess.run(
@@ -221,9 +243,10 @@ def caption_alone(folder: Path, repo_id: str) -> list[str]:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         raise ValueError(f"{folder}: the code on its card fails: {reason}")
-    if not done.stdout.strip():
+    *captions, found = done.stdout.strip().splitlines()
+    if not any(captions):
         raise ValueError(f"{folder}: the code on its card prints no caption.")
-    return done.stdout.strip().splitlines()
+    return captions, json.loads(found)
 
 
 def _load_card(path: Path) -> ModelCard:

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import hub_server
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from source_checkpoints import HEADS, IMAGE_SIZE, avcap_state, save, save_tokenizer
 
+import evacap
 from evacap.cli import main
 from evacap.commands.import_weights import import_weights
 from evacap.commands.publish import caption_alone, check_files, uploaded_files
@@ -80,6 +82,7 @@ def test_dry_run_checks_and_shows_everything_and_writes_nothing(folder, capsys):
     lines = capsys.readouterr().out.splitlines()
     captions = lines[1 + lines.index("loads without this package and captions a generated clip:") :][:2]
     assert all("word" in caption for caption in captions), "one caption a code block, from the toy vocabulary"
+    assert any(line.startswith("known answer: none yet, made here: ") for line in lines)
     assert f"to https://huggingface.co/{REPO_ID} (private where new):" in lines
     shown = {line.split()[0]: line.split()[1] for line in lines if line.endswith(" bytes")}
     assert shown["model.safetensors"] == f"{(folder / 'model.safetensors').stat().st_size:,}"
@@ -87,6 +90,18 @@ def test_dry_run_checks_and_shows_everything_and_writes_nothing(folder, capsys):
     assert "not uploaded: optimizer.pt, trainer_state.json" in lines
     assert "# evacap-toy" in lines
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_folder_that_does_not_reproduce_its_known_answer_stays_here(folder, capsys):
+    assert main(["check-install", str(folder), "--write"]) == 0
+    assert main(["publish", str(folder), "--repo-id", REPO_ID, "--dry-run"]) == 0
+    assert "known answer: reproduced" in capsys.readouterr().out
+    model = evacap.EVACapForConditionalGeneration.from_pretrained(folder)
+    with torch.no_grad():
+        model.lm_head.bias += torch.linspace(0, 0.05, len(model.lm_head.bias))
+    model.save_pretrained(folder)
+    assert main(["publish", str(folder), "--repo-id", REPO_ID, "--dry-run"]) == 1
+    assert "does not reproduce its known answer" in capsys.readouterr().err
 
 
 def test_without_a_token_one_line_says_how_to_log_in(folder):

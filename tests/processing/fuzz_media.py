@@ -77,8 +77,7 @@ def write_originals(folder: Path) -> dict[str, bytes]:
 
 
 def second_heard(samples: np.ndarray, share: float = 0.1) -> int | None:
-    """Which second of the original a second of sound is, if its tone has that share of the energy; `None` for silence,
-    -1 for something else."""
+    """Which second of the original a second of sound is, by its tone; `None` for silence, -1 for something else."""
     samples = np.pad(samples, (0, RATE - len(samples)))
     middle = samples[len(samples) // 4 : 3 * len(samples) // 4]
     if np.abs(middle).max() < 0.01:
