@@ -377,7 +377,7 @@ def _convert(
 
     if unusable:
         raise ValueError(
-            f"The files hold tensors that are no weights: {_list(unusable)}. Save the model again from where it was "
+            f"The files hold tensors that are not weights: {_list(unusable)}. Save the model again from where it was "
             "trained, or download it again."
         )
     if config.tie_word_embeddings:

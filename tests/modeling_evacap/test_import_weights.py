@@ -214,7 +214,7 @@ def test_the_wrong_kind_of_file_is_named(cav_mae_file, avcap_file):
 def test_tensors_that_are_no_weights_are_refused(tmp_path, name, change, fault):
     state = avcap_state()
     path = save({**state, name: change(state[name])}, tmp_path / "avcap.pth")
-    with pytest.raises(ValueError, match=rf"no weights: .*{re.escape(name)} \({fault}"):
+    with pytest.raises(ValueError, match=rf"not weights: .*{re.escape(name)} \({fault}"):
         from_avcap(path)
 
 

@@ -495,7 +495,7 @@ def _count(output: Path, split: str, shards: list[Path]) -> dict[str, int]:
     problems = [problem for shard in open_shards for problem in _account(shard)["report"] if problem["passing"]]
     if problems:
         raise RuntimeError(
-            f"{output}: {len(problems)} clips of the split {split!r} failed for reasons that may pass, as {REPORT_FILE} "
+            f"{output}: {len(problems)} clip{'s' * (len(problems) > 1)} of the split {split!r} failed for reasons that may pass, as {REPORT_FILE} "
             f"there tells; the first: {problems[0]['reason']}. Give the same command again, or accept the failures "
             "(--accept-failures) to go on without these clips."
         )
