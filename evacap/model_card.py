@@ -40,21 +40,21 @@ def fill_model_card(folder: str | os.PathLike, repo_id: str) -> ModelCard:
     Two optional files of the folder have what the configuration does not: `training.json`,
     `{"data": a sentence in Markdown, "datasets": [names on the Hub]}`, and `evaluation.json`,
     `{"dataset": its name, "dataset_id": its name on the Hub, "results": [{"setting": the condition,
-    "metrics": {name: value}}]}`. The first result also goes to the metadata of the card.
+    "metrics": {name: value}}]}`. The first result also goes to the metadata of the card. Their text is escaped: it cannot
+    become a block of code, a table or metadata.
 
     Args:
         folder (`str` or `os.PathLike`): A model folder with its processor.
         repo_id (`str`): `ORG/NAME` on the Hub, for the example code.
 
-    What they say becomes text on one line and nothing else: no block of code, no table, no metadata of their own.
-
     Returns:
         The card; `str(card)` is the text of a `README.md`.
 
     Raises:
-        ValueError: If one of the two files does not have this form.
+        ValueError: If one of the two files does not have this form, or if `repo_id` is not a name.
     """
     folder = Path(folder)
+    validate_repo_id(repo_id)
     with loading(folder):
         config = EVACapConfig.from_pretrained(folder)
     processor = load_processor(folder)

@@ -49,10 +49,15 @@ def merge(values: dict, changes: dict) -> dict:
     return merged
 
 
-def run(config: str | Path, *overrides: str) -> int:
-    """Trains in this process. Accelerate keeps its settings as long as a process lives; a run has its own."""
+def forget_accelerator() -> None:
+    """Accelerate keeps its settings as long as a process lives; a run has its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def run(config: str | Path, *overrides: str) -> int:
+    """Trains in this process."""
+    forget_accelerator()
     return train(load_run_config(config, overrides))
 
 

@@ -251,21 +251,31 @@ def locked(output: str | os.PathLike) -> Iterator[None]:
         raise BlockingIOError(
             f"{output} is being written by {_holder(path)}. Wait for it to end, or give another output."
         ) from None
+    # On a file system without locks the library's file is the lock itself, and names its holder already.
+    is_marker = hasattr(lock, "pid")
     try:
-        with suppress(OSError):  # Windows locks the content as well, so that nobody can be named there.
-            command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200]
-            since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-            holder = f"process {os.getpid()} on {socket.gethostname()}, since {since} ({command})"
-            path.write_text(holder, encoding="utf-8", errors="backslashreplace")
+        if not is_marker:
+            _name_holder(path)
         yield
     finally:
-        with suppress(OSError):
-            path.unlink()
+        if not is_marker:
+            with suppress(OSError):
+                path.unlink()
         lock.release()
+
+
+def _name_holder(path: Path) -> None:
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200]
+    since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    holder = f"{os.getpid()}\n{socket.gethostname()}, since {since} ({command})"
+    # Windows locks the content as well, so that nobody can be named there.
+    with suppress(OSError):
+        path.write_text(holder, encoding="utf-8", errors="backslashreplace")
 
 
 def _holder(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8") or "another process"
-    except (OSError, UnicodeDecodeError):
+        process, machine, *_ = path.read_text(encoding="utf-8").split("\n")
+        return f"process {process} on {machine}"
+    except (OSError, ValueError):
         return "another process"

@@ -13,6 +13,7 @@ from ..modeling_evacap.import_weights import VIDEO_EMBEDDINGS, ImportReport, mod
 from ..modeling_evacap.presets import PRESETS
 from ..processing.model_processor import load_tokenizer, make_processor
 from ..training.files import whole_folder, write_json
+from ..training.terminal import printable
 
 
 BERT_TOKENIZER = "google-bert/bert-base-uncased"
@@ -67,8 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     options = {name: value for name, value in vars(arguments).items() if name != "command"}
     report = import_weights(**options)
-    print(report)
-    print(f"wrote {arguments.output}")
+    # Names of tensors are those of the file.
+    print("\n".join(map(printable, str(report).split("\n"))))
+    print(printable(f"wrote {arguments.output}"))
     if report.new:
         print("Some weights are fresh: train before you caption.")
     else:

@@ -18,6 +18,7 @@ from zipfile import BadZipFile, ZipFile
 
 from tqdm import tqdm
 
+from ..training.files import locked
 from ..training.metrics.java import find_java
 from ..training.metrics.spice import JARS, jar_folder
 
@@ -77,7 +78,7 @@ def install_spice(
     except (OSError, ValueError):
         folder.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that moving a jar there is one step.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".install-") as partial:
+    with locked(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".install-") as partial:
         download = None
         if str(source).startswith(("http://", "https://")):
             # Each source has its own file.

@@ -289,6 +289,17 @@ def test_after_kill_9(stuck):
 
 @pytest.mark.slow
 @needs_fork
+def test_a_call_beside_a_running_one_is_refused(stuck):
+    process, call = stuck
+    before = Path("captions.jsonl").read_bytes()
+    for options in ([], ["--retry-failed"]):
+        done = subprocess.run([*call, *options], capture_output=True, text=True)
+        assert done.returncode == 1 and f"is being written by process {process.pid} on " in done.stderr
+        assert Path("captions.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+@needs_fork
 def test_a_clip_that_ends_its_reader_loses_no_other(stuck):
     process, _ = stuck
     (reader,) = psutil.Process(process.pid).children()

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from training_runs import forget_accelerator
 
 import evacap
 from evacap.cli import COMMANDS, main
@@ -122,6 +123,7 @@ def test_a_damaged_model_folder_is_a_sentence(name, damage, tmp_path, capsys):
     }
     if name == "model.safetensors":
         calls.pop("prepare")
+    forget_accelerator()
     for command, arguments in calls.items():
         assert main([command, *arguments]) == 1
         message = capsys.readouterr().err.splitlines()[-1]

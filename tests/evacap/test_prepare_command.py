@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,6 +56,37 @@ def test_audiocaps(clips, tmp_path, capsys):
     assert preparation["splits"]["test"]["clips"] == 2
     (problem,) = [json.loads(line) for line in (tmp_path / "out" / "report.jsonl").read_text().splitlines()]
     assert problem["id"] == "deadlink999_30" and not problem["usable"]
+
+
+def test_a_file_that_is_away_for_a_moment(clips, tmp_path, capsys):
+    rows = [json.loads(line) for line in clips.read_text().splitlines()]
+    folder = tmp_path / "test"
+    folder.mkdir()
+    for row in rows:
+        shutil.copy(clips.parent / row["media"], folder)
+    shutil.copy(clips, folder)
+    call = [
+        "prepare",
+        "--manifest",
+        str(folder / clips.name),
+        "--output",
+        str(tmp_path / "out"),
+        "--model",
+        evacap.TINY,
+    ]
+    call += ["--workers", "2", "--shard-size", "2"]
+    away = folder / rows[0]["media"]
+    away.rename(tmp_path / "away")
+    for _ in range(2):
+        assert main(call) == 1
+        printed = capsys.readouterr()
+        assert "evacap prepare: " in printed.err and "clips of the split 'test' failed for reasons that" in printed.err
+        assert not printed.out
+    assert main([*call[:4], str(tmp_path / "accepted"), *call[5:], "--accept-failures"]) == 0
+    assert capsys.readouterr().out.startswith("test: 2 of 3 clips, ")
+    (tmp_path / "away").rename(away)
+    assert main(call) == 0
+    assert capsys.readouterr().out.startswith("test: 3 of 3 clips, ")
 
 
 def test_wrong_calls(clips, tmp_path, capsys):

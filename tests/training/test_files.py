@@ -182,6 +182,27 @@ def test_the_holder_of_a_lock_is_named_and_its_end_ends_it(tmp_path, is_folder):
     assert left == ({"link", "output"} if is_folder else {"link"}), "a free lock leaves nothing"
 
 
+WITHOUT_FLOCK = """
+import errno, fcntl, sys
+def flock(*arguments):
+    raise OSError(errno.ENOSYS, "there are no locks")
+fcntl.flock = flock
+from evacap.training.files import locked
+with locked(sys.argv[1]):
+    try:
+        with locked(sys.argv[1]):
+            pass
+    except BlockingIOError as error:
+        print(error)
+"""
+
+
+def test_a_file_system_without_locks(tmp_path):
+    done = subprocess.run([sys.executable, "-c", WITHOUT_FLOCK, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path} is being written by process ") and list(tmp_path.iterdir()) == []
+
+
 def test_a_lock_has_one_holder_at_a_time(tmp_path):
     """Many that try again and again, each of whom removes the file of the lock when it is through."""
     output, holders, counts = tmp_path / "file", [], []

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -161,6 +162,11 @@ def test_what_is_frozen_stays_and_a_run_starts_from_a_model(tmp_path):
     for name, value in before.items():
         frozen = name.startswith(("model.decoder", "lm_head")) and "prefix" not in name
         assert torch.equal(after[name], value) == frozen, name
+    # It goes on from a checkpoint, too, whose optimizer has a part of the parameters.
+    shutil.rmtree(tmp_path / "second" / "model")
+    shutil.rmtree(sorted((tmp_path / "second" / "checkpoints").iterdir())[-1])
+    assert run(second) == 0
+    assert all(torch.equal(value, after[name]) for name, value in weights(tmp_path / "second").items())
     with pytest.raises(
         ValueError, match=r"gated_cross_attention with gate entropy, but `model.preset` 'avcap' is concat"
     ):

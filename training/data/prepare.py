@@ -251,7 +251,7 @@ def _rows_left(shard: Path, entries: list[Entry], rows: range) -> list[int]:
         if problem is None:
             continue
         has_come = problem["path"] is None and not problem["usable"] and entries[row].path is not None
-        if has_come or (problem["passing"] and source != shard):
+        if has_come or (problem.get("passing") and source != shard):
             left.append(row)
     return left
 
@@ -262,7 +262,7 @@ def _read_kept(shard: Path) -> dict[str, "Features"]:
     if not source.exists():
         return {}
     problems = {problem["id"]: problem for problem in _account(source)["report"]}
-    kept = {name: _unusable(problem["reason"], problem["passing"]) for name, problem in problems.items()}
+    kept = {name: _unusable(problem["reason"], problem.get("passing", False)) for name, problem in problems.items()}
     table = pq.read_table(source)
     for name, values, frames in zip(table["id"].to_pylist(), table["input_features"], table["frames"], strict=True):
         problem = problems[name]["reason"] if name in problems else None
@@ -493,10 +493,10 @@ def _report(output: Path) -> None:
 def _count(output: Path, split: str, shards: list[Path]) -> dict[str, int]:
     """Adds the numbers of clips to what is written down of the split, which is complete by that."""
     open_shards = [_open_name(shard) for shard in shards if not shard.exists()]
-    problems = [problem for shard in open_shards for problem in _account(shard)["report"] if problem["passing"]]
+    problems = [problem for shard in open_shards for problem in _account(shard)["report"] if problem.get("passing")]
     if problems:
         raise RuntimeError(
-            f"{output}: {len(problems)} clips of the split {split!r} failed for reasons that may pass, as {REPORT_FILE} "
+            f"{output}: {len(problems)} clip{'s' * (len(problems) > 1)} of the split {split!r} failed for reasons that may pass, as {REPORT_FILE} "
             f"there tells; the first: {problems[0]['reason']}. Give the same command again, or accept the failures "
             "(--accept-failures) to go on without these clips."
         )

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +18,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from ..files import write_json
+from ..files import locked, write_json
 from ..metrics.bootstrap import (
     CONFIDENCE,
     RESAMPLES,
@@ -112,9 +113,9 @@ def evaluate(
         The content of `evaluation.json`, see [`report.write_report`]; `None` in all processes but the main one.
 
     Raises:
-        ValueError: If an argument is wrong, if the clips do not fit a checkpoint, or if `output` holds captions of
-            other settings.
-        OSError: If a file cannot be read or written.
+        ValueError: If an argument is wrong, if the clips do not fit a checkpoint, or if `output` holds captions of other
+            settings.
+        OSError: If a file cannot be read or written; a `BlockingIOError` if another process evaluates into `output`.
     """
     _check(checkpoints, shares, frames, metrics)
     disable_progress_bar()
@@ -135,7 +136,11 @@ def evaluate(
     batches = [make_batches(plan.values(), batch_size) for plan in plans]
     said = {}
     total = sum(map(len, itertools.chain.from_iterable(batches))) // accelerator.num_processes
-    with tqdm(total=total, unit="clip", smoothing=0, disable=not accelerator.is_local_main_process) as progress:
+    output.mkdir(parents=True, exist_ok=True)
+    with (
+        locked(output) if accelerator.is_main_process else nullcontext(),
+        tqdm(total=total, unit="clip", smoothing=0, disable=not accelerator.is_local_main_process) as progress,
+    ):
         for captioner, part in zip(captioners, batches):
             progress.set_description(captioner.name)
             said[captioner.name] = captioner.caption(

@@ -115,8 +115,10 @@ def _load(folder: Path, make: Callable[..., PreTrainedModel]) -> tuple[PreTraine
     try:
         if not folder.is_dir():
             raise OSError("there is no such folder")
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = make(folder, local_files_only=True)
+        # `None`, the default, would ask at the terminal whether to run code of the folder.
+        options = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model = make(folder, **options)
     except (OSError, ValueError) as error:
         raise RuntimeError(f"{folder} cannot be loaded as a model and tokenizer of Transformers: {error}") from error
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
@@ -124,7 +126,8 @@ def _load(folder: Path, make: Callable[..., PreTrainedModel]) -> tuple[PreTraine
 
 
 def _from_config(folder: Path, **options) -> PreTrainedModel:
-    return AutoModel.from_config(AutoConfig.from_pretrained(folder, **options))
+    config = AutoConfig.from_pretrained(folder, **options)
+    return AutoModel.from_config(config, trust_remote_code=options["trust_remote_code"])
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import psutil
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from small_clips import number_of, write_picture, write_small_clips, write_sound
@@ -244,6 +245,20 @@ def test_clips_that_have_got_a_file_since_are_made(processor, small, tmp_path):
     assert prepare(gone, tmp_path / "out", processor, shard_size=4, num_workers=1)["clips"] == 2
     assert prepare(entries, tmp_path / "out", processor, shard_size=4, num_workers=2)["clips"] == 11
     assert content(tmp_path / "out") == content(tmp_path / "at once")
+
+
+def test_a_folder_from_before_there_were_open_shards(processor, tmp_path):
+    (tmp_path / "text.mp4").write_text("no media")
+    entries = [Entry("text", ("x",), media=str(tmp_path / "text.mp4"))]
+    entries.append(Entry("good", ("x",), audio=str(write_sound(tmp_path / "good.wav", 1))))
+    prepare(entries, tmp_path / "out", processor, num_workers=1)
+    (shard,) = tmp_path.glob("out/data/*.parquet")
+    account = json.loads(pq.read_metadata(shard).metadata[b"evacap"])
+    for problem in account["report"]:
+        del problem["passing"]
+    table = pq.read_table(shard)
+    pq.write_table(table.replace_schema_metadata({b"evacap": json.dumps(account)}), shard)
+    assert prepare(entries, tmp_path / "out", processor, num_workers=1)["clips"] == 1
 
 
 def test_a_killed_worker_costs_no_clip(processor, tmp_path):

@@ -1,6 +1,7 @@
 """Captions under conditions, whole and after interruptions; scores that equal those of the whole sets."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from evacap.training.evaluation.captioner import (
     make_batches,
 )
 from evacap.training.evaluation.evaluate import evaluate, score_set, score_singly
+from evacap.training.files import locked
 from evacap.training.metrics.bootstrap import draw, interval
 from evacap.training.metrics.compute import compute_metrics
 from evacap.training.procedural.dataset import ProceduralClips
@@ -181,6 +183,12 @@ def test_captions_that_are_there_are_taken(whole, tmp_path):
     captions.write_text(captions.read_text().replace(json.dumps(first["text"]), '"a changed caption"'))
     found = conditions_of(run(tmp_path / "run"), "looks")
     assert found[0.0, None]["clips"][0]["caption"] == "a changed caption"
+
+
+def test_one_evaluation_at_a_time_writes_to_a_folder(tmp_path):
+    with locked(tmp_path), pytest.raises(BlockingIOError, match=f"is being written by process {os.getpid()} on "):
+        run(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_settings_do_not_mix(whole, tmp_path):

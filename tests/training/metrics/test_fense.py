@@ -1,6 +1,8 @@
 """FENSE and SPIDEr-FL by small random models, against their formulas, a caption at a time."""
 
 import json
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,17 @@ def test_another_pooling_and_another_file_are_refused(encoder, tmp_path):
     torch.save({"state_dict": {"clf.weight": torch.zeros(6, 32)}}, tmp_path / "other" / "x.ckpt")
     with pytest.raises(RuntimeError, match="x.ckpt is not a detector of FENSE, or does not fit"):
         fluency_errors(PREDICTIONS, tmp_path / "other")
+
+
+def test_a_folder_cannot_ask_to_run_its_code(encoder, tmp_path, monkeypatch):
+    asked, trace = [], tmp_path / "trace"
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")
+    auto = dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer"), "evil.Evil")
+    for name in ("config.json", "tokenizer_config.json"):
+        folder = Path(shutil.copytree(encoder[0], tmp_path / name.removesuffix(".json")))
+        content = {"model_type": "evil", "tokenizer_class": "Evil", "auto_map": auto}
+        (folder / name).write_text(json.dumps(content))
+        (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')")
+        with suppress(RuntimeError, ValueError):
+            sentence_similarities(["a dog"], [["a dog"]], folder)
+    assert not asked and not trace.exists()
