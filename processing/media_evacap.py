@@ -80,6 +80,7 @@ _INTERLEAVE = 10.0  # seconds by which the streams of one file may lag behind ea
 _LAG_BYTES = 2**25  # … and may at any rate where no more bytes than these lie between
 _QUEUE_BYTES = 2**28  # pictures of a window that are kept as they are coded until its end is known
 _SKIP = 2.0  # seconds; where wanted pictures lie further apart, what lies between is not decoded
+_LOOK_AHEAD = 4  # pictures after a leap that tell whether it is damage
 _MAX_JITTER = 0.05  # seconds a time stamp may stray from the count of samples before it is believed
 _BACKWARD = 1.0  # seconds; a clock that runs back by more has begun anew
 _PAUSE, _LONE_PAUSE = 10.0, 100.0  # seconds; a clock that leaps further has begun anew (the second: pictures alone)
@@ -975,6 +976,7 @@ class _Pictures:
         self.waiting: list[float] = []  # times that no picture has taken yet, where they go by number
         self.last = 0.0
         self.primed = self.drained = self.unproven = False
+        self.announced = (0, 0) if codec is None else (codec.width, codec.height)
         self.size: tuple[int, int] | None = None
 
     def at(self, time: float) -> _Picture | None:
@@ -982,43 +984,48 @@ class _Pictures:
         self.source.needed = time
         if self.ahead is None:
             self.ahead = self._next()
-        while self.ahead is not None and (self.shown is None or self.ahead.time <= time + _CLOCK):
+        while self.ahead is not None and (
+            self.shown is None or self.ahead.time <= time + _CLOCK or self._is_late(time)
+        ):
             self.shown, self.ahead = self.ahead, self._next()
         return self.shown
 
-    def _next(self) -> _Picture | None:
-        """The next picture in the order of display, but none whose time stamp is ahead of those that follow."""
-        while (picture := self._following()) is not None:
-            if not (self._fill() and self.position <= self.decoded[0].time < picture.time):
-                self.position = max(self.position, picture.time)
-                return picture
-            self.source.note("some time stamps damaged")
-        return None
+    def _is_late(self, time: float) -> bool:
+        """Whether the next picture, which seems to be on display later than `time`, stands before one that is not: its
+        time stamp is damaged then, and that one becomes the next."""
+        count = _LOOK_AHEAD if self.ahead.time > self.shown.time + _BACKWARD else 1
+        self._fill(count)
+        for number in range(min(count, len(self.decoded))):
+            if self.decoded[number].time <= time + _CLOCK:
+                self.source.note("some time stamps damaged")
+                for _ in range(number + 1):
+                    self.ahead = self.decoded.popleft()
+                return True
+        return False
 
-    def _following(self) -> _Picture | None:
-        if not self._fill():
+    def _next(self) -> _Picture | None:
+        self._fill(1)
+        if not self.decoded:
             return None
         picture = self.decoded.popleft()
         if self.unproven:
             self.unproven = False
             if not picture.frame.key_frame or picture.time > self.source.needed + _CLOCK:
                 raise _CannotSkip
+        self.position = max(self.position, picture.time)
         return picture
 
-    def _fill(self) -> bool:
-        """Decode until there is a picture."""
-        while not self.decoded:
-            if self.drained:
-                return False
-            self.source.skipping = self.source.needed - self.position > self.skip
+    def _fill(self, count: int):
+        """Decode until there are so many pictures, as far as there are."""
+        while len(self.decoded) < count and not self.drained:
+            self.source.skipping = not self.decoded and self.source.needed - self.position > self.skip
             if self.source.skipping:
                 self.source.skip()
                 self._read_up_to(self.source.needed)
             packet = self._take()
             if packet is None and not self.source.ended:
-                return False
+                return
             self._decode(packet)
-        return True
 
     def _read_up_to(self, time: float):
         """Read on until the last key frame before `time` is there."""
@@ -1083,12 +1090,16 @@ class _Pictures:
             return None
 
     def to_array(self, picture: _Picture, count: int) -> np.ndarray:
-        """The picture (height, width, 3), in the size of the first one of the file, so small that `count` fit."""
+        """The picture (height, width, 3), in the size that the file had when it was opened, so small that `count` fit."""
         if picture.array is None:
             frame = picture.frame
             if self.size is None:
-                fraction = min(1.0, math.sqrt(_MAX_FRAME_BYTES / (3 * frame.width * frame.height * count)))
-                self.size = max(1, int(frame.width * fraction)), max(1, int(frame.height * fraction))
+                # The first picture of a damaged file may have another size than all the others.
+                width, height = self.announced
+                if not frame.width * frame.height / 4 <= width * height <= 4 * frame.width * frame.height:
+                    width, height = frame.width, frame.height
+                fraction = min(1.0, math.sqrt(_MAX_FRAME_BYTES / (3 * width * height * count)))
+                self.size = max(1, int(width * fraction)), max(1, int(height * fraction))
                 self.rotation = round(frame.rotation / 90) % 4
             width, height = self.size
             how = {} if (width, height) == (frame.width, frame.height) else {"interpolation": "AREA"}

@@ -311,17 +311,3 @@ def test_a_clip_that_ends_its_reader_loses_no_other(stuck):
     lines = read("captions.jsonl")
     assert [line["file"] for line in lines] == ["clips/a.mp4", "clips/b", "clips/c.MP4"]
     assert "ended the process that read it" in lines[1]["error"] and lines[2]["text"] == lines[0]["text"]
-
-
-def test_names_in_a_folder_are_paths(tmp_path, clip, monkeypatch):
-    from evacap.processing.media_evacap import probe_media
-
-    monkeypatch.chdir(tmp_path)
-    names = ["file:%2e%2e%2fother.mp4", "http:", "plain.mp4"]
-    (tmp_path / "http:" / "x").mkdir(parents=True)
-    for name in (names[0], "http:/x/clip.mp4", names[2]):
-        shutil.copy(clip, tmp_path / name)
-    found = find_media(["."])
-    assert found == ["./file:%2e%2e%2fother.mp4", "./http:/x/clip.mp4", "plain.mp4"]
-    assert all(probe_media(name).duration > 0 for name in found)
-    assert find_media(["file:%2e"]) == ["file:%2e"], "what is named is taken as it is"
