@@ -76,6 +76,11 @@ def spice(
                 f"SPICE is not installed ({jar} is missing or not whole): run `evacap install-spice` once, which fetches "
                 "its parser"
             )
+    long = [text for text in [*predictions, *(text for clip in references for text in clip)] if _is_long(text)]
+    if long:
+        warnings.warn(
+            f"SPICE reads the first {MAX_WORDS} words of {len(long)} captions that are longer, such as {long[0][:50]!r}…"
+        )
     predictions = [_shorten(prediction) for prediction in predictions]
     references = [[_shorten(reference) for reference in clip] for clip in references]
     with ExitStack() as stack:
@@ -138,9 +143,9 @@ def _run(
     return [scores[index] for index in range(len(clips))]
 
 
+def _is_long(caption: str) -> bool:
+    return caption.count(" ") >= MAX_WORDS
+
+
 def _shorten(caption: str) -> str:
-    words = caption.split(" ")
-    if len(words) <= MAX_WORDS:
-        return caption
-    warnings.warn(f"SPICE reads the first {MAX_WORDS} words of captions that are longer, such as {caption[:50]!r}…")
-    return " ".join(words[:MAX_WORDS])
+    return " ".join(caption.split(" ")[:MAX_WORDS])

@@ -174,9 +174,9 @@ def test_long_captions_are_cut_with_a_warning(monkeypatch, no_parser):
             file.truncate(size)
     seen = []
     monkeypatch.setattr(spice_module, "_run", lambda predictions, *rest: seen.append(predictions) or [0.0])
-    with pytest.warns(UserWarning, match=f"first {MAX_WORDS} words .* such as 'rain rain"):
-        spice([" ".join(["rain"] * 500)], [["rain"]], find_java())
-    assert seen[-1] == [" ".join(["rain"] * MAX_WORDS)]
+    with pytest.warns(UserWarning, match=f"first {MAX_WORDS} words of 2 captions") as warned:
+        spice([" ".join(["rain"] * 500)], [["rain", " ".join(["wind"] * (MAX_WORDS + 1))]], find_java())
+    assert len(warned) == 1 and seen[-1] == [" ".join(["rain"] * MAX_WORDS)]
 
 
 def test_it_says_what_it_lacks(no_parser):
