@@ -241,12 +241,17 @@ def main(argv: list[str] | None = None) -> int:
         if report.parts.get(name, {}).get("status") == "done" or left < 5:
             continue
         limit = min(left, PARTS[name] if arguments.size == "full" else left)
-        report.parts[name] = run_in_time(arguments, name, limit)
-        report.write()
+        report.parts[name] = {"status": "interrupted", "seconds": None, "output": ""}
+        try:
+            report.parts[name] = run_in_time(arguments, name, limit)
+        finally:
+            report.write()
         print(f"{name}: {report.parts[name]['status']} in {report.parts[name]['seconds']} s", flush=True)
     print(report.path.with_suffix(".md").read_text())
     return int(any(report.parts.get(name, {}).get("status") != "done" for name in arguments.parts))
 
 
 if __name__ == "__main__":
+    # What ends this process ends the part that runs, and leaves a report.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

@@ -1,7 +1,11 @@
 """The GPU check on the CPU, at a size that tells nothing of speed."""
 
 import json
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -13,15 +17,18 @@ def check(folder, *options: str) -> int:
     return gpu_check.main(["--size", "small", "--device", "cpu", "--output", str(folder), *options])
 
 
-def test_a_part_runs_once_and_is_reported(tmp_path, capfd):
-    assert check(tmp_path, "--parts", "latency") == 0
-    report = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert report["parts"]["latency"]["status"] == "done" and report["machine"]["device"] == "cpu"
+def test_a_part_is_reported(tmp_path):
+    gpu_check.run_part("latency", tmp_path, "small", "cpu")
+    report = gpu_check.Report(tmp_path, "cpu")
+    report.parts["latency"] = {"status": "done", "seconds": 1.0}
+    report.write()
     text = (tmp_path / "gpu_check.md").read_text()
-    assert "| bfloat16 | 2 | 4 | evacap |" in text and text in capfd.readouterr().out
-    before = report["parts"]
+    assert "| bfloat16 | 2 | 4 | evacap |" in text and "| latency | done | 1.0 |" in text
+    assert json.loads((tmp_path / "gpu_check.json").read_text())["machine"]["device"] == "cpu"
+    # What is done is not run again.
+    before = (tmp_path / "latency.json").stat().st_mtime_ns
     assert check(tmp_path, "--parts", "latency") == 0
-    assert json.loads((tmp_path / "gpu_check.json").read_text())["parts"] == before
+    assert (tmp_path / "latency.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
@@ -39,9 +46,30 @@ def test_a_part_that_breaks_or_hangs_stops_no_other(tmp_path, monkeypatch, code,
     assert ("broken" in (tmp_path / "gpu_check.md").read_text()) == (status == "failed")
 
 
+@pytest.mark.slow
+def test_a_check_that_is_ended_leaves_a_report_and_no_process(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--size", "small", "--device", "cpu", "--parts", "checks"]
+    root = Path(__file__).resolve().parents[2]
+    process = subprocess.Popen([*command, "--output", str(tmp_path)], cwd=root)
+    log = tmp_path / "checks.log"
+    while not log.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    (child,) = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert not Path("/proc", child).exists()
+    assert json.loads((tmp_path / "gpu_check.json").read_text())["parts"]["checks"]["status"] == "interrupted"
+
+
 @pytest.mark.parametrize(
     "name",
-    ["rates", "fusion", "fusion module", "sdpa", "captions", pytest.param("two processes", marks=pytest.mark.slow)],
+    [
+        *("fusion", "fusion module", "sdpa", "captions"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("rates", "two processes")),
+    ],
 )
 def test_the_checks_pass_on_a_cpu(tmp_path, monkeypatch, name):
     every = dict(device_checks.checks("cpu", "small"))
