@@ -1439,10 +1439,14 @@ def _open_path(source: str | os.PathLike) -> BinaryIO:
 
 def _read_stream(stream: BinaryIO, label: str) -> BinaryIO:
     """What cannot be read twice, in memory."""
-    data = stream.read(DOWNLOAD_BYTES + 1)
-    if len(data) > DOWNLOAD_BYTES:
-        raise MediaError(f"{label}: holds more than {DOWNLOAD_BYTES:,} bytes; store it in a file first")
-    return io.BytesIO(data)
+    data = io.BytesIO()
+    # Not at once: Python takes the memory for all that it is asked to read, which is beyond the budget of a process.
+    while piece := stream.read(2**20):
+        data.write(piece)
+        if data.tell() > DOWNLOAD_BYTES:
+            raise MediaError(f"{label}: holds more than {DOWNLOAD_BYTES:,} bytes; store it in a file first")
+    data.seek(0)
+    return data
 
 
 def _download(url: str, file: BinaryIO):

@@ -80,7 +80,9 @@ def test_a_file_that_is_away_for_a_moment(clips, tmp_path, capsys):
     for _ in range(2):
         assert main(call) == 1
         printed = capsys.readouterr()
-        assert "evacap prepare: " in printed.err and "clips of the split 'test' failed for reasons that" in printed.err
+        assert (
+            "evacap prepare: " in printed.err and "1 clip of the split 'test' failed for reasons that" in printed.err
+        )
         assert not printed.out
     assert main([*call[:4], str(tmp_path / "accepted"), *call[5:], "--accept-failures"]) == 0
     assert capsys.readouterr().out.startswith("test: 2 of 3 clips, ")
