@@ -497,7 +497,7 @@ class MediaReader:
         """The frames on display at `times`, which ascend, and their time stamps."""
         if self.backend == "decord":
             return self._frames_by_decord(times)
-        pictures, stamps = [], np.zeros(len(times))
+        chosen, stamps = [], np.zeros(len(times))
         for i, moment in enumerate(times):
             try:
                 shown = self.pictures.at(moment)
@@ -508,7 +508,11 @@ class MediaReader:
             if shown is None:
                 return None, stamps
             stamps[i] = shown.time
-            pictures.append(self.pictures.to_array(shown, 1 if self.still else len(times)))
+            chosen.append(shown)
+        # A damaged picture may have another size than all the others.
+        sizes = [(picture.frame.width, picture.frame.height) for picture in chosen]
+        size = max(sizes, key=sizes.count)
+        pictures = [self.pictures.to_array(picture, size, 1 if self.still else len(times)) for picture in chosen]
         if all(picture is pictures[0] for picture in pictures):
             return np.broadcast_to(pictures[0], (len(times), *pictures[0].shape)), stamps
         return np.stack(pictures), stamps
@@ -955,6 +959,8 @@ class _Picture:
     time: float
     frame: Any
     array: np.ndarray | None = None
+    size: tuple[int, int] | None = None
+    """Of the array before it is turned."""
 
 
 class _Pictures:
@@ -976,8 +982,7 @@ class _Pictures:
         self.waiting: list[float] = []  # times that no picture has taken yet, where they go by number
         self.last = 0.0
         self.primed = self.drained = self.unproven = False
-        self.announced = (0, 0) if codec is None else (codec.width, codec.height)
-        self.size: tuple[int, int] | None = None
+        self.rotation: int | None = None  # quarters of a turn
 
     def at(self, time: float) -> _Picture | None:
         """The picture on display at `time`, which is not before the one that was asked for last."""
@@ -991,8 +996,10 @@ class _Pictures:
         return self.shown
 
     def _is_late(self, time: float) -> bool:
-        """Whether the next picture, which seems to be on display later than `time`, stands before one that is not: its
-        time stamp is damaged then, and that one becomes the next."""
+        """Whether the next picture only seems to be on display later than `time`, as one behind it is not.
+
+        Its time stamp is damaged then, and the one behind it becomes the next.
+        """
         count = _LOOK_AHEAD if self.ahead.time > self.shown.time + _BACKWARD else 1
         self._fill(count)
         for number in range(min(count, len(self.decoded))):
@@ -1089,22 +1096,18 @@ class _Pictures:
             self.source.note("some pictures damaged")
             return None
 
-    def to_array(self, picture: _Picture, count: int) -> np.ndarray:
-        """The picture (height, width, 3), in the size that the file had when it was opened, so small that `count` fit."""
-        if picture.array is None:
+    def to_array(self, picture: _Picture, size: tuple[int, int], count: int) -> np.ndarray:
+        """The picture (height, width, 3) in a size, or so much smaller that `count` fit."""
+        fraction = min(1.0, math.sqrt(_MAX_FRAME_BYTES / (3 * size[0] * size[1] * count)))
+        width, height = (max(1, int(side * fraction)) for side in size)
+        if picture.array is None or picture.size != (width, height):
             frame = picture.frame
-            if self.size is None:
-                # The first picture of a damaged file may have another size than all the others.
-                width, height = self.announced
-                if not frame.width * frame.height / 4 <= width * height <= 4 * frame.width * frame.height:
-                    width, height = frame.width, frame.height
-                fraction = min(1.0, math.sqrt(_MAX_FRAME_BYTES / (3 * width * height * count)))
-                self.size = max(1, int(width * fraction)), max(1, int(height * fraction))
-                self.rotation = round(frame.rotation / 90) % 4
-            width, height = self.size
             how = {} if (width, height) == (frame.width, frame.height) else {"interpolation": "AREA"}
             array = frame.to_ndarray(format="rgb24", width=width, height=height, **how)
+            # As the first one is turned, or they could not be stacked.
+            self.rotation = round(frame.rotation / 90) % 4 if self.rotation is None else self.rotation
             picture.array = np.ascontiguousarray(np.rot90(array, self.rotation))
+            picture.size = width, height
             if frame.is_corrupt:
                 self.source.note("some pictures damaged")
         return picture.array

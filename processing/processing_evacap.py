@@ -48,16 +48,7 @@ NEGLIGIBLE_SECONDS = 0.5
 
 
 class EVACapProcessorKwargs(ProcessingKwargs, total=False):
-    """
-    start (`float`, *optional*, defaults to 0.0): Start of the clip in seconds.
-    duration (`float`, *optional*): Seconds to use, at most and by default `window_seconds`.
-    audio_track (`int`, *optional*): The number of the sound track of a file, counted from 0.
-    """  # noqa: D205, D212
-
     videos_kwargs: EVACapVideoProcessorKwargs
-    start: float | None
-    duration: float | None
-    audio_track: int | None
     _defaults = {}
 
 
