@@ -395,33 +395,37 @@ def main(arguments: list[str] | None = None) -> int:
         choices=[*VARIANTS, *EXTRA],
         default=list(VARIANTS),
         metavar="NAME",
-        help=f"of {', '.join(VARIANTS)} (default: all of these); and {', '.join(EXTRA)}",
+        help=f"variants among {', '.join(VARIANTS)} (default: all of these), {', '.join(EXTRA)}",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="of the runs (default: 0 1 2)")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="seeds of the runs (default: 0 1 2)")
     parser.add_argument(
-        "--report", action="store_true", help="write the tables and plots of what is there; run nothing"
+        "--report", action="store_true", help="write tables and plots of the existing results; run nothing"
     )
     parser.add_argument(
         "--keep-clips",
         action="store_true",
-        help="render the clips of a seed once, for all its variants, into OUTPUT/clips (tiny: 6 GB a seed): a run then "
-        "takes half the cores' time, and two fit beside each other on two cores, with other --variants each",
+        help="render the clips of a seed once, for all variants, into OUTPUT/clips (tiny: 6 GB for each seed); a run then "
+        "takes half the processor time, so two with different --variants can share two cores",
     )
     parser.add_argument(
         "--size",
         default="tiny",
-        help="tiny; large, for a GPU; quick, to see that it works; or a YAML file of EVACap (default: %(default)s)",
+        help="tiny; large, for a GPU; quick, to check that it works; or a YAML file of EVACap (default: %(default)s)",
     )
     parser.add_argument("--quick", action="store_true", help="all of it in minutes: --size quick, with one seed")
     parser.add_argument(
-        "--output", type=Path, help="for checkpoints, models and captions (default: runs/study, with SIZE for others)"
+        "--output",
+        type=Path,
+        help="folder for checkpoints, models and captions (default: runs/study, with SIZE for others)",
     )
     parser.add_argument(
         "--results",
         type=Path,
-        help="for result files, tables and plots (default: docs/study; OUTPUT/results for other sizes and settings)",
+        help="folder for result files, tables and plots (default: docs/study; OUTPUT/results for other settings)",
     )
-    parser.add_argument("--test-clips", type=int, metavar="N", help="of the evaluation (default: 500; quick: 20)")
+    parser.add_argument(
+        "--test-clips", type=int, metavar="N", help="clips of the evaluation (default: 500; quick: 20)"
+    )
     options = parser.parse_intermixed_args(arguments)
     size = "quick" if options.quick else options.size
     is_tiny = size == "tiny" and not options.overrides and options.test_clips is None
