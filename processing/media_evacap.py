@@ -991,8 +991,10 @@ class _Pictures:
         return self.shown
 
     def _is_late(self, time: float) -> bool:
-        """Whether the next picture, which seems to be on display later than `time`, stands before one that is not: its
-        time stamp is damaged then, and that one becomes the next."""
+        """Whether the next picture, which seems to be later than `time`, comes before one that is not.
+
+        Then its time stamp is damaged, and the other one becomes the next.
+        """
         count = _LOOK_AHEAD if self.ahead.time > self.shown.time + _BACKWARD else 1
         self._fill(count)
         for number in range(min(count, len(self.decoded))):
