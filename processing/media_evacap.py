@@ -991,9 +991,9 @@ class _Pictures:
         return self.shown
 
     def _is_late(self, time: float) -> bool:
-        """Whether the next picture, which seems to be later than `time`, comes before one that is not.
+        """Whether the next picture only seems to be on display later than `time`, as one behind it is not.
 
-        Then its time stamp is damaged, and the other one becomes the next.
+        Its time stamp is damaged then, and the one behind it becomes the next.
         """
         count = _LOOK_AHEAD if self.ahead.time > self.shown.time + _BACKWARD else 1
         self._fill(count)

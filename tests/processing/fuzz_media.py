@@ -119,9 +119,9 @@ def ours(path: str) -> dict[str, Any]:
 
 
 def reference(path: str, found: dict[str, Any], holds: bool = False) -> dict[str, Any]:
-    """The sound and the pictures of a sequential decode, in the same seconds and at the same times.
+    """What a sequential decode has in the same seconds and at the same moments.
 
-    With `holds` it keeps all pictures, because a decoder fills in missing ones with the content of its free buffers.
+    It may hold on to all pictures, as a decoder that misses one fills in with what its free buffers hold.
     """
     waveform, shown = np.zeros(RATE * (10 * SECONDS + 4), np.float32), []
     for kind in ("audio", "video"):
