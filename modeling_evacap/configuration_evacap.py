@@ -21,15 +21,15 @@ from transformers import PreTrainedConfig
 from .versions_evacap import warn_if_untested
 
 
-# Every way to load a saved folder comes by here.
+# Every way to load a saved folder imports this module.
 warn_if_untested()
 
 FUSION_TYPES = ("gated_cross_attention", "concat", "audio_only", "video_only")
 GATE_TYPES = ("entropy", "learned", "none")
 VIDEO_ATTENTION_TYPES = ("full", "frame")
 
-# A folder that carries its code names here its pipeline, and the class that loads the model besides `AutoModel`. Not
-# `AutoModelForMultimodalLM`: `pipeline("any-to-any")` would load the model, and then fail at every call.
+# The Auto class, besides `AutoModel`, and the pipeline of a saved folder with code. Not `AutoModelForMultimodalLM`, with
+# which `pipeline("any-to-any")` would load the model and fail at every call.
 GENERATION_AUTO_CLASSES = ("AutoModelForSeq2SeqLM",)
 CUSTOM_PIPELINES = {
     "audio-visual-captioning": {
@@ -58,10 +58,10 @@ def _is_number(value: Any) -> bool:
 
 
 class _TransformerConfig(PreTrainedConfig):
-    """What the two towers and the decoder have in common: the checks of a Transformer stack's sizes."""
+    """The common base of the configurations of towers and decoder: checks of the sizes of a Transformer stack."""
 
     def validate_sizes(self, *fields: str) -> None:
-        """Raises a `ValueError` that names the first of `fields` that is not a positive whole number."""
+        """Raises a `ValueError` if one of `fields` is not a positive whole number."""
         name = self.base_config_key
         for field in fields:
             value = getattr(self, field)
@@ -74,7 +74,7 @@ class _TransformerConfig(PreTrainedConfig):
         )
 
     def validate_multiple(self, field: str, divisor: str) -> None:
-        """Raises a `ValueError` where `field` is not a multiple of the field `divisor`."""
+        """Raises a `ValueError` if `field` is not a multiple of the field `divisor`."""
         name, value = self.base_config_key, getattr(self, field)
         expected = f"a multiple of `{name}.{divisor}` ({getattr(self, divisor)})"
         _require(value % getattr(self, divisor) == 0, f"{name}.{field}", value, expected)
@@ -84,7 +84,7 @@ _TOWER_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "inte
 
 
 class _TowerConfig(_TransformerConfig):
-    """The fields that the two towers have in common, with CAV-MAE's values."""
+    """The common fields of the two towers, with CAV-MAE's values."""
 
     hidden_size: int = 768
     num_hidden_layers: int = 11
@@ -99,8 +99,7 @@ class _TowerConfig(_TransformerConfig):
 
 
 class EVACapAudioConfig(_TowerConfig):
-    r"""
-    Configuration of the audio tower: a pre-norm ViT over a log-mel filterbank (AVCap, after CAV-MAE).
+    r"""Configuration of the audio tower: a pre-norm ViT over a log-mel filterbank (AVCap, after CAV-MAE).
 
     Args:
         hidden_size (`int`, defaults to 768): Width of the tower.
@@ -115,10 +114,10 @@ class EVACapAudioConfig(_TowerConfig):
         max_frames (`int`, defaults to 1024): Filterbank frames that the position table covers; a multiple of
             `patch_size`. Other lengths interpolate the table along time.
         patch_size (`int`, defaults to 16): Side of a square patch, in mel bins and in frames.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of fresh weights.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of new weights.
 
     Raises:
-        ValueError: names the field, its value and what is legal.
+        ValueError: If a field has an illegal value; the message has the field, its value and what is legal.
     """
 
     model_type = "evacap_audio"
@@ -135,8 +134,7 @@ class EVACapAudioConfig(_TowerConfig):
 
 
 class EVACapVideoConfig(_TowerConfig):
-    r"""
-    Configuration of the video tower: a pre-norm ViT over tubelets (AVCap, after CAV-MAE).
+    r"""Configuration of the video tower: a pre-norm ViT over tubelets (AVCap, after CAV-MAE).
 
     Args:
         hidden_size (`int`, defaults to 768): Width of the tower.
@@ -154,11 +152,11 @@ class EVACapVideoConfig(_TowerConfig):
         tubelet_size (`int`, *optional*): Frames of a tubelet; 2 by default, 1 where `num_frames` is 1.
         patch_size (`int`, defaults to 16): Side of a square patch in pixels.
         attention (`str`, defaults to `"full"`): `"full"`: all tokens of a clip see each other (AVCap). `"frame"`: only
-            the tokens of one tubelet do, so that the cost grows linearly with the number of frames (ours).
-        initializer_range (`float`, defaults to 0.02): Standard deviation of fresh weights.
+            the tokens of one tubelet do, so the cost grows linearly with the number of frames (ours).
+        initializer_range (`float`, defaults to 0.02): Standard deviation of new weights.
 
     Raises:
-        ValueError: names the field, its value and what is legal.
+        ValueError: If a field has an illegal value; the message has the field, its value and what is legal.
     """
 
     model_type = "evacap_video"
@@ -181,8 +179,7 @@ class EVACapVideoConfig(_TowerConfig):
 
 
 class EVACapTextConfig(_TransformerConfig):
-    r"""
-    Configuration of the decoder: a GIT-style prefix language model of post-norm BERT layers (AVCap, after GIT).
+    r"""Configuration of the decoder: a GIT-style prefix language model of post-norm BERT layers (AVCap, after GIT).
 
     Args:
         vocab_size (`int`, defaults to 30522): Entries of the vocabulary (BERT uncased WordPiece).
@@ -197,14 +194,14 @@ class EVACapTextConfig(_TransformerConfig):
         layer_norm_eps (`float`, defaults to 1e-12): Epsilon of the layers' layer norms.
         embedding_layer_norm_eps (`float`, defaults to 1e-8): Epsilon of the word embeddings' layer norm.
         prefix_layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the prefix projection's layer norm.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of fresh weights.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of new weights.
         pad_token_id (`int`, defaults to 0): `[PAD]`.
         bos_token_id (`int`, defaults to 101): `[CLS]`, which starts a caption.
         eos_token_id (`int`, defaults to 102): `[SEP]`, which ends a caption.
         use_cache (`bool`, defaults to `True`): Whether decoding keeps keys and values.
 
     Raises:
-        ValueError: names the field, its value and what is legal.
+        ValueError: If a field has an illegal value; the message has the field, its value and what is legal.
     """
 
     model_type = "evacap_text"
@@ -241,8 +238,7 @@ class EVACapTextConfig(_TransformerConfig):
 
 
 class EVACapConfig(PreTrainedConfig):
-    r"""
-    Configuration of [`EVACapModel`] and [`EVACapForConditionalGeneration`]. The defaults are the paper's EVACap.
+    r"""Configuration of [`EVACapModel`] and [`EVACapForConditionalGeneration`]. The defaults are the paper's EVACap.
 
     Args:
         audio_config (`dict` or [`EVACapAudioConfig`], *optional*): The audio tower.
@@ -254,10 +250,10 @@ class EVACapConfig(PreTrainedConfig):
             equations 2 and 3), `"learned"` (a linear gate on audio and context: the paper's "w/o E") or `"none"` (the
             context replaces the audio: the paper's "w/o G").
         num_joint_layers (`int`, defaults to 1): Blocks after the fusion (AVCap: 12 - 11).
-        gate_weight_init (`float`, defaults to -4.0): Birth value of the entropy gate's weight w_g (ours: negative, as
+        gate_weight_init (`float`, defaults to -4.0): Initial weight w_g of the entropy gate (ours: negative, because
             high entropy should close the gate).
-        gate_bias_init (`float`, defaults to 4.0): Birth value of the entropy gate's bias b_g (ours: half open where
-            the attention is uniform, nearly open where it is sharp).
+        gate_bias_init (`float`, defaults to 4.0): Initial bias b_g of the entropy gate (ours: the gate is half open for
+            uniform attention and nearly open for sharp attention).
         label_smoothing (`float`, defaults to 0.1): Probability spread over the other classes (AVCap).
         gate_stability_weight (`float`, defaults to 0.0): Weight of the mean squared difference between the gates of
             neighbouring audio time steps (the paper names the term, the formula is ours). 0 costs nothing.
@@ -266,10 +262,10 @@ class EVACapConfig(PreTrainedConfig):
         pad_token_id (`int`, *optional*), bos_token_id (`int`, *optional*), eos_token_id (`int`, *optional*):
             `text_config`'s by default.
         decoder_start_token_id (`int`, *optional*): The token before a caption; `bos_token_id` by default.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of fresh weights outside the three parts.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of new weights outside the three parts.
 
     Raises:
-        ValueError: names the field, its value and what is legal.
+        ValueError: If a field has an illegal value; the message has the field, its value and what is legal.
 
     Example:
 
@@ -317,7 +313,7 @@ class EVACapConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if not type(self).__module__.startswith("transformers_modules"):
-            # The installed package has registered its own pipeline, which needs no `trust_remote_code`.
+            # The installed package has registered its own pipeline, without `trust_remote_code`.
             kwargs.pop("custom_pipelines", None)
         for key, config_class in self.sub_configs.items():
             value = getattr(self, key)
@@ -362,7 +358,7 @@ class EVACapConfig(PreTrainedConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as a dict; saved beside the model's code, it also names the classes that load it."""
+        """The configuration as a dict; saved with the code of the model, it also has the classes that load it."""
         output = super().to_dict()
         model = output.get("auto_map", {}).get("AutoModel")
         if model is not None:
@@ -372,7 +368,7 @@ class EVACapConfig(PreTrainedConfig):
 
     @property
     def encoder_config(self) -> PreTrainedConfig:
-        """The tower configuration whose width the fused sequence has: audio's, or video's for `"video_only"`."""
+        """The configuration of the tower with the width of the fused sequence: audio, or video for `"video_only"`."""
         return self.video_config if self.fusion_type == "video_only" else self.audio_config
 
 

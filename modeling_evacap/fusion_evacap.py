@@ -52,8 +52,9 @@ def attention_and_entropy(
     Attention with its probabilities and their entropy in nats (paper, equations 1 and 2, before its normalisation).
 
     Args:
-        query (`torch.Tensor` of shape `(batch_size, num_heads, T_a, head_dim)`): Of the audio.
-        key, value (`torch.Tensor` of shape `(batch_size, num_heads, T_v, head_dim)`): Of the video.
+        query (`torch.Tensor` of shape `(batch_size, num_heads, T_a, head_dim)`): Queries of the audio tokens.
+        key, value (`torch.Tensor` of shape `(batch_size, num_heads, T_v, head_dim)`): Keys and values of the video
+            tokens.
         mask (`torch.BoolTensor` of shape `(batch_size, T_v)`, *optional*): The keys that exist.
         scaling (`float`): Factor of the scores.
 
@@ -171,7 +172,8 @@ class EVACapGatedCrossAttention(nn.Module):
         video_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        r"""
+        r"""Fuses the tokens of sound and picture.
+
         Args:
             audio (`torch.Tensor` of shape `(batch_size, T_a, hidden_size)`): Audio tokens A, the queries.
             video (`torch.Tensor` of shape `(batch_size, T_v, video_hidden_size)`): Video tokens V, keys and values.

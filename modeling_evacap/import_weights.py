@@ -204,7 +204,7 @@ def _read_git(source: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"{source}: neither a file nor a folder nor a model of the Hub that can be had now ({reason}). Give the "
+            f"{source}: neither a file nor a folder nor a model of the Hub that can be loaded now ({reason}). Give the "
             "path of a downloaded GIT, or go online."
         ) from error
     missing = [name for name in loading["missing_keys"] if not name.startswith("git.image_encoder.")]

@@ -22,16 +22,17 @@ import torch.nn.functional as F
 def label_smoothed_kl(
     logits: torch.Tensor, labels: torch.Tensor, epsilon: float, num_items_in_batch: int | torch.Tensor | None = None
 ) -> torch.Tensor:
-    """
-    The KL divergence of the prediction to the smoothed target: probability 1 - epsilon on the true class,
-    epsilon / (n - 1) on each other (AVCap). With `epsilon=0` it is the cross-entropy.
+    """The KL divergence between the smoothed target and the prediction (AVCap).
+
+    The target has the probability 1 - epsilon for the true class and epsilon / (n - 1) for each other one. With
+    `epsilon=0` it is the cross-entropy.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, length, n)`): Scores over the vocabulary.
         labels (`torch.LongTensor` of shape `(batch_size, length)`): True classes; -100 is not counted.
         epsilon (`float`): Probability taken from the true class.
-        num_items_in_batch (`int` or `torch.Tensor`, *optional*): Tokens to divide by, where a batch is accumulated in
-            parts; by default the tokens of `labels`.
+        num_items_in_batch (`int` or `torch.Tensor`, *optional*): Number of tokens to divide by, if a batch is
+            accumulated in parts; by default the tokens of `labels`.
     """
     counted = labels != -100
     log_probabilities = logits.float().log_softmax(-1)
@@ -47,9 +48,9 @@ def label_smoothed_kl(
 
 
 def gate_stability(gate: torch.Tensor, num_rows: int, token_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """
-    The mean squared difference between the gates of neighbouring audio time steps (the paper names the term, the
-    formula is ours). A clip without a picture counts as perfectly stable.
+    """The mean squared difference between the gates of neighbouring audio time steps.
+
+    The paper names the term; the formula is ours. A clip without a picture counts as perfectly stable.
 
     Args:
         gate (`torch.Tensor` of shape `(batch_size, num_rows * steps)`): The gate of each audio token, mel row by row.
@@ -65,13 +66,13 @@ def gate_stability(gate: torch.Tensor, num_rows: int, token_mask: torch.Tensor |
 
 
 def semantic_consistency(matched: torch.Tensor, swapped: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """
-    KL(p(y|a,v) ‖ p(y|a,v̂)), mean over the tokens of samples whose video was swapped, without a gradient through the
-    matched side (the paper names the term, the formula is ours).
+    """KL(p(y|a,v) ‖ p(y|a,v̂)), mean over the tokens of the samples with a swapped video.
+
+    There is no gradient through the matched side. The paper names the term; the formula is ours.
 
     Args:
-        matched (`torch.Tensor` of shape `(samples, length, n)`): Scores with the own video.
-        swapped (`torch.Tensor` of shape `(samples, length, n)`): Scores with the other video.
+        matched (`torch.Tensor` of shape `(samples, length, n)`): Scores with the matched video.
+        swapped (`torch.Tensor` of shape `(samples, length, n)`): Scores with the swapped video.
         labels (`torch.LongTensor` of shape `(samples, length)`): -100 is not counted.
     """
     counted = labels != -100

@@ -57,7 +57,7 @@ takes_both_cache_names = deprecate_kwarg(
     "past_key_values", version="5.40.0" if CACHE_FIELD == "cache" else "5.0.0", new_name="cache"
 )
 
-# Keyword arguments beside the named ones that Transformers hands to a model, for its attention kernels or its loss.
+# Further keyword arguments that Transformers passes to a model, for its attention kernels or its loss.
 PASSED_THROUGH = frozenset(
     {"output_attentions", "output_hidden_states", "return_dict", "num_items_in_batch", "is_causal"}
     | {f"{name}_{side}" for name in ("cu_seq_lens", "max_length") for side in "qk"}
@@ -69,23 +69,24 @@ ROWS_AT_ONCE = 896
 
 @dataclass
 class EVACapEncoderOutput(BaseModelOutput):
-    r"""
-    Output of [`EVACapEncoder`]. T_a and T_v are the numbers of audio and video tokens, T the length of the fused
-    sequence: T_a, for `"concat"` T_a + T_v, for `"video_only"` T_v.
+    r"""Output of [`EVACapEncoder`].
+
+    T_a and T_v are the numbers of audio and video tokens. T is the length of the fused sequence: T_a, or T_a + T_v for
+    `"concat"`, or T_v for `"video_only"`.
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`): The fused sequence.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*): With `output_hidden_states=True`: the embeddings and
-            each block's output, of the audio tower (of the video tower for `"video_only"`), then of the joint blocks.
-        attentions (`tuple(torch.FloatTensor)`, *optional*): With `output_attentions=True`: the self-attention
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*): With `output_hidden_states=True`, the embeddings and the
+            output of each block, of the audio tower (of the video tower for `"video_only"`), then of the joint blocks.
+        attentions (`tuple(torch.FloatTensor)`, *optional*): With `output_attentions=True`, the self-attention
             probabilities of the same blocks.
         cross_attentions (`torch.FloatTensor` of shape `(batch_size, num_heads, T_a, T_v)`, *optional*): With
-            `output_attentions=True`: the fusion's attention probabilities (paper, equation 1).
-        video_hidden_states (`tuple(torch.FloatTensor)`, *optional*): As `hidden_states`, of the video tower, where it
-            stands beside an audio tower.
-        video_attentions (`tuple(torch.FloatTensor)`, *optional*): As `attentions`, of that video tower.
+            `output_attentions=True`, the attention probabilities of the fusion (paper, equation 1).
+        video_hidden_states (`tuple(torch.FloatTensor)`, *optional*): As `hidden_states`, for a video tower beside an
+            audio tower.
+        video_attentions (`tuple(torch.FloatTensor)`, *optional*): As `attentions`, for that video tower.
         attention_mask (`torch.BoolTensor` of shape `(batch_size, T)`, *optional*): `True` for tokens that exist;
-            `None` where all do.
+            `None` if all exist.
         fusion_gate (`torch.FloatTensor` of shape `(batch_size, T_a)`, *optional*): The gate g in [0, 1] of each audio
             token, index = mel row · time steps + time step: 0 ignores the picture (paper, equation 3). `None`
             without `"gated_cross_attention"`.
@@ -103,8 +104,7 @@ class EVACapEncoderOutput(BaseModelOutput):
 
 @dataclass
 class EVACapSeq2SeqModelOutput(Seq2SeqModelOutput):
-    r"""
-    A [`Seq2SeqModelOutput`] with what the fusion did.
+    r"""A [`Seq2SeqModelOutput`] with the outputs of the fusion.
 
     Args:
         encoder_attention_mask (`torch.BoolTensor` of shape `(batch_size, T)`, *optional*): As `attention_mask` of
@@ -120,9 +120,9 @@ class EVACapSeq2SeqModelOutput(Seq2SeqModelOutput):
 
 @dataclass
 class EVACapSeq2SeqLMOutput(Seq2SeqLMOutput):
-    r"""
-    A [`Seq2SeqLMOutput`] whose `loss`, where a regulariser is on, comes with its terms, for the logs. They are not
-    weighted, and not divided among the parts of an accumulated batch.
+    r"""A [`Seq2SeqLMOutput`] with the terms of the `loss` if there are regularisers, for the logs.
+
+    The terms are not weighted, and not divided among the parts of an accumulated batch.
 
     Args:
         caption_loss (`torch.FloatTensor` of shape `(1,)`, *optional*): [`label_smoothed_kl`].
@@ -138,16 +138,16 @@ class EVACapSeq2SeqLMOutput(Seq2SeqLMOutput):
 
 
 def _sincos(positions: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sine and cosine codes (n, dim) of `positions` (n,), with MAE's frequencies; an odd `dim` gets a zero column."""
+    """Sine and cosine codes (n, dim) of `positions` (n,), with MAE's frequencies; an odd `dim` adds a zero column."""
     frequencies = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
     angles = positions.to(torch.float64)[:, None] * frequencies
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
 
 
 def sincos_position_table(height: int, width: int, dim: int) -> torch.Tensor:
-    """
-    The 2-D sine-cosine position table (height · width, dim) of MAE and CAV-MAE: half of the channels tell the column,
-    the other half the row; index = row · width + column.
+    """The 2-D sine-cosine position table (height · width, dim) of MAE and CAV-MAE.
+
+    Half of the channels encode the column, the other half the row; index = row · width + column.
     """
     columns = _sincos(torch.arange(width), dim // 2).repeat(height, 1)
     rows = _sincos(torch.arange(height), dim - dim // 2).repeat_interleave(width, 0)
@@ -155,9 +155,9 @@ def sincos_position_table(height: int, width: int, dim: int) -> torch.Tensor:
 
 
 def interpolate_in_time(table: torch.Tensor, num_steps: int, step_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """
-    Position codes for `num_steps` time steps from a table of any length, by linear interpolation over the steps that
-    exist, so that a padded clip gets the codes that it gets alone (ours).
+    """Position codes for `num_steps` time steps from a table of any length, by linear interpolation (ours).
+
+    It interpolates over the steps that exist, so that a padded clip has the same codes as alone.
 
     Args:
         table (`torch.Tensor` of shape `(table_steps, tokens_per_step, dim)`): The learned table.
@@ -208,7 +208,7 @@ class EVACapAttention(nn.Module):
             and query.device.type == "cpu"
             and query.dtype == torch.bfloat16
             and not torch.is_grad_enabled()
-            # A graph would hold every block.
+            # A compiled graph would unroll every block.
             and not torch.compiler.is_compiling()
         ):
             attention_interface = blockwise_attention_forward
@@ -234,7 +234,7 @@ class EVACapMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.device.type == "cpu" and not torch.is_grad_enabled():
-            # The system hands out memory for results of many megabytes page by page, anew each time.
+            # For results of many megabytes the system would map new memory pages in every call.
             pieces = hidden_states.flatten(0, -2).split(ROWS_AT_ONCE)
             return torch.cat([self._feed_forward(piece) for piece in pieces]).view_as(hidden_states)
         return self._feed_forward(hidden_states)
@@ -339,9 +339,10 @@ class EVACapVideoEmbeddings(nn.Module):
 def _mask_frames(
     name: str, frames: torch.Tensor, mask: torch.Tensor | None, frames_per_step: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """
-    Zeros in the frames (rows, frames, …) that do not exist, and the time steps (rows, steps) of which all frames do;
-    `None` without a mask. Errors call the mask `name`.
+    """Zeroes the frames (rows, frames, …) that do not exist; error messages call the mask `name`.
+
+    Returns:
+        The frames, and the time steps (rows, steps) whose frames all exist; `None` without a mask.
     """
     if mask is None:
         return frames, None
@@ -356,10 +357,10 @@ def _mask_frames(
 
 
 def _attention_mask(config, hidden_states: torch.Tensor, token_mask: torch.Tensor | None):
-    """
-    The mask that lets all tokens see the tokens of `token_mask` (batch_size, tokens), in the attention
-    implementation's own form. A row without any token sees all of its padding: its output is never used, but a
-    softmax over nothing would be not a number.
+    """The mask with which all tokens see the tokens of `token_mask` (batch_size, tokens).
+
+    It has the form of the attention implementation. A row without any token sees all of its padding: its output is never
+    used, but a softmax over nothing would be NaN.
     """
     if token_mask is not None:
         token_mask = token_mask | ~token_mask.any(1, keepdim=True)
@@ -436,7 +437,8 @@ class EVACapAudioTower(EVACapTower):
     def forward(
         self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **kwargs
     ) -> EVACapEncoderOutput:
-        r"""
+        r"""Encodes the sound.
+
         Args:
             input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`): Filterbank.
             input_features_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): The frames that exist.
@@ -462,17 +464,18 @@ class EVACapVideoTower(EVACapTower):
     def forward(
         self, pixel_values_videos: torch.Tensor, pixel_values_videos_mask: torch.Tensor | None = None, **kwargs
     ) -> EVACapEncoderOutput:
-        r"""
+        r"""Encodes the picture.
+
         Args:
             pixel_values_videos (`torch.FloatTensor` of shape `(batch_size, frames, channels, height, width)`): Frames.
             pixel_values_videos_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): The frames that
-                exist; a tubelet counts where all of its frames do.
+                exist; a tubelet exists if all of its frames do.
         """
         _refuse_unknown(self, kwargs)
         hidden_states, token_mask = self.embeddings(pixel_values_videos, pixel_values_videos_mask)
         shape = hidden_states.shape
         if self.config.attention == "frame":
-            # A tubelet is a sequence of its own here, whole or masked as a whole: no mask is needed.
+            # Each tubelet is a sequence of its own, and either exists or not. So it needs no mask.
             hidden_states = hidden_states.reshape(-1, self.embeddings.grid_size**2, shape[2])
             attention_mask = None
         else:
@@ -534,13 +537,14 @@ class EVACapEncoder(EVACapPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> EVACapEncoderOutput:
-        r"""
+        r"""Encodes sound and picture into the fused sequence.
+
         Args:
-            input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`): The sound. Needed by
-                every `fusion_type` but `"video_only"`.
+            input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`): The sound. Every
+                `fusion_type` but `"video_only"` needs it.
             pixel_values_videos (`torch.FloatTensor` of shape `(batch_size, frames, channels, height, width)`,
-                *optional*): The picture. Without it a gated model's gate is exactly 0, and `"concat"` reads the audio
-                alone. `"audio_only"` ignores it.
+                *optional*): The picture. Without it the gate of a gated model is exactly 0, and `"concat"` reads the
+                audio alone. `"audio_only"` ignores it.
             input_features_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): The filterbank frames
                 that exist; all by default (AVCap).
             pixel_values_videos_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): The video frames
@@ -550,7 +554,7 @@ class EVACapEncoder(EVACapPreTrainedModel):
                 to one picture; each row passes its tower once. By default row n goes with row n.
 
         Raises:
-            ValueError: a stream that the variant needs is missing, or a shape does not fit the configuration.
+            ValueError: If a stream that the variant needs is missing, or if a shape does not fit the configuration.
         """
         fusion_type = self.config.fusion_type
         outputs = {
@@ -609,23 +613,24 @@ class EVACapEncoder(EVACapPreTrainedModel):
 
 
 def _select_rows(output: EVACapEncoderOutput, index: torch.Tensor | None) -> None:
-    """Brings a tower's rows into the order of the pairs."""
+    """Selects the rows of a tower for the pairs."""
     if index is not None:
         output.last_hidden_state = output.last_hidden_state[index]
         output.attention_mask = None if output.attention_mask is None else output.attention_mask[index]
 
 
 def _move(output: EVACapEncoderOutput, device: torch.device) -> None:
-    """Brings a tower's tokens to the device of the other tower, where `device_map` has put them apart."""
+    """Moves the tokens of a tower to the device of the other tower, if `device_map` has placed them apart."""
     output.last_hidden_state = output.last_hidden_state.to(device)
     if output.attention_mask is not None:
         output.attention_mask = output.attention_mask.to(device)
 
 
 def _refuse_unknown(model: nn.Module, kwargs: dict[str, Any]) -> None:
-    """
-    Refuses keyword arguments that nobody would read: a name that Transformers has changed, or a slip, would otherwise
-    be lost in silence, and the caption be of something else.
+    """Refuses unknown keyword arguments.
+
+    Otherwise a misspelt name, or one that Transformers has changed, would be ignored, and the caption would be of
+    something else.
     """
     unknown = sorted(name for name, value in kwargs.items() if name not in PASSED_THROUGH and value is not None)
     if unknown:
@@ -649,7 +654,7 @@ def _missing_stream(config: EVACapConfig) -> str:
 
 
 def _fill_in_masks(*parts: tuple[torch.Tensor, torch.Tensor | None]) -> list[torch.Tensor] | list[None]:
-    """The masks (rows, length) of `(tensor, mask)` parts: all of them, or none where no part has one."""
+    """The masks (rows, length) of `(tensor, mask)` parts: one for each part, or none if no part has one."""
     if all(mask is None for _, mask in parts):
         return [None] * len(parts)
     return [
@@ -658,11 +663,11 @@ def _fill_in_masks(*parts: tuple[torch.Tensor, torch.Tensor | None]) -> list[tor
 
 
 class EVACapDecoderAttention(nn.Module):
-    """
-    The attention of a prefix language model: prefix tokens see the prefix; a text token sees the prefix and the text
-    up to itself. Queries, keys and values of both come from the same projections.
+    """The attention of a prefix language model.
 
-    A clip's beams share one row of prefix keys and values: the text may have `n` times as many rows as the prefix.
+    Prefix tokens see the prefix. A text token sees the prefix and the text up to itself. Queries, keys and values of both
+    come from the same projections. The beams of a clip share one row of prefix keys and values, so the text may have `n`
+    times as many rows as the prefix.
     """
 
     def __init__(self, config: EVACapTextConfig, layer_idx: int):
@@ -703,7 +708,7 @@ class EVACapDecoderAttention(nn.Module):
             if cache is not None:
                 prefix_key, prefix_value = cache.cross_attention_cache.update(prefix_key, prefix_value, self.layer_idx)
                 cache.is_updated[self.layer_idx] = True
-            # After the last layer nothing reads the prefix any more.
+            # Nothing reads the prefix after the last layer.
             if not is_last:
                 attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
                     self.config._attn_implementation, eager_attention_forward
@@ -750,7 +755,7 @@ class EVACapDecoderAttention(nn.Module):
 
 
 class EVACapDecoderLayer(GradientCheckpointingLayer):
-    """A post-norm BERT layer over the text and, where its keys and values are not cached yet, the prefix."""
+    """A post-norm BERT layer over the text and over the prefix, unless its keys and values are cached."""
 
     def __init__(self, config: EVACapTextConfig, layer_idx: int):
         super().__init__()
@@ -843,21 +848,25 @@ class EVACapDecoder(EVACapPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        r"""
+        r"""Decodes the text.
+
         Args:
-            input_ids (`torch.LongTensor` of shape `(text_batch_size, length)`): The text so far; `text_batch_size` is
-                a multiple of `batch_size`, a clip's beams following each other.
+            input_ids (`torch.LongTensor` of shape `(text_batch_size, length)`): The text so far. `text_batch_size` is a
+                multiple of `batch_size`, with the beams of a clip in consecutive rows.
             attention_mask (`torch.Tensor` of shape `(text_batch_size, total_length)`, *optional*): The text tokens
                 that exist, cached ones first.
             position_ids (`torch.LongTensor` of shape `(text_batch_size, length)`, *optional*): Text positions, from 0.
-            cache ([`EncoderDecoderCache`], *optional*): Keys and values: of the text in its
-                `self_attention_cache`, of the prefix, once a clip, in its `cross_attention_cache`.
+            cache ([`EncoderDecoderCache`], *optional*): Keys and values: those of the text in its `self_attention_cache`,
+                those of the prefix, once for each clip, in its `cross_attention_cache`.
             inputs_embeds (`torch.FloatTensor` of shape `(text_batch_size, length, hidden_size)`, *optional*): Instead
                 of `input_ids`.
             encoder_hidden_states (`torch.FloatTensor` of shape `(batch_size, T, encoder_hidden_size)`): The fused
-                sequence. Read only while its keys and values are not in `cache`.
-            encoder_attention_mask (`torch.Tensor` of shape `(batch_size, T)`, *optional*): The tokens of it that
-                exist.
+                sequence. It is read only if its keys and values are not in `cache`.
+            encoder_attention_mask (`torch.Tensor` of shape `(batch_size, T)`, *optional*): The tokens of the fused
+                sequence that exist.
+
+        Raises:
+            ValueError: If the text is missing or too long, or if the prefix is missing or does not fit the text.
         """
         _refuse_unknown(self, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -918,7 +927,7 @@ class EVACapDecoder(EVACapPreTrainedModel):
 class EVACapModel(EVACapPreTrainedModel):
     """The encoder and the decoder without a language head."""
 
-    # The decoder does not; the towers do: attn_implementation={"audio_config": …, "video_config": …}.
+    # Only the towers support these kernels: attn_implementation={"audio_config": …, "video_config": …}.
     _supports_flash_attn = False
     _supports_flex_attn = False
 
@@ -941,8 +950,7 @@ class EVACapModel(EVACapPreTrainedModel):
         input_features_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EVACapEncoderOutput:
-        """
-        The tokens of the audio tower, before the fusion.
+        """The tokens of the audio tower, before the fusion.
 
         Args:
             input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`): The sound.
@@ -961,8 +969,7 @@ class EVACapModel(EVACapPreTrainedModel):
         pixel_values_videos_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EVACapEncoderOutput:
-        """
-        The tokens of the video tower, before the fusion.
+        """The tokens of the video tower, before the fusion.
 
         Args:
             pixel_values_videos (`torch.FloatTensor` of shape `(batch_size, frames, channels, height, width)`): Frames.
@@ -998,7 +1005,8 @@ class EVACapModel(EVACapPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EVACapSeq2SeqModelOutput:
-        r"""
+        r"""Encodes the clips and decodes the text.
+
         Args:
             input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`): The sound.
             pixel_values_videos (`torch.FloatTensor` of shape `(batch_size, frames, channels, height, width)`,
@@ -1006,8 +1014,8 @@ class EVACapModel(EVACapPreTrainedModel):
             input_features_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): Frames that exist.
             pixel_values_videos_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): Frames that exist;
                 a row of zeros is a clip without a picture.
-            encoder_outputs ([`EVACapEncoderOutput`] or `tuple`, *optional*): What the encoder returned, to encode a
-                clip once and use it often. Of a tuple only the first, `last_hidden_state`, is read: it has no mask.
+            encoder_outputs ([`EVACapEncoderOutput`] or `tuple`, *optional*): The output of the encoder, if it was run
+                before. Only the first element of a tuple is read, `last_hidden_state`, and without a mask.
             cache ([`EncoderDecoderCache`], *optional*): See [`EVACapDecoder`].
             decoder_position_ids (`torch.LongTensor` of shape `(text_batch_size, length)`, *optional*): Text positions,
                 from 0.
@@ -1071,13 +1079,12 @@ def shift_tokens_right(labels: torch.Tensor, pad_token_id: int, decoder_start_to
     return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
-# What the decoder reads besides the encoder's output, a row a caption.
+# Inputs of the decoder, with one row for each caption.
 TEXT_ARGUMENTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "decoder_position_ids")
 
 
 class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
-    """
-    The captioner: [`EVACapModel`] with a language head on tied word embeddings, the loss, and `generate`.
+    """The captioner: [`EVACapModel`] with a language head on tied word embeddings, the loss, and `generate`.
 
     `AutoModel` loads this class for the model type `"evacap"`, so that `AutoModel.from_pretrained(…).generate(…)`
     captions.
@@ -1095,7 +1102,7 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
     ```
     """
 
-    # As of EVACapModel.
+    # As in EVACapModel.
     _supports_flash_attn = False
     _supports_flex_attn = False
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
@@ -1154,7 +1161,8 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> EVACapSeq2SeqLMOutput:
-        r"""
+        r"""Predicts the text, and computes the loss if `labels` are given.
+
         Args:
             input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`): The sound.
             pixel_values_videos (`torch.FloatTensor` of shape `(batch_size, frames, channels, height, width)`,
@@ -1163,21 +1171,21 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
             pixel_values_videos_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): Frames that exist;
                 a row of zeros is a clip without a picture.
             decoder_input_ids (`torch.LongTensor` of shape `(batch_size, length)`, *optional*): The caption so far;
-                made from `labels` by a shift to the right where those are given.
+                by default it is made from `labels` by a shift to the right.
             encoder_outputs ([`EVACapEncoderOutput`] or `tuple`, *optional*): See [`EVACapModel`].
             cache ([`EncoderDecoderCache`], *optional*): See [`EVACapDecoder`].
             decoder_position_ids (`torch.LongTensor` of shape `(batch_size, length)`, *optional*): Text positions, from
                 0.
             labels (`torch.LongTensor` of shape `(batch_size, length)`, *optional*): The caption without its start
-                token, with `[SEP]` at its end, padded with -100; the loss is [`label_smoothed_kl`]'s.
+                token, with `[SEP]` at its end, padded with -100. The loss is [`label_smoothed_kl`].
             shuffled (`torch.BoolTensor` of shape `(batch_size,)`, *optional*): The samples whose video the data
                 collator swapped; used by the semantic-consistency term.
             video_index (`torch.LongTensor` of shape `(batch_size,)`, *optional*): The sample each video came from, as
                 the data collator reports it; used by the same term.
             matched_pixel_values_videos (`torch.FloatTensor` of shape `(swapped, frames, channels, height, width)`,
-                *optional*): The own videos of the swapped samples, in their order, for the semantic-consistency term.
-            matched_pixel_values_videos_mask (`torch.Tensor` of shape `(swapped, frames)`, *optional*): Frames of
-                those that exist.
+                *optional*): The matched videos of the swapped samples, in their order, for the semantic-consistency term.
+            matched_pixel_values_videos_mask (`torch.Tensor` of shape `(swapped, frames)`, *optional*): The frames of
+                the matched videos that exist.
         """
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -1261,9 +1269,10 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         swapped: torch.Tensor,
         video_index: torch.Tensor,
     ) -> dict[str, torch.Tensor | None]:
-        """
-        The videos and pairs of a batch in which the rows `swapped` come twice: with the other video in their place,
-        and with their own as more rows behind the batch. Every sample's own video passes the tower once.
+        """The videos and pairs of a batch in which the rows `swapped` occur twice.
+
+        In their place they have the other video, and in more rows behind the batch their own. The own video of every sample
+        passes the tower once.
         """
         videos, mask = matched_videos
         if len(swapped) != len(videos):
@@ -1295,7 +1304,7 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         """
         labels = labels.to(logits.device)
         loss = label_smoothed_kl(logits, labels, self.config.label_smoothing, num_items_in_batch)
-        # Means over this batch; where it is a part of a larger one, they count as its part.
+        # The terms are means over this batch. If it is a part of a larger batch, they count for that part.
         share = 1 if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
         caption_loss, terms = loss / share, {}
         if self.config.gate_stability_weight > 0 and outputs.fusion_gate is not None:
@@ -1313,11 +1322,11 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         return loss, terms
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
-        """The decoder's input (batch_size, length) for `labels`: the start token, then the labels but their last."""
+        """The decoder's input (batch_size, length) for `labels`: the start token, then all labels but the last."""
         return shift_tokens_right(labels, self.config.text_config.pad_token_id, self.config.decoder_start_token_id)
 
     def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any):
-        """As `GenerationMixin` does it, and refuses to go on where the last step has left nothing in the cache."""
+        """As in `GenerationMixin`, with an error if the last step has left nothing in the cache."""
         inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
         if kwargs.get("use_cache") and not is_first_iteration:
             cache = inputs.get("cache", inputs.get("past_key_values"))
@@ -1333,18 +1342,18 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
     def _prepare_generated_length(
         self, generation_config: GenerationConfig, has_default_max_length: bool, **kwargs: Any
     ) -> GenerationConfig:
-        """`max_new_tokens` takes the place of the model's own greatest length without a warning."""
+        """Lets `max_new_tokens` replace the model's default `max_length` without a warning."""
         if generation_config.max_length == self.generation_config.max_length:
             has_default_max_length = has_default_max_length or generation_config.max_new_tokens is not None
         return super()._prepare_generated_length(generation_config, has_default_max_length, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-        """The decoder makes its mask from the cache's own length, which costs nothing and compiles as well."""
+        """Leaves the mask to the decoder, which makes it from the length of the cache."""
         return attention_mask
 
     def _prepare_model_inputs(self, inputs: torch.Tensor | None, bos_token_id, model_kwargs: dict[str, Any]):
-        """Without the main stream, `generate` would take start tokens for it."""
+        """Refuses to generate without the main stream, for which `generate` would take start tokens."""
         if inputs is None and all(
             model_kwargs.get(name) is None for name in (self.main_input_name, "encoder_outputs")
         ):
@@ -1352,7 +1361,7 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any):
-        """Repeats the text for beams and sequences, but not the encoded clip: its prefix is computed once."""
+        """Repeats the text for beams and sequences, but not the encoded clip, whose prefix is computed once."""
         encoder_outputs = kwargs.pop("encoder_outputs", None)
         input_ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, encoder_outputs=BaseModelOutput(), **kwargs

@@ -90,6 +90,6 @@ def load_tokenizer(name: str | os.PathLike) -> BertTokenizer:
     except (OSError, ValueError):
         pass
     raise FileNotFoundError(
-        f"{name}: no BERT tokenizer can be had there now. Go online, or give a folder that holds the vocab.txt of "
+        f"{name}: there is no BERT tokenizer that can be loaded now. Go online, or give a folder that holds the vocab.txt of "
         "bert-base-uncased."
     )

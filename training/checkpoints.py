@@ -158,6 +158,10 @@ class Checkpoints:
         for name, value in moments.items():
             parameter, key = name.rsplit(".", 1)
             states["state"][parameter][key] = value
+        for group in states["param_groups"]:
+            for parameter in group["params"]:
+                # A parameter that has had no gradient yet, such as the decoder's in the pretraining of towers, has none.
+                states["state"].setdefault(parameter, {})
         set_state_dict(
             self.model,
             self.optimizer,

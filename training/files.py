@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, lines that survive a killed process, and outputs with one writer."""
+"""Files and folders that are complete or absent, JSON lines that survive a killed process, and locks for outputs."""
 
 import json
 import os
@@ -16,24 +16,22 @@ from filelock import FileLock, Timeout
 
 
 _NAME_LENGTH = 40
-"""Characters of a name that its temporary neighbour repeats: together they must stay below a file system's limit."""
+"""Characters of a name that go into its temporary name, which must stay below the limit of the file system."""
 
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """
-    Gives a temporary path to write to, and moves what is there to `path` at the end.
+    """Gives a temporary path to write to, and moves the file to `path` at the end.
 
-    No reader ever sees a part of the file, and two processes that write it do not share the temporary one. Missing
-    folders above `path` are made. If the block raises, or the disk is full, what was there before stays.
+    No reader ever sees a part of the file, and two processes that write it have different temporary files. Missing folders
+    above `path` are made. If the block raises, or if the disk is full, the previous file stays.
 
     Args:
-        path (`str` or `os.PathLike`): The file to write. A symbolic link stays, and the file that it leads to is
-            replaced.
+        path (`str` or `os.PathLike`): The file to write. A symbolic link stays, and its target is replaced.
 
     Raises:
-        FileExistsError: `path` is a folder, a device or a pipe.
-        OSError: it cannot be written.
+        FileExistsError: If `path` is a folder, a device or a pipe.
+        OSError: If it cannot be written.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -49,20 +47,19 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes `text` as UTF-8, whole or not at all; see [`whole_file`]."""
+    """Writes `text` as UTF-8, completely or not at all; see [`whole_file`]."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike, content: Any, indent: int | None = 2) -> None:
-    """Writes `content` as a JSON file, whole or not at all; see [`whole_file`]."""
+    """Writes `content` as a JSON file, completely or not at all; see [`whole_file`]."""
     write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
 @contextmanager
 def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
-    """
-    Gives a temporary folder to fill, which becomes `target` at the end.
+    """Gives a temporary folder to fill, which becomes `target` at the end.
 
     Args:
         target (`str` or `os.PathLike`): The folder to make. If it exists it is replaced.
@@ -78,9 +75,9 @@ def whole_folder(target: str | os.PathLike) -> Iterator[Path]:
 
 
 def replace_folder(partial: Path, target: Path) -> None:
-    """Gives a finished folder the name `target`, in the place of what has it now."""
+    """Renames a finished folder to `target`, and replaces what has that name."""
     for file in files_in(partial):
-        # After a power cut a folder must not have its name before the disk has its content.
+        # Even after a power cut, a folder with its name must have its content.
         sync(file)
     if target.exists():
         remove_folder(target)
@@ -88,17 +85,16 @@ def replace_folder(partial: Path, target: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder so that, if it is stopped on the way, no part of it is left under its name."""
+    """Removes a folder; if this is interrupted, no part of it is left under its name."""
     hidden = _neighbour(folder, "old")
     folder.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
 def remove_leftovers(*folders: Path) -> None:
-    """
-    Removes what killed processes have left half-written or half-removed directly in these folders.
+    """Removes the unfinished files that killed processes have left directly in these folders.
 
-    Whoever calls it must hold the lock of the output, or it takes a file away from a process that is writing it.
+    The caller must hold the lock of the output; otherwise this may remove a file that another process is writing.
     """
     for folder in folders:
         for leftover in [*folder.glob(".*.partial"), *folder.glob(".*.old")]:
@@ -121,16 +117,16 @@ def _neighbour(path: Path, kind: str) -> Path:
 
 
 class JsonLines:
-    """
-    A file with a JSON object a line. Lines are added at its end, so a process that is killed costs the line that it
-    was writing and no other.
+    """A file with one JSON object per line.
+
+    Lines are appended, so a killed process loses only the line that it was writing.
 
     Args:
         path (`str` or `os.PathLike`): The file; it need not exist.
-        first (`str`): The key with which each object begins: it tells the file from others.
-        parse (`Callable`, *optional*): What becomes of an object. It raises `ValueError`, `KeyError`, `TypeError` or
-            `AttributeError` for one that does not belong into the file. By default it stays as it is.
-        advice (`str`, *optional*): What to do where the file holds something else, as a sentence.
+        first (`str`): The first key of each object, which identifies the file.
+        parse (`Callable`, *optional*): Converts an object. It raises `ValueError`, `KeyError`, `TypeError` or
+            `AttributeError` for an object that does not belong into the file. By default objects stay unchanged.
+        advice (`str`, *optional*): A sentence on what to do if the file has other content.
     """
 
     def __init__(
@@ -146,24 +142,23 @@ class JsonLines:
         self.advice = advice
 
     def read(self) -> list[Any]:
-        """
-        What the whole lines hold, in their order; nothing where there is no file.
+        """The content of the complete lines in their order; empty if there is no file.
 
         Raises:
-            ValueError: a line holds something else, or what stands after the last whole line is not the beginning of
-                a line. The file is left as it is.
+            ValueError: If a line has other content, or if the rest after the last complete line is not the beginning of a
+                line. The file is not changed.
         """
         return self._read()[0]
 
     def recover(self) -> list[Any]:
-        """Cuts off the half line that a killed process has left at the end, and returns what [`read`] does."""
+        """Removes an incomplete last line of a killed process, and returns the result of [`read`]."""
         parsed, size = self._read()
         if self.path.exists() and size < self.path.stat().st_size:
             os.truncate(self.path, size)
         return parsed
 
     def _read(self) -> tuple[list[Any], int]:
-        """The whole lines, and how many bytes they have."""
+        """The complete lines, and their number of bytes."""
         parsed, size = [], 0
         if not self.path.exists():
             return parsed, size
@@ -182,23 +177,23 @@ class JsonLines:
         return parsed, size
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Adds lines at the end, in one write."""
+        """Appends lines in one write."""
         with self.path.open("ab") as file:
             file.write(_encode(lines))
 
     def rewrite(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Replaces the file by one with these lines."""
+        """Replaces the content of the file by these lines."""
         with whole_file(self.path) as partial:
             partial.write_bytes(_encode(lines))
 
 
 def _encode(lines: Iterable[Mapping[str, Any]]) -> bytes:
-    # With escapes, as the path of a file need not be valid UTF-8.
+    # With escapes, because the path of a file may not be valid UTF-8.
     return "".join(json.dumps(line) + "\n" for line in lines).encode("ascii")
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The fields of `expected` that `found` lacks, or has with another value, in words; those within fields, too."""
+    """Describes the fields of `expected`, also nested ones, that `found` lacks or has with another value."""
     different = []
     for name, value in expected.items():
         if isinstance(value, Mapping) and isinstance(found.get(name), Mapping):
@@ -211,17 +206,16 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any], prefix: s
 def check_settings(
     output: str | os.PathLike, found: Mapping[str, Any], expected: Mapping[str, Any], advice: str
 ) -> None:
-    """
-    Refuses to go on with an output that was begun with other settings.
+    """Refuses to continue an output that was started with other settings.
 
     Args:
-        output (`str` or `os.PathLike`): What is gone on with.
-        found (`Mapping`): The settings that it was begun with.
-        expected (`Mapping`): Those of now; all of them must be among `found`.
-        advice (`str`): What to do, as a sentence.
+        output (`str` or `os.PathLike`): The output.
+        found (`Mapping`): The settings that it was started with.
+        expected (`Mapping`): The present settings; all of them must be among `found`.
+        advice (`str`): A sentence on what to do.
 
     Raises:
-        ValueError: they differ; the message names the settings.
+        ValueError: If they differ; the message has the settings.
     """
     different = differences(found, expected)
     if different:
@@ -230,16 +224,15 @@ def check_settings(
 
 @contextmanager
 def locked(output: str | os.PathLike) -> Iterator[None]:
-    """
-    Keeps other processes that call this from writing to the same output at the same time.
+    """Locks an output against other processes that call this.
 
-    The lock is a hidden file in the folder, or beside the file. It ends with the process, however that ends.
+    The lock is a hidden file in the folder, or beside the file. It is released when the process ends, however it ends.
 
     Args:
         output (`str` or `os.PathLike`): A folder that exists, or a file, which need not exist.
 
     Raises:
-        BlockingIOError: another process has it; the message says which.
+        BlockingIOError: If another process has the lock; the message says which.
     """
     output = Path(os.path.realpath(output))
     path = output / ".lock" if output.is_dir() else output.with_name(f".{output.name[:_NAME_LENGTH]}.lock")

@@ -108,5 +108,5 @@ class Validation:
         references = self.references[: len(predictions)]
         scores = compute_metrics(predictions, references, metrics=tuple(self.section.metrics))
         for name, reason in scores["skipped"].items():
-            raise RuntimeError(f"`validation.metrics` asks for {name}, which cannot be had here: {reason}")
+            raise RuntimeError(f"`validation.metrics` asks for {name}, which cannot be computed here: {reason}")
         return scores["corpus"]

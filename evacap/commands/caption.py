@@ -32,33 +32,31 @@ MAX_WORKERS = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "media", nargs="+", help="media files, URLs, or folders, which are searched with all below them"
-    )
+    parser.add_argument("media", nargs="+", help="media files, URLs, or folders, which are searched recursively")
     parser.add_argument("--model", help="model folder or Hub name (default: the bundled tiny checkpoint)")
-    parser.add_argument("--device", help="such as cpu or cuda (default: the best there is)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they were saved)")
-    parser.add_argument("--num-beams", type=positive_int, default=4, help="beams of the search (default: %(default)s)")
+    parser.add_argument("--device", help="such as cpu or cuda (default: the fastest available)")
+    parser.add_argument("--dtype", choices=DTYPES, help="precision of the weights (default: as saved)")
+    parser.add_argument("--num-beams", type=positive_int, default=4, help="number of beams (default: %(default)s)")
     parser.add_argument(
         "--batch-size",
         type=positive_int,
-        help=f"windows captioned at a time (default: {BATCH_SIZE} with --output, else 1)",
+        help=f"windows of a batch (default: {BATCH_SIZE} with --output, otherwise 1)",
     )
     parser.add_argument(
         "--workers",
         type=whole_number,
-        help=f"processes that read (default: one a core with --output, {MAX_WORKERS} at most, else 0)",
+        help=f"reading processes (default: with --output one for each core, at most {MAX_WORKERS}; otherwise 0)",
     )
     parser.add_argument(
         "--channels",
         choices=CHANNELS,
-        help="what becomes of a sound with several channels (default: as the model was trained)",
+        help="how several sound channels become one (default: as the model was trained)",
     )
     parser.add_argument(
         "--audio-track",
         type=whole_number,
         metavar="N",
-        help="which of a file's sound tracks to hear, counted from 0 (default: FFmpeg's choice)",
+        help="number of the sound track of a file, counted from 0 (default: FFmpeg's choice)",
     )
     parser.add_argument(
         "--json", action="store_true", help="one JSON object a line, with the gate over time (also with --output)"
@@ -67,12 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE.jsonl",
-        help="write a JSON object a line as each file is done, with `file` and `text`, or `error`; files that it has "
-        "already are skipped, so the same call goes on where the last one stopped",
+        help="write one JSON object per line as each file is done, with `file` and `text`, or `error`; files that it "
+        "already has are skipped, so the same call continues where the last one stopped",
     )
-    parser.add_argument(
-        "--retry-failed", action="store_true", help="try the files again that have an error in --output"
-    )
+    parser.add_argument("--retry-failed", action="store_true", help="try files with an error in --output again")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code of a model folder instead of this package's"
     )

@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu", help="where the model runs, such as `cuda` (default: cpu)")
     parser.add_argument(
-        "--write", action="store_true", help="write the known answer of a folder instead: this machine is right"
+        "--write",
+        action="store_true",
+        help="write the known answer of a folder instead, on a machine that captions correctly",
     )
 
 

@@ -25,26 +25,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="model folders or Hub names; NAME=CHECKPOINT gives it a name for the tables",
     )
-    parser.add_argument("--data", metavar="FOLDER", help="test clips, as `evacap prepare` makes them")
+    parser.add_argument("--data", metavar="FOLDER", help="test clips made by `evacap prepare`")
     parser.add_argument(
         "--predictions",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="captions instead of checkpoints: .jsonl or .csv files with `id` and `caption`, or what `evacap caption` "
-        "writes; NAME=FILE gives one a name for the tables",
+        help="captions instead of checkpoints: .jsonl or .csv files with `id` and `caption`, or from `evacap caption`; "
+        "NAME=FILE gives one a name for the tables",
     )
     parser.add_argument(
-        "--references", metavar="FILE", help="a .jsonl or .csv file with `id` and `captions` or `caption`, for these"
+        "--references",
+        metavar="FILE",
+        help="their references: a .jsonl or .csv file with `id` and `captions` or `caption`",
     )
-    parser.add_argument("--split", default="test", help="of the clips (default: %(default)s)")
+    parser.add_argument("--split", default="test", help="split of the clips (default: %(default)s)")
     parser.add_argument(
         "--shuffle",
         nargs="+",
         type=float,
         default=[0.0, 0.05, 0.5, 1.0],
         metavar="SHARE",
-        help="shares of the videos to shuffle (default: 0 0.05 0.5 1; 0 is always among them)",
+        help="shares of videos to shuffle (default: 0 0.05 0.5 1; 0 is always added)",
     )
     parser.add_argument(
         "--frames",
@@ -52,21 +54,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole_number,
         default=[],
         metavar="N",
-        help="numbers of frames to try besides, with own videos; 0 is no video",
+        help="further numbers of frames to evaluate, with matched videos; 0 is no video",
     )
-    parser.add_argument("--beams", type=positive_int, default=4, help="of the search (default: %(default)s)")
+    parser.add_argument("--beams", type=positive_int, default=4, help="number of beams (default: %(default)s)")
     parser.add_argument("--max-clips", type=positive_int, metavar="N", help="only the first clips")
     parser.add_argument(
         "--output",
         default="evaluation",
         metavar="FOLDER",
-        help="for tables, plots and captions; the same call goes on where it was stopped (default: %(default)s)",
+        help="folder for tables, plots and captions; the same call continues after an interruption (default: %(default)s)",
     )
     parser.add_argument(
-        "--batch-size", type=positive_int, default=16, help="clips at a time, of each process (default: %(default)s)"
+        "--batch-size", type=positive_int, default=16, help="clips of a batch, in each process (default: %(default)s)"
     )
     parser.add_argument(
-        "--workers", type=whole_number, help=f"processes that read (default: a core each, {MAX_WORKERS} at most)"
+        "--workers", type=whole_number, help=f"reading processes (default: one for each core, at most {MAX_WORKERS})"
     )
     parser.add_argument(
         "--metrics",
@@ -74,23 +76,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=(*METRICS, *MODEL_METRICS),
         default=METRICS,
         metavar="METRIC",
-        help=f"of {', '.join(METRICS)} (the default is all these), {', '.join(MODEL_METRICS)}",
+        help=f"metrics among {', '.join(METRICS)} (default: all these), {', '.join(MODEL_METRICS)}",
     )
-    parser.add_argument("--sentence-encoder", metavar="FOLDER", help="for fense")
+    parser.add_argument("--sentence-encoder", metavar="FOLDER", help="folder of the sentence encoder for fense")
     parser.add_argument(
         "--fluency-detector",
         metavar="FOLDER",
-        help=f"for {', '.join(MODEL_METRICS)}: FENSE's, and the BERT that it is of",
+        help=f"folder of FENSE's error detector and its base model, for {', '.join(MODEL_METRICS)}",
     )
     parser.add_argument(
         "--samples", type=whole_number, default=3, help="clips whose gate is plotted over time (default: %(default)s)"
     )
-    parser.add_argument("--resamples", type=positive_int, default=2000, help="of the bootstrap (default: %(default)s)")
     parser.add_argument(
-        "--seed", type=whole_number, default=0, help="of shuffling and bootstrap (default: %(default)s)"
+        "--resamples", type=positive_int, default=2000, help="resamples of the bootstrap (default: %(default)s)"
     )
-    parser.add_argument("--dataset", metavar="NAME", help="what the tables call the clips (default: folder and split)")
-    parser.add_argument("--dataset-id", metavar="ORG/NAME", help="the clips' name on the Hub, for model cards")
+    parser.add_argument(
+        "--seed", type=whole_number, default=0, help="seed of shuffling and bootstrap (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dataset", metavar="NAME", help="name of the clips in the tables (default: folder and split)"
+    )
+    parser.add_argument("--dataset-id", metavar="ORG/NAME", help="name of the clips on the Hub, for model cards")
 
 
 def run(arguments: argparse.Namespace) -> int:

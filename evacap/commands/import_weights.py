@@ -24,14 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sources.add_argument("--avcap", metavar="FILE", help="a captioner of AVCap (.pth, .pt or .safetensors)")
     sources.add_argument("--cav-mae", metavar="FILE", help="a pretrained or fine-tuned CAV-MAE, for the encoder")
     sources.add_argument(
-        "--git", metavar="NAME_OR_FOLDER", help="a GIT of Transformers, or GIT's own model.pt, for the decoder"
+        "--git", metavar="NAME_OR_FOLDER", help="a GIT for Transformers, or GIT's original model.pt, for the decoder"
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="the model folder to write")
     parser.add_argument(
         "--as",
         dest="preset",
         choices=PRESETS,
-        help="the variant to make; avcap with --avcap, evacap without by default",
+        help="the variant to make (default: avcap with --avcap, otherwise evacap)",
     )
     parser.add_argument(
         "--tokenizer",
@@ -39,30 +39,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=BERT_TOKENIZER,
         help="a BERT tokenizer, or a folder with its vocab.txt (default: %(default)s)",
     )
-    sizes = parser.add_argument_group("sizes", "that the tensors may not show")
+    sizes = parser.add_argument_group("sizes", "sizes that the tensors may not show")
     sizes.add_argument(
-        "--num-attention-heads", type=int, metavar="N", help="of towers and decoder; 12 where they are 768 wide"
+        "--num-attention-heads",
+        type=int,
+        metavar="N",
+        help="heads of towers and decoder (default: 12 for a width of 768)",
     )
-    sizes.add_argument("--num-mel-bins", type=int, metavar="N", help="of the filterbank (default: 128)")
-    sizes.add_argument("--image-size", type=int, metavar="PIXELS", help="of a frame; 224 where the weights allow it")
+    sizes.add_argument("--num-mel-bins", type=int, metavar="N", help="mel bins of the filterbank (default: 128)")
     sizes.add_argument(
-        "--num-frames", type=int, metavar="N", help="of a clip, for weights that saw single pictures (default: 18)"
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="height and width of a frame (default: 224 if the weights fit)",
+    )
+    sizes.add_argument(
+        "--num-frames",
+        type=int,
+        metavar="N",
+        help="frames of a clip, for weights trained on single pictures (default: 18)",
     )
     parser.add_argument(
         "--video-embedding",
         choices=VIDEO_EMBEDDINGS,
         default="inflate",
-        help="of single pictures to clips: inflated, so that a still gives the same, or fresh, as AVCap does it "
-        "(default: %(default)s)",
+        help="embedding of clips from one of single pictures: inflate, so that a still gives the same tokens, or fresh, "
+        "as in AVCap (default: %(default)s)",
     )
     parser.add_argument(
         "--allow-missing",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="shell pattern of parameters that may start fresh, and of unknown tensors that may be left out; repeatable",
+        help="shell pattern of parameters that the files may lack, and of unknown tensors to ignore; repeatable",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the fresh weights (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of new weights (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> None:

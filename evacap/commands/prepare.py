@@ -20,24 +20,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--audiocaps", metavar="CSV", help="one of AudioCaps' files; needs --media")
     source.add_argument("--manifest", metavar="FILE", help="a list of clips of your own, .jsonl or .csv")
-    parser.add_argument("--media", metavar="FOLDER", help="where the clips of AudioCaps are")
+    parser.add_argument("--media", metavar="FOLDER", help="folder with the clips of AudioCaps")
     parser.add_argument(
         "--output", required=True, metavar="FOLDER", help="the prepared folder; each split is added to it"
     )
-    parser.add_argument("--split", help="its name (default: train, validation or test, after the name of the list)")
+    parser.add_argument(
+        "--split", help="name of the split (default: train, validation or test, from the name of the list)"
+    )
     processing = parser.add_mutually_exclusive_group()
-    processing.add_argument("--model", metavar="FOLDER", help="a model folder or Hub name, whose processor is taken")
+    processing.add_argument("--model", metavar="FOLDER", help="a model folder or Hub name with the processor to use")
     processing.add_argument(
         "--preset", choices=PRESETS, default="evacap", help="or a variant of the paper (default: %(default)s)"
     )
     frames = parser.add_mutually_exclusive_group()
-    frames.add_argument("--num-frames", type=positive_int, metavar="N", help="frames of a clip to keep, or")
     frames.add_argument(
-        "--fps", type=float, metavar="RATE", help="keep all at this rate (default: what the processor samples)"
+        "--num-frames", type=positive_int, metavar="N", help="number of frames to store for each clip, or"
     )
-    parser.add_argument("--max-clips", type=positive_int, metavar="N", help="only the first clips of the list")
+    frames.add_argument(
+        "--fps",
+        type=float,
+        metavar="RATE",
+        help="store all frames at this rate (default: the frames that the processor samples)",
+    )
+    parser.add_argument("--max-clips", type=positive_int, metavar="N", help="take only the first clips of the list")
     parser.add_argument(
-        "--shard-size", type=positive_int, default=256, metavar="N", help="rows (default: %(default)s)"
+        "--shard-size", type=positive_int, default=256, metavar="N", help="rows of a shard (default: %(default)s)"
     )
     parser.add_argument("--workers", type=positive_int, metavar="N", help="processes (default: one for each core)")
     parser.add_argument(
@@ -45,14 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=600.0,
         metavar="SECONDS",
-        help="that a clip may take; one that takes longer twice is left out (default: %(default)g)",
+        help="seconds that a clip may take; one that takes longer twice is left out (default: %(default)g)",
     )
     parser.add_argument(
         "--accept-failures",
         action="store_true",
-        help="go on without the clips that failed for a reason that may pass, such as a file that is not there now",
+        help="complete the split without the clips whose failure may pass, such as a missing file",
     )
-    parser.add_argument("--jpeg-quality", type=positive_int, default=95, help="of the frames (default: %(default)s)")
+    parser.add_argument(
+        "--jpeg-quality", type=positive_int, default=95, help="quality of the frames (default: %(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

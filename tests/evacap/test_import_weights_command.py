@@ -130,10 +130,12 @@ def test_a_failure_leaves_nothing(tmp_path, tokenizer, capsys):
 
 def test_a_tokenizer_that_cannot_be_had(tmp_path, avcap_arguments, capsys):
     arguments = [*avcap_arguments, "--output", str(tmp_path / "model"), "--tokenizer", "nobody/no-tokenizer"]
-    assert "nobody/no-tokenizer: no BERT tokenizer can be had there now" in fails_in_one_line(arguments, capsys)
+    assert "nobody/no-tokenizer: there is no BERT tokenizer that can be loaded now" in fails_in_one_line(
+        arguments, capsys
+    )
     (tmp_path / "empty").mkdir()
     arguments[-1] = str(tmp_path / "empty")
-    assert "empty: no BERT tokenizer can be had there now" in fails_in_one_line(arguments, capsys)
+    assert "empty: there is no BERT tokenizer that can be loaded now" in fails_in_one_line(arguments, capsys)
 
 
 def test_a_tokenizer_of_another_vocabulary(tmp_path, avcap_arguments, capsys):

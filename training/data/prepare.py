@@ -1,11 +1,10 @@
-"""Media files to ready features, once for all trainings: Parquet shards that `datasets` reads.
+"""Preparation: features of media files, made once for all trainings, in Parquet shards for `datasets`.
 
-Which clip goes into which shard follows from the manifest alone, and a shard that is there is whole. So a preparation
-that was stopped, in whatever way, goes on with the first shard that is missing, and what comes out is the same to the
-byte.
+The manifest alone decides which clip goes into which shard, and every existing shard is complete. So an interrupted
+preparation continues with the first missing shard, and the result is identical to the byte.
 
-A clip that fails for a reason that may pass, such as a disk that is away for a moment, keeps its shard open: the shard
-waits under a hidden name, and the next call makes only the clips that failed.
+If a clip fails for a reason that may pass, such as a disk that is away for a moment, its shard stays open under a hidden
+name, and the next call makes only the clips that failed.
 """
 
 import copy
@@ -44,11 +43,11 @@ PREPARATION_FILE, REPORT_FILE = "preparation.json", "report.jsonl"
 SHARD_SIZE = 256
 JPEG_QUALITY = 95
 ROWS_AT_ONCE = 16
-"""Clips of a row group: what is in memory while it is written, and what a stream reads at a time."""
+"""Number of clips of a row group, which is in memory while it is written, and which a stream reads at a time."""
 TIME_LIMIT = 600.0
 """Seconds that a clip may take."""
 LONGEST_CLIP = 15.0
-"""Seconds; a file that lasts longer, and whose name tells no start time, is the whole video that the clip is from."""
+"""Seconds; a longer file without a start time in its name is the whole video that the clip comes from."""
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -58,10 +57,10 @@ SCHEMA = pa.schema(
         "extra": pa.string(),
     }
 )
-# In the footer of each shard, so that what is known of its clips appears together with it.
+# The key in the footer of each shard for what is known of its clips, so that both appear together.
 _ACCOUNT = b"evacap"
 
-# What the stored features depend on. Pixels are normalised, and frames chosen, when they are read.
+# The fields that stored features depend on. Pixels are normalised, and frames are chosen, on reading.
 AUDIO_FIELDS = (
     "feature_size",
     "sampling_rate",
@@ -93,44 +92,43 @@ def prepare(
     time_limit: float = TIME_LIMIT,
     accept_failures: bool = False,
 ) -> dict[str, int]:
-    """
-    Makes the features of all clips and writes them to `output/data/SPLIT-….parquet`, for
-    `datasets.load_dataset(output)` and [`PreparedClips`]. A row has
+    """Makes the features of all clips and writes them to `output/data/SPLIT-….parquet`.
 
-    * `id`, `captions`, and `extra`, the JSON of all else that the manifest says;
-    * `input_features`, float16, frame after frame of mel bins. The rounding changes a value by 0.001 at most, as
-      normalised log-mel values lie within ±4;
+    The folder is for `datasets.load_dataset(output)` and [`PreparedClips`]. A row has
+
+    * `id`, `captions`, and `extra`, the JSON of all other fields of the manifest;
+    * `input_features`, float16, frame after frame of mel bins. The rounding changes a value by 0.001 at most, because
+      normalised log-mel values are within ±4;
     * `frames`, JPEG files of the pictures, resized and cropped but not normalised; none for a clip without a picture.
 
-    `preparation.json` says what the features depend on and how many clips there are. `report.jsonl` lists the clips
-    that cannot be used, and those of which only a part could be read (`"usable": true`), with the reason, and says of
-    which the reason may pass (`"passing": true`). Where the folder is there already, only what is missing is made, with
-    it the clips that have got a file since: remove a shard to have it made anew.
+    `preparation.json` has the settings that the features depend on, and the number of clips. `report.jsonl` lists the clips
+    that cannot be used, and those that were only partly readable (`"usable": true`), with the reason and whether it may
+    pass (`"passing": true`). In an existing folder only missing clips are made, including clips whose file has appeared
+    since. To make a shard again, remove it.
 
-    A clip whose file is missing or cannot be read just now, or whose worker is killed, is tried once more, by a fresh
-    process. If it fails again, its split is not complete, and the same call tries it again.
+    If the file of a clip is missing or unreadable, or if its worker is killed, it is tried once more by a new process. If
+    it fails again, its split is not complete, and the same call tries it again.
 
     Args:
-        entries (`list[Entry]`): From [`read_manifest`] or [`read_audiocaps`].
-        output (`str` or `os.PathLike`): Folder. Each further split is added by a call of its own.
-        processor ([`EVACapProcessor`]): Of the models that will be trained; its tokenizer is not used.
+        entries (`list[Entry]`): The clips, from [`read_manifest`] or [`read_audiocaps`].
+        output (`str` or `os.PathLike`): Folder. Each further split is added by another call.
+        processor ([`EVACapProcessor`]): The processor of the models to train; its tokenizer is not used.
         split (`str`): Name of the split.
-        num_frames (`int`, *optional*): Keep so many frames, uniformly over the clip.
-        fps (`float`, *optional*): Keep all frames of the clip at this rate, as a random run of frames needs them.
-            Without either, what the video processor samples is kept: at its `fps`, if it has one, else its
-            `num_frames`.
-        jpeg_quality (`int`): Of the frames, 1 to 100.
-        shard_size (`int`): Rows of the manifest that go into a shard.
-        num_workers (`int`, *optional*): Processes; one for each core by default. They do not change what is written.
-        time_limit (`float`): Seconds that a clip may take; one that takes longer twice cannot be used.
-        accept_failures (`bool`): Complete the split without the clips whose failure may pass.
+        num_frames (`int`, *optional*): Stores so many frames, uniformly over the clip.
+        fps (`float`, *optional*): Stores all frames of the clip at this rate, for random runs of frames. Without both, the
+            frames that the video processor samples are stored: at its `fps`, or its `num_frames`.
+        jpeg_quality (`int`): Quality of the frames, 1 to 100.
+        shard_size (`int`): Rows of the manifest for each shard.
+        num_workers (`int`, *optional*): Number of processes, one for each core by default. It does not change the result.
+        time_limit (`float`): Seconds that a clip may take; a clip that takes longer twice cannot be used.
+        accept_failures (`bool`): Whether to complete the split without the clips whose failure may pass.
 
     Returns:
         `dict`: `rows` of the manifest, `clips` that can be used, and how many of these are `without_picture` and
         `damaged`.
 
     Raises:
-        ValueError: For a bad argument, or if the folder was begun with other settings or another manifest.
+        ValueError: If an argument is wrong, or if the folder was started with other settings or another manifest.
         BlockingIOError: If another process prepares clips in this folder.
         RuntimeError: If the worker processes cannot start, clips failed for reasons that may pass, or no clip at all
             could be used.
@@ -186,7 +184,7 @@ def prepare(
 
 
 def describe(processor: EVACapProcessor) -> dict[str, Any]:
-    """What stored features depend on: the fields in which the processor that reads them must be the same."""
+    """The fields that stored features depend on, in which a processor that reads them must be equal."""
     audio, video = processor.feature_extractor.to_dict(), processor.video_processor.to_dict()
     fields = {
         "version": VERSION,
@@ -198,7 +196,7 @@ def describe(processor: EVACapProcessor) -> dict[str, Any]:
 
 
 def read_preparation(folder: str | os.PathLike) -> dict[str, Any]:
-    """What `preparation.json` of a prepared folder says.
+    """The content of `preparation.json` in a prepared folder.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -210,8 +208,8 @@ def read_preparation(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def _begin(output: Path, settings: dict[str, Any], split: str, entries: list[Entry], shard_size: int) -> None:
-    """Writes down what is about to be made, or compares it with what was begun."""
-    # Where the files lie may change: nothing that is stored depends on it.
+    """Records the settings of a new preparation, or compares them with those of an existing one."""
+    # The location of the files may change, because nothing that is stored depends on it.
     stored = json.dumps([[entry.id, entry.captions, entry.start, entry.duration, entry.extra] for entry in entries])
     manifest = hashlib.sha256(stored.encode()).hexdigest()
     begun = {"rows": len(entries), "shard_size": shard_size, "manifest": manifest}
@@ -226,7 +224,7 @@ def _begin(output: Path, settings: dict[str, Any], split: str, entries: list[Ent
 
 
 def _forget_counts(output: Path, split: str) -> None:
-    """Takes away what is written down of a split only when it is complete."""
+    """Removes the record of a complete split."""
     preparation = read_preparation(output)
     begun = {name: preparation["splits"][split][name] for name in ("rows", "shard_size", "manifest")}
     if preparation["splits"][split] != begun:
@@ -235,12 +233,12 @@ def _forget_counts(output: Path, split: str) -> None:
 
 
 def _open_name(shard: Path) -> Path:
-    """Where a shard waits for the clips that failed for a reason that may pass."""
+    """The hidden path of a shard that waits for clips whose failure may pass."""
     return shard.with_name(f".{shard.name}.open")
 
 
 def _rows_left(shard: Path, entries: list[Entry], rows: range) -> list[int]:
-    """The rows of a shard that are still to be made."""
+    """The missing rows of a shard."""
     source = shard if shard.exists() else _open_name(shard)
     if not source.exists():
         return list(rows)
@@ -257,7 +255,7 @@ def _rows_left(shard: Path, entries: list[Entry], rows: range) -> list[int]:
 
 
 def _read_kept(shard: Path) -> dict[str, "Features"]:
-    """What a shard that is made anew or is still open has already, by the clips' ids."""
+    """The rows that an open shard already has, by the ids of the clips."""
     source = shard if shard.exists() else _open_name(shard)
     if not source.exists():
         return {}
@@ -271,7 +269,7 @@ def _read_kept(shard: Path) -> dict[str, "Features"]:
 
 
 def _storing(processor: EVACapProcessor, num_frames: int | None, fps: float | None) -> EVACapProcessor:
-    """A copy that makes what is stored: all frames that are kept, as they are before they are normalised."""
+    """A copy of the processor that makes the stored frames, before they are normalised."""
     storing = copy.copy(processor)
     storing.tokenizer = None
     video = storing.video_processor = copy.deepcopy(processor.video_processor)
@@ -282,14 +280,14 @@ def _storing(processor: EVACapProcessor, num_frames: int | None, fps: float | No
 
 @dataclass(frozen=True)
 class Features:
-    """What becomes of a clip.
+    """The stored features of a clip.
 
     Args:
-        input_features (`np.ndarray` of shape `(frames * mel bins,)`): float16; empty if the model does not listen.
+        input_features (`np.ndarray` of shape `(frames * mel bins,)`): float16; empty for a model without an audio tower.
         frames (`tuple[bytes, ...]`): JPEG files; none if there is no picture.
-        problem (`str`, *optional*): What is wrong with the clip.
-        usable (`bool`): Whether it can be used, all the same or because nothing is wrong.
-        passing (`bool`): Whether what is wrong may pass.
+        problem (`str`, *optional*): The problem of the clip.
+        usable (`bool`): Whether the clip can be used.
+        passing (`bool`): Whether the problem may pass.
     """
 
     input_features: np.ndarray
@@ -312,10 +310,10 @@ class FeatureMaker:
         self.jpeg_quality = jpeg_quality
 
     def __call__(self, entry: Entry) -> Features:
-        """What becomes of a clip, whatever is wrong with it.
+        """Makes the features of a clip, and turns its errors into a `problem`.
 
         Raises:
-            ImportError: If a backend of the processor is not installed: that is no fault of the clip.
+            ImportError: If a backend of the processor is not installed, which is not a problem of the clip.
         """
         with _warnings() as messages:
             try:
@@ -358,7 +356,7 @@ class FeatureMaker:
         return {"start": start, "duration": min(duration or np.inf, self.processor.window_seconds)}
 
     def _choose(self, pictures: list[str]) -> list[str]:
-        """Of the pictures of a clip those that are kept; a folder of them is taken to have the rate that is kept."""
+        """Chooses the pictures of a clip to store; a folder of pictures counts as having the stored rate."""
         video = self.processor.video_processor
         if video.fps is not None:
             return pictures[: round(self.processor.window_seconds * video.fps)]
@@ -366,7 +364,7 @@ class FeatureMaker:
 
     def _to_jpeg(self, frame: np.ndarray) -> bytes:
         file = io.BytesIO()
-        # Colours at full resolution cost a fifth more bytes and halve the error of a picture as small as this.
+        # Full colour resolution takes a fifth more bytes and halves the error of such small pictures.
         Image.fromarray(frame).save(file, "JPEG", quality=self.jpeg_quality, subsampling=0)
         return file.getvalue()
 
@@ -376,7 +374,7 @@ def _unusable(problem: str, passing: bool = False) -> Features:
 
 
 def _may_pass(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, is of the system and not of the content of a file."""
+    """Whether an error, or one of its causes, comes from the system and not from the content of a file."""
     seen = []
     while error is not None and error not in seen:
         if isinstance(error, (OSError, MemoryError)) and not isinstance(error, av.FFmpegError):
@@ -392,13 +390,13 @@ def _is_passing(features: Features) -> bool:
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """Collects what the reading of a file warns of, instead of printing it across the progress bar."""
+    """Collects the warnings of reading a file, which would otherwise break the progress bar."""
     messages: list[str] = []
     collector = logging.Handler(logging.WARNING)
     collector.emit = lambda record: messages.append(record.getMessage())
     logger = logging.getLogger("transformers")
     handlers, level = logger.handlers, logger.level
-    # The verbosity that the user has chosen is for what is printed.
+    # The user's verbosity only concerns what is printed.
     logger.handlers = [collector]
     logger.setLevel(logging.WARNING)
     try:
@@ -435,7 +433,7 @@ def _shown(made: tuple[Entry, Features | Lost], bar: tqdm) -> tuple[Entry, Featu
 def _write_shard(
     path: Path, split: str, results: Iterable[tuple[Entry, Features]], accept_failures: bool = False
 ) -> None:
-    """Writes a shard; under its name only if no clip of it may still come, or those that may are given up."""
+    """Writes a shard. It gets its name when no clip of it may still come, or when those are given up."""
     account: dict[str, Any] = {"clips": 0, "without_picture": 0, "damaged": 0, "passing": 0, "report": []}
     rows: list[tuple[Entry, Features]] = []
     with (
@@ -482,7 +480,7 @@ def _account(shard: Path) -> dict[str, Any]:
 
 
 def _report(output: Path) -> None:
-    """Writes what is wrong with the clips of all shards that are there."""
+    """Writes the problems of the clips in all existing shards."""
     data = output / "data"
     shards = sorted([*data.glob("*.parquet"), *data.glob(".*.open")], key=lambda path: path.name.removeprefix("."))
     JsonLines(output / REPORT_FILE, "split").rewrite(
@@ -491,7 +489,7 @@ def _report(output: Path) -> None:
 
 
 def _count(output: Path, split: str, shards: list[Path]) -> dict[str, int]:
-    """Adds the numbers of clips to what is written down of the split, which is complete by that."""
+    """Records the numbers of clips of the split, which makes it complete."""
     open_shards = [_open_name(shard) for shard in shards if not shard.exists()]
     problems = [problem for shard in open_shards for problem in _account(shard)["report"] if problem.get("passing")]
     if problems:
@@ -503,7 +501,7 @@ def _count(output: Path, split: str, shards: list[Path]) -> dict[str, int]:
     accounts = [_account(shard) for shard in shards]
     counts = {name: sum(account[name] for account in accounts) for name in ("clips", "without_picture", "damaged")}
     if not counts["clips"]:
-        for shard in shards:  # Else the same call with the right media folder would not look again.
+        for shard in shards:  # Otherwise the same call with the right media folder would not search again.
             shard.unlink()
         raise RuntimeError(
             f"{output}: no clip of the split {split!r} can be used, as {REPORT_FILE} there tells; the first: "

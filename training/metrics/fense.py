@@ -1,8 +1,7 @@
-"""
-The parts of FENSE, by models that lie in folders of the user's: how alike sentences are, and which have an error.
+"""The parts of FENSE: the similarity of sentences and the detection of errors, by models in folders of the user.
 
-Zhou et al., "Can audio captions be evaluated with image caption metrics?", ICASSP 2022: FENSE is the former, less nine
-tenths of it where the caption has an error. The same penalty makes SPIDEr-FL (DCASE 2023) of SPIDEr.
+FENSE (Zhou et al., "Can audio captions be evaluated with image caption metrics?", ICASSP 2022) is the similarity, reduced
+by nine tenths for a caption with an error. The same penalty turns SPIDEr into SPIDEr-FL (DCASE 2023).
 """
 
 import json
@@ -16,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
-# Of the paper and its code.
+# The value of the paper and its code.
 THRESHOLD = 0.9
 MAX_DETECTOR_TOKENS = 64
 BATCH_SIZE = 32
@@ -25,17 +24,16 @@ BATCH_SIZE = 32
 def sentence_similarities(
     predictions: Sequence[str], references: Sequence[Sequence[str]], folder: str | os.PathLike
 ) -> list[float]:
-    """
-    The cosine between the embedding of each clip's caption and that of a reference, as a mean over its references.
+    """The cosine between the embeddings of each caption and of its references, mean over the references.
 
     Args:
-        predictions (`Sequence[str]`): One caption a clip, as it was written.
-        references (`Sequence[Sequence[str]]`): One or more captions a clip, as they were written.
+        predictions (`Sequence[str]`): One original caption for each clip.
+        references (`Sequence[Sequence[str]]`): One or more original captions for each clip.
         folder (`str` or `os.PathLike`): A sentence encoder of `sentence-transformers` that takes the mean over its
-            tokens, such as `paraphrase-TinyBERT-L6-v2` (the paper's). Transformers alone reads it.
+            tokens, such as the paper's `paraphrase-TinyBERT-L6-v2`. It is loaded by Transformers alone.
 
     Raises:
-        RuntimeError: If the folder holds no such encoder.
+        RuntimeError: If the folder does not have such an encoder.
     """
     texts = list(dict.fromkeys([*predictions, *(text for clip in references for text in clip)]))
     embeddings = dict(zip(texts, _embed(texts, Path(folder)), strict=True))
@@ -46,17 +44,18 @@ def sentence_similarities(
 
 
 def fluency_errors(captions: Sequence[str], folder: str | os.PathLike) -> list[float]:
-    """
-    Which captions have an error (an unfinished end, something said twice, a missing word): 1 where the detector's
-    probability is above 0.9, else 0.
+    """Detects captions with an error, such as an unfinished end, a repetition or a missing word.
 
     Args:
-        captions (`Sequence[str]`): As they were written; the detector reads them in lower case without punctuation.
-        folder (`str` or `os.PathLike`): The configuration and the tokenizer of the BERT that FENSE's detector was made
-            from (`bert-base-uncased`), and the detector's file, such as `echecker_clotho_audiocaps_base.ckpt`.
+        captions (`Sequence[str]`): The original captions; the detector reads them in lower case without punctuation.
+        folder (`str` or `os.PathLike`): Configuration and tokenizer of the base model of FENSE's detector
+            (`bert-base-uncased`), and the file of the detector, such as `echecker_clotho_audiocaps_base.ckpt`.
+
+    Returns:
+        For each caption 1 if the probability of an error is above 0.9, otherwise 0.
 
     Raises:
-        RuntimeError: If the folder does not hold these.
+        RuntimeError: If the folder does not have these files.
     """
     folder = Path(folder)
     tokenizer, model, classifier = _load_detector(folder)

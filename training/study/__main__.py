@@ -1,8 +1,7 @@
-"""
-The study of mismatch: the rows of the paper's tables, trained from one start on procedural clips and judged with own
-and with others' videos. Each run leaves a small result file; the same command does what is missing.
+"""The study of mismatch: `python -m evacap.training.study`.
 
-python -m evacap.training.study
+It trains the rows of the paper's tables from the same start on procedural clips, and evaluates them with matched and
+swapped videos. Each run leaves a small result file; the same command does the missing runs.
 """
 
 import argparse
@@ -43,12 +42,11 @@ from .report import ORACLE_RESULT, PRETRAINED, is_run, read_results, write_repor
 
 @dataclass(frozen=True)
 class Variant:
-    """
-    A row of the tables.
+    """A row of the tables.
 
     Args:
-        changes (`tuple[str, ...]`): Of the study's configuration, which is that of EVACap.
-        pretrained (`bool`, defaults to `True`): Whether its towers are those that contrast has trained.
+        changes (`tuple[str, ...]`): Changes of the study's configuration, which is that of EVACap.
+        pretrained (`bool`, defaults to `True`): Whether it starts from the towers of the contrastive pretraining.
     """
 
     changes: tuple[str, ...] = ()
@@ -67,35 +65,36 @@ VARIANTS = {
     "sms-100": Variant(("data.p_mix=1",)),
     "without-start": Variant(pretrained=False),
 }
-"""By name; SMS 0 % is `without-s`, SMS 5 % is `evacap`."""
+"""The variants by name. SMS 0 % is `without-s`, SMS 5 % is `evacap`."""
 EXTRA = {
     "gate-stability": Variant(("model.config.gate_stability_weight=1",)),
     "semantic-consistency": Variant(("model.config.semantic_consistency_weight=1",)),
     "closed-gate": Variant(("model.config.gate_weight_init=-8", "model.config.gate_bias_init=4")),
 }
-"""Variants that run only where they are asked for: what might make the entropy tell. A `closed-gate` is born nearly
-closed where the attention is uniform, and not half open. (ours)"""
+"""Variants that run only on request, which might make the entropy more informative (ours).
+
+The gate of `closed-gate` is initially nearly closed for uniform attention, instead of half open.
+"""
 PRETRAINING = ("data.p_mix=0", "optimization.batch_size=64")
 PRETRAINING_SEED = 1000
-"""Of the clips and the weights of the shared start: those of no run."""
+"""Seed of the clips and weights of the shared start; no run has it."""
 TEST_SEED = 0
-"""Of the test clips, the choice of the swapped videos and the bootstrap: the same for all runs."""
+"""Seed of the test clips, the swapped videos and the bootstrap, the same for all runs."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """
-    What all runs share.
+    """The common settings of all runs.
 
     Args:
         config (`str`): A configuration of EVACap, see [`load_run_config`].
         overrides (`tuple[str, ...]`): Changes of it for all variants.
-        output (`Path`): For checkpoints, models and captions.
-        results (`Path`): For the result files, in `runs/`, the tables and the plots.
-        test_clips (`int`), num_beams (`int`), metrics (`tuple[str, ...]`): Of the evaluation.
-        command (`str`): What is run, for the result files.
-        keep_clips (`bool`): Whether the clips of a seed are rendered once, for all its variants, into the folder
-            `clips` in `output`.
+        output (`Path`): Folder for checkpoints, models and captions.
+        results (`Path`): Folder for the result files, in `runs/`, the tables and the plots.
+        test_clips (`int`), num_beams (`int`), metrics (`tuple[str, ...]`): Settings of the evaluation.
+        command (`str`): The command line, for the result files.
+        keep_clips (`bool`): Whether the clips of a seed are rendered once, for all variants, into the folder `clips` in
+            `output`.
     """
 
     config: str = "study/tiny"
@@ -109,14 +108,14 @@ class Study:
     keep_clips: bool = False
 
     def run_config(self, name: str, seed: int) -> RunConfig:
-        """The configuration of a run; a pretrained one starts from the folder `start` in its `output`."""
+        """The configuration of a run. A pretrained one starts from the folder `start` in its `output`."""
         variant, output = (VARIANTS | EXTRA)[name], self.output / f"{name}-seed{seed}"
         changes = (*self.overrides, *variant.changes, f"seed={seed}")
         config = load_run_config(self.config, (*changes, f"output={json.dumps(os.fspath(output))}"))
         if variant.pretrained:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, start=str(output / "start")))
         if self.keep_clips:
-            # To read them in training takes no process of its own.
+            # Reading them is fast enough without a process of its own.
             changes = {"kept_clips": str(self.output / "clips"), "num_workers": 0}
             config = dataclasses.replace(config, resources=dataclasses.replace(config.resources, **changes))
         return config
@@ -130,41 +129,39 @@ class Study:
         return self.results / "runs" / f"{name}-seed{seed}.json"
 
     def settings(self, config: RunConfig) -> dict[str, Any]:
-        """What a result depends on, as a result file says it: no paths, nothing that may change between sittings."""
+        """The settings that a result depends on, without paths and anything that may change between sessions."""
         values = {key: value for key, value in flatten(config).items() if key.startswith(SETTLED)}
         values |= {"model.start": values["model.start"] is not None}
         values |= {"test.clips": self.test_clips, "test.seed": TEST_SEED, "test.num_beams": self.num_beams}
         return json.loads(json.dumps(values))
 
     def is_done(self, name: str, seed: int) -> bool:
-        """
-        Whether a run has left its result.
+        """Whether a run has left its result.
 
         Raises:
-            ValueError: it has one of other settings.
+            ValueError: If the result has other settings.
         """
         path = self.result_path(name, seed)
         if not path.exists():
             return False
         before = json.loads(path.read_text(encoding="utf-8"))["settings"]
         now = self.settings(self.run_config(name, seed))
-        # A setting that was not there yet changes nothing by its default.
+        # A setting that did not exist yet changes nothing with its default.
         now = {key: now.get(key) for key in before}
         check_settings(path, before, now, "Give another --output and --results, or remove it.")
         return True
 
 
 def run_study(study: Study, names: Sequence[str], seeds: Sequence[int]) -> int:
-    """
-    Runs what is missing, all variants of a seed before those of the next, and writes the report.
+    """Does the missing runs, all variants of one seed before the next, and writes the report.
 
     Args:
-        study ([`Study`]): See there.
-        names (`Sequence[str]`): Of `VARIANTS` and `EXTRA`.
-        seeds (`Sequence[int]`): Of the runs.
+        study ([`Study`]): The study.
+        names (`Sequence[str]`): Names of `VARIANTS` and `EXTRA`.
+        seeds (`Sequence[int]`): Seeds of the runs.
 
     Returns:
-        0, or 128 + the number of the signal that has stopped a training; the same call goes on from there.
+        0, or 128 + the number of the signal that has stopped a training; the same call continues.
     """
     plan = [(name, seed) for seed in seeds for name in names]
     left = [run for run in plan if not study.is_done(*run)]
@@ -182,7 +179,7 @@ def run_study(study: Study, names: Sequence[str], seeds: Sequence[int]) -> int:
 
 
 def remaining(study: Study, runs: int) -> str:
-    """How long so many runs will take, by those that are done; empty before the first."""
+    """The estimated time of so many runs, from the finished ones; empty before the first."""
     results = [result for result in read_results(study.results) if is_run(result)]
     if not results:
         return ""
@@ -191,7 +188,7 @@ def remaining(study: Study, runs: int) -> str:
 
 
 def run_variant(study: Study, name: str, seed: int) -> int:
-    """Trains and judges a variant, and writes its result file; returns what [`~train.train`] does."""
+    """Trains and evaluates a variant, and writes its result file; returns the status of [`~train.train`]."""
     config = study.run_config(name, seed)
     folder, start = Path(config.output), None
     if config.model.start is not None:
@@ -236,7 +233,7 @@ def run_variant(study: Study, name: str, seed: int) -> int:
         "loss": {key: sum(line[key] for line in last) / len(last) for key in last[0] if "loss" in key},
         "parameters": entry["parameters"],
         "evaluation": evaluation["settings"],
-        # The reasons name folders of the machine.
+        # The reasons contain folders of the machine.
         "skipped": list(evaluation["skipped"]),
         "conditions": [{k: v for k, v in condition.items() if k != "clips"} for condition in entry["conditions"]],
         "mismatch": mismatch,
@@ -250,7 +247,7 @@ def make_test_clips(num_clips: int, processor: EVACapProcessor) -> ProceduralCli
 
 
 def run_pretraining(study: Study) -> int:
-    """Trains the towers of the shared start where that is not done; returns what [`~train.train`] does."""
+    """Trains the towers of the shared start unless that is done; returns the status of [`~train.train`]."""
     config = study.pretraining_config()
     folder = Path(config.output)
     check_run(folder, config)
@@ -284,7 +281,7 @@ def run_oracles(study: Study) -> None:
     path = study.results / "runs" / f"{ORACLE_RESULT}.json"
     settings = {"test.clips": study.test_clips, "test.seed": TEST_SEED, "metrics": list(study.metrics)}
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    # What could not be had then may be there now.
+    # Metrics that were skipped then may be available now.
     if known.get("settings") == settings and not known["skipped"]:
         return
     say("oracle captioners, for comparison")
@@ -293,9 +290,9 @@ def run_oracles(study: Study) -> None:
 
 
 def make_start(config: RunConfig, pretrained: Path) -> str:
-    """
-    Writes the folder `config.model.start`: a captioner with random weights of the run's seed, but for the towers, which
-    are pretrained.
+    """Writes the folder `config.model.start`: a captioner with pretrained towers and otherwise random weights.
+
+    The random weights come from the seed of the run.
 
     Returns:
         The fingerprint of the pretrained towers.
@@ -312,7 +309,7 @@ def make_start(config: RunConfig, pretrained: Path) -> str:
 
 
 def towers(model: EVACapForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """The weights of the towers that it has."""
+    """The weights of the towers of a model."""
     return {name: value for name, value in model.state_dict().items() if "_tower." in name}
 
 
@@ -325,8 +322,11 @@ def fingerprint(weights: dict[str, torch.Tensor]) -> str:
 
 
 def provenance(study: Study, config: RunConfig) -> dict[str, Any]:
-    """Where a result comes from: the command, the starts of the training with versions and git commit, the machine, the
-    settings, and the seconds of all sittings but those that were killed."""
+    """The origin of a result.
+
+    It has the command, the starts of the training with versions and git commit, the machine, the settings, and the seconds
+    of all sessions that were not killed.
+    """
     folder = Path(config.output)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() and not config.resources.cpu else "CPU"
     return {
@@ -340,7 +340,7 @@ def provenance(study: Study, config: RunConfig) -> dict[str, Any]:
 
 @contextmanager
 def stopwatch(folder: Path, name: str) -> Iterator[None]:
-    """Adds the seconds within it to those under `name` in the folder's `seconds.json`, also where it is stopped."""
+    """Adds the seconds within it to `name` in the `seconds.json` of the folder, even if it is interrupted."""
     began = time.monotonic()
     try:
         yield
@@ -353,13 +353,13 @@ def stopwatch(folder: Path, name: str) -> Iterator[None]:
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
     text = json.dumps(_rounded(result) | {"settings": result["settings"]}, indent=1)
-    # A list of numbers on one line; only the layout has line breaks, as those in a string are escaped.
+    # Puts lists of numbers on one line. Line breaks in strings are escaped, so only the layout has real ones.
     text = re.sub(r"\[\n *([^\[\]{}]*)\n *\]", lambda found: "[" + re.sub(r"\n *", " ", found[1]) + "]", text)
     write_text(path, text + "\n")
 
 
 def _rounded(value: Any) -> Any:
-    """Numbers of five digits: a result file is read by people, too."""
+    """The value with numbers rounded to five digits, because people read result files too."""
     if isinstance(value, dict):
         return {name: _rounded(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
@@ -368,8 +368,10 @@ def _rounded(value: Any) -> Any:
 
 
 def forget_accelerator() -> None:
-    """Accelerate keeps the settings of a process's first accelerator for the later ones: the precision of a training
-    would become that of the evaluation, but only where both are done in one sitting."""
+    """Resets the state of Accelerate, which keeps the settings of the first accelerator of a process.
+
+    Otherwise the precision of the training would apply to the evaluation, but only if both run in one session.
+    """
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -393,33 +395,37 @@ def main(arguments: list[str] | None = None) -> int:
         choices=[*VARIANTS, *EXTRA],
         default=list(VARIANTS),
         metavar="NAME",
-        help=f"of {', '.join(VARIANTS)} (default: all of these); and {', '.join(EXTRA)}",
+        help=f"variants among {', '.join(VARIANTS)} (default: all of these), {', '.join(EXTRA)}",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="of the runs (default: 0 1 2)")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="seeds of the runs (default: 0 1 2)")
     parser.add_argument(
-        "--report", action="store_true", help="write the tables and plots of what is there; run nothing"
+        "--report", action="store_true", help="write tables and plots of the existing results; run nothing"
     )
     parser.add_argument(
         "--keep-clips",
         action="store_true",
-        help="render the clips of a seed once, for all its variants, into OUTPUT/clips (tiny: 6 GB a seed): a run then "
-        "takes half the cores' time, and two fit beside each other on two cores, with other --variants each",
+        help="render the clips of a seed once, for all variants, into OUTPUT/clips (tiny: 6 GB for each seed); a run then "
+        "takes half the processor time, so two with different --variants can share two cores",
     )
     parser.add_argument(
         "--size",
         default="tiny",
-        help="tiny; large, for a GPU; quick, to see that it works; or a YAML file of EVACap (default: %(default)s)",
+        help="tiny; large, for a GPU; quick, to check that it works; or a YAML file of EVACap (default: %(default)s)",
     )
     parser.add_argument("--quick", action="store_true", help="all of it in minutes: --size quick, with one seed")
     parser.add_argument(
-        "--output", type=Path, help="for checkpoints, models and captions (default: runs/study, with SIZE for others)"
+        "--output",
+        type=Path,
+        help="folder for checkpoints, models and captions (default: runs/study, with SIZE for others)",
     )
     parser.add_argument(
         "--results",
         type=Path,
-        help="for result files, tables and plots (default: docs/study; OUTPUT/results for other sizes and settings)",
+        help="folder for result files, tables and plots (default: docs/study; OUTPUT/results for other settings)",
     )
-    parser.add_argument("--test-clips", type=int, metavar="N", help="of the evaluation (default: 500; quick: 20)")
+    parser.add_argument(
+        "--test-clips", type=int, metavar="N", help="clips of the evaluation (default: 500; quick: 20)"
+    )
     options = parser.parse_intermixed_args(arguments)
     size = "quick" if options.quick else options.size
     is_tiny = size == "tiny" and not options.overrides and options.test_clips is None

@@ -1,5 +1,7 @@
-"""Whether what a captioner computes tells that a picture does not belong to the sound: entropy, gate and similarity, by
-token, by head and by clip."""
+"""Detection of mismatch: how well entropy, gate and similarity separate matched from swapped videos.
+
+Each is measured by token, by head and by clip.
+"""
 
 import os
 from collections.abc import Callable
@@ -24,46 +26,50 @@ SUBSETS: dict[str, Callable[[TestedClip], bool]] = {
     "all on screen": lambda clip: all(event["on_screen"] for event in clip.extra["events"]),
     "picture needed": lambda clip: any(event["on_screen"] and event["sound_alike"] for event in clip.extra["events"]),
 }
-"""Clips: all of them; those whose sources are all on screen; those with a source that only the picture names. A swapped
-pair belongs where the clip of its sound does and that of its picture: otherwise a figure that knows nothing but what
-kind of picture it is would tell the two apart."""
+"""Subsets of the clips: all; those with all sources on screen; those with a source that only the picture identifies.
+
+A swapped pair is in a subset if both the clip of its sound and the clip of its picture are. Otherwise a figure that only
+depends on the kind of picture would appear to detect mismatch.
+"""
 BINS = 50
-"""Of the histograms, from 0 to 1."""
+"""Number of bins of the histograms, from 0 to 1."""
 FITTED = "entropy, fitted"
-"""A linear readout of each head's mean, deviation and lowest entropy, fitted to one half of the clips and tried on the
-other: what the entropies of a clip hold, whether or not a mean shows it. (ours)"""
+"""A linear readout of mean, deviation and minimum of the entropy of each head (ours).
+
+It is fitted to one half of the clips and tested on the other, and shows what information the entropies of a clip contain.
+"""
 RIDGE = 0.01
 CROSSED = 100
-"""Clips each of whose sounds is shown with each of whose pictures."""
+"""Number of clips whose sounds are combined with each of their pictures."""
 
 
 @torch.no_grad()
 def detect_mismatch(
     checkpoint: str | os.PathLike, make_clips: MakeClips, seed: int = 0, batch_size: int = 50, num_workers: int = 0
 ) -> dict[str, Any] | None:
-    """
-    Shows each procedural clip to a captioner with its own video and with another's, those that [`evaluate`] swaps at a
-    share of 100 %, and tells by the areas under the ROC curve how well each figure tells the two apart. 0.5 tells
-    nothing; below it, the figure stands on the other side than it should.
+    """Measures how well the figures of a captioner separate matched from swapped videos of procedural clips.
+
+    The swapped videos are those of [`evaluate`] at a share of 100 %. The measure is the area under the ROC curve: 0.5 is
+    chance, and below it the figure points in the wrong direction.
 
     Args:
-        checkpoint (`str` or `os.PathLike`): A captioner that listens and looks.
+        checkpoint (`str` or `os.PathLike`): A captioner with both towers.
         make_clips (`MakeClips`): Makes [`ProceduralClips`].
-        seed (`int`): Of the choice of the videos.
-        batch_size (`int`), num_workers (`int`): Clips at a time, and processes that make them.
+        seed (`int`): Seed of the choice of the videos.
+        batch_size (`int`), num_workers (`int`): Clips of a batch, and processes that make them.
 
     Returns:
-        `None` for a captioner that does not look; otherwise
+        `None` for a captioner without a video tower; otherwise
 
-        * `auc`: of each figure, in each of `SUBSETS`. The entropy should be higher with another's video; the gate, and
-          the cosine between the means of the towers' tokens, lower. "by clip" is the mean of a clip's tokens and heads,
-          "by token" takes each token of each clip for itself, and [`FITTED`] is described there;
-        * `paired`: the share of the clips in which the entropy by clip is higher with another's video than with the own;
+        * `auc`: the area of each figure, in each of `SUBSETS`. With a swapped video the entropy should be higher, and the
+          gate and the cosine between the means of the towers' tokens should be lower. "by clip" is the mean over the tokens
+          and heads of a clip, "by token" takes each token separately, and for the fitted one see [`FITTED`];
+        * `paired`: the share of the clips whose entropy by clip is higher with the swapped video;
         * `gate`: w_g and b_g of an entropy gate; mean and deviation over the tokens; the shares of tokens below 0.05 and
           above 0.95; the deviation of a clip's mean;
         * `crossed`: of each figure by clip, what [`cross`] tells of the first `CROSSED` sounds, each with each of their
           pictures;
-        * `histograms`: counts in `BINS` bins from 0 to 1, of clips and of tokens, with own and with others' videos.
+        * `histograms`: counts in `BINS` bins from 0 to 1, for clips and tokens, with matched and swapped videos.
     """
     processor = EVACapProcessor.from_pretrained(checkpoint)
     if processor.modalities != "audio_video":
@@ -142,15 +148,13 @@ def detect_mismatch(
 
 
 def own_above(own: np.ndarray, swapped: np.ndarray, chosen: np.ndarray, videos: np.ndarray) -> float:
-    """
-    The chance that a figure stands higher with the own picture than with another's, among the chosen clips.
+    """The probability that a figure is higher with the matched picture than with another one, among the chosen clips.
 
     Args:
         own (`np.ndarray` of shape `(clips, ...)`), swapped (`np.ndarray` of the same shape): The figure of each clip's
-            sound with its own and with another's picture.
-        chosen (`np.ndarray` of shape `(clips,)`): bool.
-        videos (`np.ndarray` of shape `(clips,)`): The clip whose picture `swapped` has; one that is not chosen does not
-            count.
+            sound with its own picture and with another one.
+        chosen (`np.ndarray` of shape `(clips,)`): The chosen clips, bool.
+        videos (`np.ndarray` of shape `(clips,)`): The clip of the picture in `swapped`, which must be chosen as well.
 
     Returns:
         `float`: The area under the ROC curve, 0 to 1. (ours)
@@ -159,18 +163,18 @@ def own_above(own: np.ndarray, swapped: np.ndarray, chosen: np.ndarray, videos: 
 
 
 def cross(table: np.ndarray) -> dict[str, float]:
-    """
-    What a figure of a sound and a picture depends on, of some sounds with each of their pictures: a two-way analysis of
-    variance. Only the interaction, what neither says without the other, can tell whether the two belong together.
+    """Two-way analysis of variance of a figure of sounds with pictures (ours).
+
+    Only the interaction, which depends on both together, can show whether sound and picture belong together.
 
     Args:
-        table (`np.ndarray` of shape `(clips, clips)`): The figure, which should be high with the own picture. Rows are
-            the sounds, columns the pictures.
+        table (`np.ndarray` of shape `(clips, clips)`): The figure, which should be high with the matched picture. Rows are
+            sounds, columns are pictures.
 
     Returns:
-        * `sound`, `picture`, `interaction`: their shares of the variance, 0 where there is none;
-        * `own`: the chance that a sound's figure stands higher with its own picture than with another's;
-        * `own, by interaction`: the same where the mean of each picture over all sounds is taken off. (ours)
+        * `sound`, `picture`, `interaction`: their shares of the variance, 0 if there is none;
+        * `own`: the probability that the figure of a sound is higher with its own picture than with another one;
+        * `own, by interaction`: the same with the mean of each picture over all sounds subtracted.
     """
     sound = table.mean(1, keepdims=True) - table.mean()
     picture = table.mean(0, keepdims=True) - table.mean()
@@ -207,12 +211,12 @@ def _above(higher: np.ndarray, lower: np.ndarray) -> float:
 
 
 def _summary(entropies: np.ndarray) -> np.ndarray:
-    """Of each clip: (clips, 3 · heads)."""
+    """Mean, deviation and minimum of each clip, (clips, 3 · heads)."""
     return np.concatenate([entropies.mean(2), entropies.std(2), entropies.min(2)], 1)
 
 
 def _fitted(own: np.ndarray, swapped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What a linear discriminant with a ridge says of clips that it has not seen, for `(own, swapped)` (clips,)."""
+    """The output of a linear discriminant with a ridge for held-out clips: `(own, swapped)`, (clips,) each."""
     scores = np.empty((2, len(own)))
     half = np.arange(len(own)) % 2 == 0
     for seen in (half, ~half):
@@ -221,7 +225,7 @@ def _fitted(own: np.ndarray, swapped: np.ndarray) -> tuple[np.ndarray, np.ndarra
         one, other = ((values - centre) / scale for values in (own, swapped))
         within = np.cov(np.concatenate([values[seen] - values[seen].mean(0) for values in (one, other)]).T)
         direction = np.linalg.solve(within + RIDGE * np.eye(len(within)), one[seen].mean(0) - other[seen].mean(0))
-        # The two readouts have each their own scale.
+        # The two readouts have different scales.
         spread = np.concatenate([one[seen], other[seen]]) @ direction
         for place, values in enumerate((one, other)):
             scores[place, ~seen] = (values[~seen] @ direction - spread.mean()) / (spread.std() + 1e-9)

@@ -124,7 +124,7 @@ def as_markdown(results: Sequence[Result], plots: Sequence[str] = ()) -> str:
     skipped = {metric for group in runs.values() for result in group for metric in result["skipped"]}
     if skipped:
         missing = ", ".join(title for metric, title in METRIC_TITLES.items() if metric in skipped)
-        parts += ["", f"Runs without {missing} were judged where these were not to be had."]
+        parts += ["", f"Runs without {missing} were evaluated where these were not available."]
     for heading, names in TABLES.items():
         present = [name for name in names if name in runs]
         if len(present) > 1:

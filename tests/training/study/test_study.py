@@ -451,7 +451,7 @@ def test_runs_that_have_spice_say_what_is_left_of_it(tmp_path):
             condition["metrics"]["spice"] = figure
     write_all(tmp_path, newer)
     text = as_markdown(read_results(tmp_path))
-    assert "Runs without SPICE were judged where these were not to be had." in text
+    assert "Runs without SPICE were evaluated where these were not available." in text
     found = tables(text)
     shuffled = [
         row for row in found["Shuffled test videos (layout of the paper's Table 3)"] if "<sub>90.0–99.0" in row[-1]
