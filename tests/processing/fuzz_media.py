@@ -133,25 +133,30 @@ def reference(path: str, found: dict[str, Any], holds: bool = False) -> dict[str
             for packet in container.demux(stream):
                 if packet.dts is not None:
                     waiting.append(float(packet.dts * packet.time_base))
-                with contextlib.suppress(av.FFmpegError):
-                    for frame in packet.decode():
-                        held += [frame] if holds else []
-                        moment = follows if frame.time is None else frame.time
-                        if kind == "video":
-                            if container.format.name == "avi":
-                                waiting.sort()
-                                moment = waiting.pop(0) if waiting else moment
-                            shown.append(
-                                (moment - origin, number_shown(frame.to_ndarray(format="rgb24", **found["size"])))
-                            )
-                            continue
-                        follows = moment + frame.samples / frame.sample_rate
-                        for piece in resampler.resample(frame):
-                            samples = piece.to_ndarray().reshape(-1)
-                            first = round((moment - origin) * RATE)
-                            if 0 <= first < len(waveform):
-                                part = waveform[first : first + len(samples)]
-                                part[:] = samples[: len(part)]
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError:
+                    with contextlib.suppress(TypeError, ValueError):  # no picture will take its time
+                        waiting.remove(float(packet.dts * packet.time_base))
+                    continue
+                for frame in frames:
+                    held += [frame] if holds else []
+                    moment = follows if frame.time is None else frame.time
+                    if kind == "video":
+                        if container.format.name == "avi":
+                            waiting.sort()
+                            moment = waiting.pop(0) if waiting else moment
+                        shown.append(
+                            (moment - origin, number_shown(frame.to_ndarray(format="rgb24", **found["size"])))
+                        )
+                        continue
+                    follows = moment + frame.samples / frame.sample_rate
+                    for piece in resampler.resample(frame):
+                        samples = piece.to_ndarray().reshape(-1)
+                        first = round((moment - origin) * RATE)
+                        if 0 <= first < len(waveform):
+                            part = waveform[first : first + len(samples)]
+                            part[:] = samples[: len(part)]
     sounds = [
         # What is to be better must be clearly so.
         (start, second_heard(waveform[round(start * RATE) : round((start + 1) * RATE)], share=0.3))
