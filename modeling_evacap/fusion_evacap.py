@@ -77,9 +77,10 @@ def attention_and_entropy(
 
 
 class _BlockwiseAttentionAndEntropy(torch.autograd.Function):
-    """
-    Attention and its entropy from blocks of scores. The backward pass computes the blocks again. Besides the usual
-    gradient of attention the scores get that of the entropy H, dH/ds_j = -P_j (log P_j + H). (ours)
+    """Attention and its entropy from blocks of scores (ours).
+
+    The backward pass computes the blocks again. Besides the usual gradient of attention, the scores get that of the entropy
+    H, dH/ds_j = -P_j (log P_j + H).
     """
 
     @staticmethod
@@ -129,10 +130,10 @@ class _BlockwiseAttentionAndEntropy(torch.autograd.Function):
 def fused_attention_and_entropy(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor, None]:
-    """
-    The same as [`attention_and_entropy`], but it never holds the probabilities of more than one block (ours): by
-    Triton kernels on a GPU, elsewhere block by block. PyTorch's kernels do not give the entropy, and finding it beside
-    one would take a second pass over the scores.
+    """As [`attention_and_entropy`], but with the probabilities of only one block in memory (ours).
+
+    It uses Triton kernels on a GPU, and otherwise computes block by block. PyTorch's kernels do not give the entropy, and
+    computing it separately would take a second pass over the scores.
     """
     if mask is not None:
         # A row without any key sees all of its padding: its result is never used, but it must not be NaN.

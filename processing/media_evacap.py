@@ -960,7 +960,7 @@ class _Picture:
     frame: Any
     array: np.ndarray | None = None
     size: tuple[int, int] | None = None
-    """Of the array before it is turned."""
+    """The size of the array before it is rotated."""
 
 
 class _Pictures:
