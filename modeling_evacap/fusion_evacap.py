@@ -138,6 +138,9 @@ def fused_attention_and_entropy(
     if mask is not None:
         # A row without any key sees all of its padding: its result is never used, but it must not be NaN.
         mask = mask | ~mask.any(1, keepdim=True)
+    if torch.compiler.is_exporting():
+        # An exported graph would hold the blocks of one batch size, or kernels that no other runtime has.
+        return *attention_and_entropy(query, key, value, mask, scaling)[:2], None
     attend = kernel_attention_and_entropy if has_kernel(query) else _BlockwiseAttentionAndEntropy.apply
     return *attend(query, key, value, mask, scaling), None
 

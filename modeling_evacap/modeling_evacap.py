@@ -233,7 +233,9 @@ class EVACapMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.device.type == "cpu" and not torch.is_grad_enabled():
+        # An exported graph would hold the pieces of one batch size.
+        exporting = torch.compiler.is_exporting()
+        if hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not exporting:
             # For results of many megabytes the system would map new memory pages in every call.
             pieces = hidden_states.flatten(0, -2).split(ROWS_AT_ONCE)
             return torch.cat([self._feed_forward(piece) for piece in pieces]).view_as(hidden_states)
