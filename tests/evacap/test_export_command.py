@@ -112,6 +112,7 @@ def test_without_onnx_it_says_what_to_install(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_graph_that_differs_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "_run", lambda form, path, inputs: torch.zeros(()))
     with pytest.raises(RuntimeError, match="prefill.pt2 differ by .* nothing was written"):
