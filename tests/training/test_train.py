@@ -225,7 +225,7 @@ def test_a_run_keeps_its_settings(tmp_path):
         ("validation.best=spider", ValueError, "`validation.best` is 'spider', but it must be one of 'loss'"),
         ("optimization.batch_size=100", ValueError, "There are 24 clips.*lower `optimization.batch_size`"),
         ("model.tokenizer=null", ValueError, "Give `model.start`.*or `model.tokenizer`"),
-        ("model.tokenizer=nowhere", FileNotFoundError, "nowhere: no BERT tokenizer"),
+        ("model.tokenizer=nowhere", FileNotFoundError, "nowhere: there is no BERT tokenizer"),
     ],
 )
 def test_what_does_not_fit_is_said_at_once(tmp_path, override, error, message):
