@@ -313,8 +313,10 @@ def _detectors(runs: Mapping[str, list[Result]]) -> list[str]:
     looking = {name: group for name, group in runs.items() if group[0]["mismatch"] is not None}
     if not looking:
         return []
-    named = ["agreement, by clip", "agreement, by step", "entropy, by clip", "entropy, by token", FITTED]
-    named += ["gate, by clip", "gate, by token", "similarity"]
+    named = ["entropy, by clip", "entropy, by token", FITTED, "gate, by clip", "gate, by token", "similarity"]
+    said = ["agreement, by clip", "agreement, by step"]
+    if any(said[0] in areas for group in looking.values() for areas in group[0]["mismatch"]["auc"].values()):
+        named = [*said, *named]
     rows = []
     for subset in SUBSETS:
         for name, group in looking.items():
