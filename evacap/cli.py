@@ -12,6 +12,7 @@ from .training.terminal import PrintableRecord, explain
 
 COMMANDS = {
     "caption": "caption media files",
+    "check": "say whether the picture of media files belongs to their sound",
     "check-install": "see whether this machine captions as it should, and print the versions for a bug report",
     "sample": "write a procedural clip to try things on",
     "import-weights": "turn AVCap, CAV-MAE and GIT weights into a model folder",

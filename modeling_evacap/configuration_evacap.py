@@ -25,7 +25,7 @@ from .versions_evacap import warn_if_untested
 warn_if_untested()
 
 FUSION_TYPES = ("gated_cross_attention", "concat", "audio_only", "video_only")
-GATE_TYPES = ("entropy", "learned", "none")
+GATE_TYPES = ("entropy", "agreement", "learned", "none")
 VIDEO_ATTENTION_TYPES = ("full", "frame")
 
 # The Auto class, besides `AutoModel`, and the pipeline of a saved folder with code. Not `AutoModelForMultimodalLM`, with
@@ -247,8 +247,9 @@ class EVACapConfig(PreTrainedConfig):
         fusion_type (`str`, defaults to `"gated_cross_attention"`): `"gated_cross_attention"` (EVACap), `"concat"`
             (AVCap: the joint block and the decoder see audio and video tokens), `"audio_only"` or `"video_only"`.
         gate_type (`str`, defaults to `"entropy"`): The gate of `"gated_cross_attention"`: `"entropy"` (paper,
-            equations 2 and 3), `"learned"` (a linear gate on audio and context: the paper's "w/o E") or `"none"` (the
-            context replaces the audio: the paper's "w/o G").
+            equations 2 and 3), `"agreement"` (the entropy's where a matching head says that the picture belongs to the
+            sound, else exactly 0: ours), `"learned"` (a linear gate on audio and context: the paper's "w/o E") or
+            `"none"` (the context replaces the audio: the paper's "w/o G").
         num_joint_layers (`int`, defaults to 1): Blocks after the fusion (AVCap: 12 - 11).
         gate_weight_init (`float`, defaults to -4.0): Initial weight w_g of the entropy gate (ours: negative, because
             high entropy should close the gate).
@@ -259,6 +260,15 @@ class EVACapConfig(PreTrainedConfig):
             neighbouring audio time steps (the paper names the term, the formula is ours). 0 costs nothing.
         semantic_consistency_weight (`float`, defaults to 0.0): Weight of KL(p(y|a,v) ‖ p(y|a,v̂)) over the samples
             whose video was swapped (the paper names the term, the formula is ours). 0 costs nothing.
+        matching_weight (`float`, defaults to 0.0): Weight of [`match_in_batch`], by which the head of
+            `gate_type="agreement"` learns to tell own pictures from those of the batch (ours). With 0 nobody tells it:
+            its probability is then a factor of the gate, and learned from the captions alone.
+        matching_hidden_size (`int`, defaults to 128): Width of that head.
+        hearing_weight (`float`, defaults to 0.0): Weight of [`heard_words`], by which the audio tower learns to tell the
+            words of the caption without the picture (ours). 0 costs nothing.
+        agreement_temperature (`float`, defaults to 1.0): Divides the head's logits before they become probabilities;
+            fitted on validation clips, it makes them frequencies.
+        agreement_threshold (`float`, defaults to 0.5): The probability below which the gate of an audio time step is 0.
         pad_token_id (`int`, *optional*), bos_token_id (`int`, *optional*), eos_token_id (`int`, *optional*):
             `text_config`'s by default.
         decoder_start_token_id (`int`, *optional*): The token before a caption; `bos_token_id` by default.
@@ -290,6 +300,8 @@ class EVACapConfig(PreTrainedConfig):
         "caption_loss",
         "gate_stability",
         "semantic_consistency",
+        "matching_loss",
+        "heard_words",
     ]
 
     audio_config: dict | PreTrainedConfig | None = None
@@ -303,6 +315,11 @@ class EVACapConfig(PreTrainedConfig):
     label_smoothing: float = 0.1
     gate_stability_weight: float = 0.0
     semantic_consistency_weight: float = 0.0
+    matching_weight: float = 0.0
+    matching_hidden_size: int = 128
+    hearing_weight: float = 0.0
+    agreement_temperature: float = 1.0
+    agreement_threshold: float = 0.5
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -339,9 +356,30 @@ class EVACapConfig(PreTrainedConfig):
         for field in ("gate_weight_init", "gate_bias_init", "label_smoothing"):
             _require(_is_number(getattr(self, field)), field, getattr(self, field), "a number")
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "at least 0 and below 1")
-        for field in ("gate_stability_weight", "semantic_consistency_weight"):
+        for field in ("gate_stability_weight", "semantic_consistency_weight", "matching_weight", "hearing_weight"):
             value = getattr(self, field)
             _require(_is_number(value) and value >= 0, field, value, "a number from 0 up")
+        width, temperature, threshold = (
+            self.matching_hidden_size,
+            self.agreement_temperature,
+            self.agreement_threshold,
+        )
+        _require(_is_whole(width) and width > 0, "matching_hidden_size", width, "a whole number above 0")
+        _require(_is_number(temperature) and temperature > 0, "agreement_temperature", temperature, "a number above 0")
+        _require(
+            _is_number(threshold) and 0 < threshold < 1, "agreement_threshold", threshold, "a number between 0 and 1"
+        )
+        if not self.has_matching_head:
+            _require(
+                self.matching_weight == 0,
+                "matching_weight",
+                self.matching_weight,
+                "0 without `gate_type='agreement'`, whose head it trains",
+            )
+        if self.fusion_type == "video_only":
+            _require(
+                self.hearing_weight == 0, "hearing_weight", self.hearing_weight, "0 with `fusion_type='video_only'`"
+            )
         if self.fusion_type in ("audio_only", "video_only"):
             _require(
                 self.semantic_consistency_weight == 0,
@@ -365,6 +403,11 @@ class EVACapConfig(PreTrainedConfig):
             output["auto_map"].update(dict.fromkeys(GENERATION_AUTO_CLASSES, model))
             output["custom_pipelines"] = CUSTOM_PIPELINES
         return output
+
+    @property
+    def has_matching_head(self) -> bool:
+        """Whether the fusion says how far the picture belongs to the sound."""
+        return self.fusion_type == "gated_cross_attention" and self.gate_type == "agreement"
 
     @property
     def encoder_config(self) -> PreTrainedConfig:

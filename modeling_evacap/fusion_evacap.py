@@ -149,6 +149,14 @@ class EVACapGatedCrossAttention(nn.Module):
     """
     The entropy-gated cross-attention (paper, equations 1 to 3): audio tokens query the picture, and a gate that
     closes where the attention is undecided mixes what they find into the audio.
+
+    With `gate_type="agreement"` the gate is the paper's where a matching head says that the picture belongs to the
+    sound, and exactly 0 elsewhere, as for a clip without a picture (ours): for the tokens of the time step t,
+
+        g · 1[σ((z + z_t) / 2τ) ≥ threshold]
+
+    with the logits z of the clip and z_t of the step, and the temperature τ of their calibration. In training, where it is
+    known which pictures are others', the gate is told: g · 1[own picture].
     """
 
     def __init__(self, config: EVACapConfig):
@@ -163,7 +171,7 @@ class EVACapGatedCrossAttention(nn.Module):
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(config.video_config.hidden_size, width)
         self.v_proj = nn.Linear(config.video_config.hidden_size, width)
-        if self.gate_type == "entropy":
+        if self.gate_type in ("entropy", "agreement"):
             self.gate_weight = nn.Parameter(torch.empty(1))
             self.gate_bias = nn.Parameter(torch.empty(1))
         elif self.gate_type == "learned":
@@ -175,6 +183,7 @@ class EVACapGatedCrossAttention(nn.Module):
         video: torch.Tensor,
         video_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
+        opening: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         r"""Fuses the tokens of sound and picture.
 
@@ -185,6 +194,8 @@ class EVACapGatedCrossAttention(nn.Module):
                 row without any keeps its audio as it is, with a gate and an entropy of exactly 0.
             output_attentions (`bool`, *optional*, defaults to `False`): Whether to return the probabilities, which
                 otherwise are never held whole.
+            opening (`torch.Tensor` of shape `(batch_size, T_a)`, *optional*): How far the gate of each token may
+                open, from 0 to 1: a factor of it.
 
         Returns:
             The fused sequence (batch_size, T_a, hidden_size), the gate and the entropy (batch_size, T_a) and the
@@ -201,12 +212,14 @@ class EVACapGatedCrossAttention(nn.Module):
         entropy = entropy.mean(1) / visible.clamp(min=2).log()
         entropy = entropy.clamp(0, 1).masked_fill(visible < 2, 0.0)
 
-        if self.gate_type == "entropy":
+        if self.gate_type in ("entropy", "agreement"):
             gate = torch.sigmoid(self.gate_weight.float() * entropy + self.gate_bias.float())
         elif self.gate_type == "learned":
             gate = torch.sigmoid(self.gate(torch.cat([audio, context], dim=-1)).float()).squeeze(-1)
         else:
             gate = torch.ones_like(entropy)
+        if opening is not None:
+            gate = gate * opening
         gate = gate.masked_fill(visible == 0, 0.0)
 
         # A row without video takes its audio from the second branch, whatever its padding holds.

@@ -79,3 +79,33 @@ def semantic_consistency(matched: torch.Tensor, swapped: torch.Tensor, labels: t
     target = matched.detach()[counted].float().log_softmax(-1)
     prediction = swapped[counted].float().log_softmax(-1)
     return F.kl_div(prediction, target, reduction="sum", log_target=True) / counted.sum().clamp(min=1)
+
+
+def matching_loss(logits: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """
+    Binary cross-entropy of the matching head's logits, where own and others' pictures weigh the same however many there
+    are of each (ours). 0 where one of the two is missing: alone it would teach the head to say always the same.
+
+    Args:
+        logits (`torch.Tensor` of shape `(pairs,)` or `(pairs, T)`): Of sounds with pictures.
+        targets (`torch.BoolTensor` of the same shape): Whether the picture is the sound's own.
+        counted (`torch.BoolTensor` of the same shape): Where there is something to hear and something to see.
+    """
+    losses = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+    own, others = counted & targets, counted & ~targets
+    parts = [losses.masked_fill(~part, 0.0).sum() / part.sum().clamp(min=1) for part in (own, others)]
+    return (parts[0] + parts[1]) / 2 * (own.any() & others.any())
+
+
+def heard_words(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    Cross-entropy of the words of each caption, in whatever order, under what the audio tower alone says (ours): mean
+    over the words. What only the picture told is learned as a guess here, and captions never read it.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, n)`): Scores over the vocabulary.
+        labels (`torch.LongTensor` of shape `(batch_size, length)`): -100 is not counted.
+    """
+    counted = labels != -100
+    log_probabilities = logits.float().log_softmax(-1).gather(1, labels.clamp(min=0))
+    return -log_probabilities.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)

@@ -41,7 +41,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_evacap import blockwise_attention_forward, eager_attention_forward
 from .configuration_evacap import EVACapAudioConfig, EVACapConfig, EVACapTextConfig, EVACapVideoConfig
 from .fusion_evacap import EVACapGatedCrossAttention
-from .loss_evacap import gate_stability, label_smoothed_kl, semantic_consistency
+from .loss_evacap import gate_stability, heard_words, label_smoothed_kl, semantic_consistency
+from .matching_evacap import EVACapMatchingHead, match_in_batch, mean_and_max, picture_of_step
 from .versions_evacap import tested_versions
 
 
@@ -62,6 +63,9 @@ PASSED_THROUGH = frozenset(
     {"output_attentions", "output_hidden_states", "return_dict", "num_items_in_batch", "is_causal"}
     | {f"{name}_{side}" for name in ("cu_seq_lens", "max_length") for side in "qk"}
 )
+
+# The standard deviation over the picture, of normalised pixel values, up to which a frame shows nothing: about 2 of 255.
+UNIFORM_PICTURE = 0.03
 
 # Tokens that pass an MLP at a time on a CPU: its inner results then take 11 MB in float32 at the paper's width.
 ROWS_AT_ONCE = 896
@@ -92,6 +96,15 @@ class EVACapEncoderOutput(BaseModelOutput):
             without `"gated_cross_attention"`.
         attention_entropy (`torch.FloatTensor` of shape `(batch_size, T_a)`, *optional*): The normalised entropy E in
             [0, 1] of each audio token's attention to the picture, mean over heads (paper, equation 2).
+        agreement (`torch.FloatTensor` of shape `(batch_size,)`, *optional*): With `gate_type="agreement"`: the
+            probability that the picture belongs to the sound. Not a number where there is nothing to see: without a
+            picture, and where all of it is uniform, as a black screen is.
+        agreement_by_step (`torch.FloatTensor` of shape `(batch_size, time_steps)`, *optional*): The same for each time
+            step of the audio.
+        matching_loss (`torch.FloatTensor` of shape `(1,)`, *optional*): With `picture_index`: the loss of the matching
+            head.
+        audio_summary (`torch.FloatTensor` of shape `(batch_size, 2 * hidden_size)`, *optional*): In training with a
+            `hearing_weight`: mean and maximum over the audio tower's tokens.
     """
 
     cross_attentions: torch.FloatTensor | None = None
@@ -100,6 +113,10 @@ class EVACapEncoderOutput(BaseModelOutput):
     attention_mask: torch.Tensor | None = None
     fusion_gate: torch.FloatTensor | None = None
     attention_entropy: torch.FloatTensor | None = None
+    agreement: torch.FloatTensor | None = None
+    agreement_by_step: torch.FloatTensor | None = None
+    matching_loss: torch.FloatTensor | None = None
+    audio_summary: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -109,13 +126,20 @@ class EVACapSeq2SeqModelOutput(Seq2SeqModelOutput):
     Args:
         encoder_attention_mask (`torch.BoolTensor` of shape `(batch_size, T)`, *optional*): As `attention_mask` of
             [`EVACapEncoderOutput`].
-        fusion_gate, attention_entropy (`torch.FloatTensor` of shape `(batch_size, T_a)`, *optional*): As in
+        fusion_gate, attention_entropy (`torch.FloatTensor` of shape `(batch_size, T_a)`, *optional*), agreement
+            (`torch.FloatTensor` of shape `(batch_size,)`, *optional*), agreement_by_step (`torch.FloatTensor` of shape
+            `(batch_size, time_steps)`, *optional*), matching_loss (`torch.FloatTensor` of shape `(1,)`, *optional*),
+            audio_summary (`torch.FloatTensor` of shape `(batch_size, 2 * hidden_size)`, *optional*): As in
             [`EVACapEncoderOutput`].
     """
 
     encoder_attention_mask: torch.Tensor | None = None
     fusion_gate: torch.FloatTensor | None = None
     attention_entropy: torch.FloatTensor | None = None
+    agreement: torch.FloatTensor | None = None
+    agreement_by_step: torch.FloatTensor | None = None
+    matching_loss: torch.FloatTensor | None = None
+    audio_summary: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -130,11 +154,16 @@ class EVACapSeq2SeqLMOutput(Seq2SeqLMOutput):
             above 0 and there is a gate.
         semantic_consistency (`torch.FloatTensor` of shape `(1,)`, *optional*): [`semantic_consistency`], where its
             weight is above 0 and a video of the batch was swapped.
+        matching_loss (`torch.FloatTensor` of shape `(1,)`, *optional*): [`matching_loss`] of the clips and of their time
+            steps, where its weight is above 0 and there are pictures.
+        heard_words (`torch.FloatTensor` of shape `(1,)`, *optional*): [`heard_words`], where its weight is above 0.
     """
 
     caption_loss: torch.FloatTensor | None = None
     gate_stability: torch.FloatTensor | None = None
     semantic_consistency: torch.FloatTensor | None = None
+    matching_loss: torch.FloatTensor | None = None
+    heard_words: torch.FloatTensor | None = None
 
 
 def _sincos(positions: torch.Tensor, dim: int) -> torch.Tensor:
@@ -382,6 +411,7 @@ class EVACapPreTrainedModel(PreTrainedModel):
         "EVACapVideoEmbeddings",
         "EVACapEncoderLayer",
         "EVACapGatedCrossAttention",
+        "EVACapMatchingHead",
         "EVACapDecoderLayer",
     ]
     _supports_sdpa = True
@@ -401,9 +431,13 @@ class EVACapPreTrainedModel(PreTrainedModel):
                 table = sincos_position_table(module.grid_size, module.grid_size, dim).repeat(module.num_steps, 1)
             init.copy_(module.position_embeddings, table)
             init.normal_(module.modality_embedding, std=module.config.initializer_range)
-        elif isinstance(module, EVACapGatedCrossAttention) and module.gate_type == "entropy":
+        elif isinstance(module, EVACapGatedCrossAttention) and hasattr(module, "gate_weight"):
             init.constant_(module.gate_weight, module.gate_weight_init)
             init.constant_(module.gate_bias, module.gate_bias_init)
+        elif isinstance(module, EVACapMatchingHead):
+            # Its products of three small numbers would hardly move from 0.
+            for layer in module.children():
+                init.normal_(layer.weight, std=layer.in_features**-0.5)
 
 
 class EVACapTower(EVACapPreTrainedModel):
@@ -524,6 +558,8 @@ class EVACapEncoder(EVACapPreTrainedModel):
             self.video_tower = EVACapVideoTower(config.video_config)
         if config.fusion_type == "gated_cross_attention":
             self.fusion = EVACapGatedCrossAttention(config)
+        if config.has_matching_head:
+            self.matching_head = EVACapMatchingHead(config)
         self.joint = EVACapJointEncoder(config.encoder_config, config.num_joint_layers)
         self.post_init()
 
@@ -536,6 +572,7 @@ class EVACapEncoder(EVACapPreTrainedModel):
         pixel_values_videos_mask: torch.Tensor | None = None,
         audio_index: torch.Tensor | None = None,
         video_index: torch.Tensor | None = None,
+        picture_index: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> EVACapEncoderOutput:
@@ -554,6 +591,8 @@ class EVACapEncoder(EVACapPreTrainedModel):
             audio_index, video_index (`torch.LongTensor` of shape `(pairs,)`, *optional*): The rows of `input_features`
                 and of `pixel_values_videos` that make each pair, for several pictures to one sound or several sounds
                 to one picture; each row passes its tower once. By default row n goes with row n.
+            picture_index (`torch.LongTensor` of shape `(pairs,)`, *optional*): The row of `input_features` to which the
+                picture of each pair belongs; asks for the loss of the matching head.
 
         Raises:
             ValueError: If a stream that the variant needs is missing, or if a shape does not fit the configuration.
@@ -572,7 +611,7 @@ class EVACapEncoder(EVACapPreTrainedModel):
             audio = self.audio_tower(input_features, input_features_mask, **outputs)
             _select_rows(audio, audio_index)
         if fusion_type != "audio_only" and pixel_values_videos is not None:
-            video = self.video_tower(pixel_values_videos, pixel_values_videos_mask, **outputs)
+            video = self.see(pixel_values_videos, pixel_values_videos_mask, **outputs)
             _select_rows(video, video_index)
             if audio is not None:
                 _move(video, audio.last_hidden_state.device)
@@ -581,17 +620,10 @@ class EVACapEncoder(EVACapPreTrainedModel):
 
         main = video if audio is None else audio
         hidden_states, token_mask = main.last_hidden_state, main.attention_mask
-        gate = entropy = cross_attentions = None
+        fused = EVACapEncoderOutput()
         if fusion_type == "gated_cross_attention":
-            if video is None:
-                gate = entropy = hidden_states.new_zeros(hidden_states.shape[:2], dtype=torch.float32)
-            else:
-                hidden_states, gate, entropy, cross_attentions = self.fusion(
-                    hidden_states, video.last_hidden_state, video.attention_mask, outputs["output_attentions"]
-                )
-                if token_mask is not None:
-                    padding = ~token_mask.to(gate.device)
-                    gate, entropy = gate.masked_fill(padding, 0.0), entropy.masked_fill(padding, 0.0)
+            fused = self.fuse(audio, video, audio_index, picture_index, outputs["output_attentions"])
+            hidden_states = fused.last_hidden_state
         elif fusion_type == "concat" and video is not None:
             masks = _fill_in_masks(
                 (audio.last_hidden_state, audio.attention_mask), (video.last_hidden_state, video.attention_mask)
@@ -605,13 +637,121 @@ class EVACapEncoder(EVACapPreTrainedModel):
             last_hidden_state=joint.last_hidden_state,
             hidden_states=None if joint.hidden_states is None else main.hidden_states + joint.hidden_states[1:],
             attentions=None if joint.attentions is None else main.attentions + joint.attentions,
-            cross_attentions=cross_attentions,
+            cross_attentions=fused.cross_attentions,
             video_hidden_states=beside.hidden_states,
             video_attentions=beside.attentions,
             attention_mask=token_mask,
+            fusion_gate=fused.fusion_gate,
+            attention_entropy=fused.attention_entropy,
+            agreement=fused.agreement,
+            agreement_by_step=fused.agreement_by_step,
+            matching_loss=fused.matching_loss,
+            audio_summary=(
+                mean_and_max(audio.last_hidden_state, audio.attention_mask, 1)
+                if self.training and self.config.hearing_weight > 0
+                else None
+            ),
+        )
+
+    def fuse(
+        self,
+        audio: EVACapEncoderOutput,
+        video: EVACapEncoderOutput | None,
+        audio_index: torch.Tensor | None = None,
+        picture_index: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> EVACapEncoderOutput:
+        """
+        The gated fusion of the towers' tokens, before the joint blocks.
+
+        Args:
+            audio, video ([`EVACapEncoderOutput`]): Of the towers, a row a pair; `video` is `None` without a picture.
+            audio_index, picture_index: See [`~EVACapEncoder.forward`].
+            output_attentions (`bool`, *optional*, defaults to `False`): Whether to return the `cross_attentions`.
+        """
+        sound, token_mask = audio.last_hidden_state, audio.attention_mask
+        opening, matched = None, {}
+        if self.config.has_matching_head:
+            opening, matched = self._match(audio, video, audio_index, picture_index)
+        if video is None:
+            gate = sound.new_zeros(sound.shape[:2], dtype=torch.float32)
+            return EVACapEncoderOutput(last_hidden_state=sound, fusion_gate=gate, attention_entropy=gate, **matched)
+        fused, gate, entropy, weights = self.fusion(
+            sound, video.last_hidden_state, video.attention_mask, output_attentions, opening
+        )
+        if token_mask is not None:
+            padding = ~token_mask.to(gate.device)
+            gate, entropy = gate.masked_fill(padding, 0.0), entropy.masked_fill(padding, 0.0)
+        return EVACapEncoderOutput(
+            last_hidden_state=fused,
+            cross_attentions=weights,
             fusion_gate=gate,
             attention_entropy=entropy,
+            **matched,
         )
+
+    def see(
+        self, pixel_values_videos: torch.Tensor, pixel_values_videos_mask: torch.Tensor | None = None, **outputs
+    ) -> EVACapEncoderOutput:
+        """
+        The video tower. With `gate_type="agreement"`, tubelets of one colour, as of a black screen, are left out of its
+        mask: there is nothing in them that could belong to a sound or not (ours).
+
+        Args:
+            pixel_values_videos, pixel_values_videos_mask, outputs: Arguments of [`EVACapVideoTower`].
+        """
+        video = self.video_tower(pixel_values_videos, pixel_values_videos_mask, **outputs)
+        if self.config.has_matching_head:
+            embeddings = self.video_tower.embeddings
+            pixels = pixel_values_videos.to(video.last_hidden_state.device).float()
+            pixels = pixels.unflatten(1, (-1, embeddings.config.tubelet_size))
+            seen = (
+                (pixels.std((-2, -1)) > UNIFORM_PICTURE).any(-1).any(-1).repeat_interleave(embeddings.grid_size**2, 1)
+            )
+            video.attention_mask = seen if video.attention_mask is None else video.attention_mask & seen
+        return video
+
+    def _match(
+        self,
+        audio: EVACapEncoderOutput,
+        video: EVACapEncoderOutput | None,
+        audio_index: torch.Tensor | None,
+        picture_index: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """How far the gate of each audio token may open (pairs, T_a), and the outputs of the matching head."""
+        config, sound = self.config, audio.last_hidden_state
+        num_rows = self.audio_tower.embeddings.num_rows
+        if video is None:
+            nothing = sound.new_full((len(sound), sound.shape[1] // num_rows), torch.nan, dtype=torch.float32)
+            return None, {"agreement": nothing[:, 0], "agreement_by_step": nothing}
+        pictures, seen_tokens = video.last_hidden_state, video.attention_mask
+        if seen_tokens is None:
+            seen_tokens = torch.ones(pictures.shape[:2], dtype=torch.bool, device=pictures.device)
+        streams = (sound, pictures, audio.attention_mask, seen_tokens)
+        clip, step = logits = self.matching_head(*streams)
+        outputs = {}
+        told = None
+        if picture_index is not None:
+            sound_index = torch.arange(len(sound), device=sound.device) if audio_index is None else audio_index
+            told = (sound_index == picture_index)[:, None].expand_as(step)
+            outputs["matching_loss"] = match_in_batch(
+                self.matching_head, *streams, *logits, sound_index, picture_index
+            )
+        both = (clip[:, None] + step) / 2
+        if config.matching_weight == 0:
+            opening = torch.sigmoid(both)
+        elif told is None:
+            opening = (torch.sigmoid(both / config.agreement_temperature) >= config.agreement_threshold).to(step.dtype)
+        else:
+            opening = told.to(step.dtype)
+        clip, step = (torch.sigmoid(logit.detach() / config.agreement_temperature) for logit in logits)
+        outputs["agreement"] = clip.masked_fill(~seen_tokens.any(1), torch.nan)
+        seen = seen_tokens.unflatten(1, (-1, self.matching_head.tokens_per_picture)).any(2)
+        known = seen[:, picture_of_step(step.shape[1], seen.shape[1], seen.device)]
+        if audio.attention_mask is not None:
+            known = known & audio.attention_mask.unflatten(1, (num_rows, -1))[:, 0]
+        outputs["agreement_by_step"] = step.masked_fill(~known, torch.nan)
+        return opening.repeat(1, num_rows), outputs
 
 
 def _select_rows(output: EVACapEncoderOutput, index: torch.Tensor | None) -> None:
@@ -1002,6 +1142,7 @@ class EVACapModel(EVACapPreTrainedModel):
         decoder_position_ids: torch.LongTensor | None = None,
         audio_index: torch.LongTensor | None = None,
         video_index: torch.LongTensor | None = None,
+        picture_index: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -1023,6 +1164,7 @@ class EVACapModel(EVACapPreTrainedModel):
                 from 0.
             audio_index (`torch.LongTensor` of shape `(pairs,)`, *optional*): See [`EVACapEncoder`].
             video_index (`torch.LongTensor` of shape `(pairs,)`, *optional*): See [`EVACapEncoder`].
+            picture_index (`torch.LongTensor` of shape `(pairs,)`, *optional*): See [`EVACapEncoder`].
         """
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
@@ -1035,6 +1177,7 @@ class EVACapModel(EVACapPreTrainedModel):
                 pixel_values_videos_mask,
                 audio_index=audio_index,
                 video_index=video_index,
+                picture_index=picture_index,
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,
                 return_dict=True,
@@ -1070,6 +1213,10 @@ class EVACapModel(EVACapPreTrainedModel):
                     ("encoder_attention_mask", "attention_mask"),
                     ("fusion_gate", "fusion_gate"),
                     ("attention_entropy", "attention_entropy"),
+                    ("agreement", "agreement"),
+                    ("agreement_by_step", "agreement_by_step"),
+                    ("matching_loss", "matching_loss"),
+                    ("audio_summary", "audio_summary"),
                 )
             },
         )
@@ -1114,6 +1261,8 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         self.main_input_name = _main_input_name(config)
         self.model = EVACapModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size)
+        if config.hearing_weight > 0:
+            self.hearing_head = nn.Linear(2 * config.audio_config.hidden_size, config.text_config.hidden_size)
         # A checkpoint's generation_config.json takes precedence.
         self.generation_config.max_length = MAX_CAPTION_LENGTH
         self.post_init()
@@ -1183,7 +1332,7 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
             shuffled (`torch.BoolTensor` of shape `(batch_size,)`, *optional*): The samples whose video the data
                 collator swapped; used by the semantic-consistency term.
             video_index (`torch.LongTensor` of shape `(batch_size,)`, *optional*): The sample each video came from, as
-                the data collator reports it; used by the same term.
+                the data collator reports it; used by the matching and the semantic-consistency terms.
             matched_pixel_values_videos (`torch.FloatTensor` of shape `(swapped, frames, channels, height, width)`,
                 *optional*): The matched videos of the swapped samples, in their order, for the semantic-consistency term.
             matched_pixel_values_videos_mask (`torch.Tensor` of shape `(swapped, frames)`, *optional*): The frames of
@@ -1217,6 +1366,15 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
                 video_index=video_index,
             )
             text = [None if rows is None else rows[pairs["audio_index"]] for rows in text]
+        if (
+            self.training
+            and labels is not None
+            and self.config.matching_weight > 0
+            and pixel_values_videos is not None
+            and encoder_outputs is None
+        ):
+            own = torch.arange(len(pixel_values_videos), device=pixel_values_videos.device)
+            pairs["picture_index"] = pairs.get("video_index", own if video_index is None else video_index)
         outputs = self.model(
             input_features=input_features,
             input_features_mask=input_features_mask,
@@ -1315,6 +1473,15 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
             num_rows = self.model.encoder.audio_tower.embeddings.num_rows
             terms["gate_stability"] = gate_stability(gate, num_rows, mask).to(loss.device)
             loss = loss + share * self.config.gate_stability_weight * terms["gate_stability"]
+        if outputs.audio_summary is not None:
+            # The words' vectors are left to the captions.
+            words = self.lm_head.weight.detach()
+            summary = self.hearing_head(outputs.audio_summary[: len(labels)]).to(words.device)
+            terms["heard_words"] = heard_words(F.linear(summary, words), labels)
+            loss = loss + share * self.config.hearing_weight * terms["heard_words"]
+        if outputs.matching_loss is not None:
+            terms["matching_loss"] = outputs.matching_loss.to(loss.device)
+            loss = loss + share * self.config.matching_weight * terms["matching_loss"]
         if swapped is not None:
             rows = swapped.to(logits.device)
             terms["semantic_consistency"] = semantic_consistency(matched_logits, logits[rows], labels[rows])
@@ -1390,6 +1557,7 @@ __all__ = [
     "EVACapEncoderOutput",
     "EVACapForConditionalGeneration",
     "EVACapGatedCrossAttention",
+    "EVACapMatchingHead",
     "EVACapModel",
     "EVACapPreTrainedModel",
     "EVACapSeq2SeqLMOutput",

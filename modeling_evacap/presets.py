@@ -26,7 +26,7 @@ class Preset:
     """
 
     description: str
-    fusion: Mapping[str, str]
+    fusion: Mapping[str, Any]
     processing: Mapping[str, Any]
 
     def config(self, **fields: Any) -> EVACapConfig:
@@ -40,6 +40,11 @@ PRESETS = {
         "AVCap: the decoder reads the tokens of both streams", {"fusion_type": "concat"}, AVCAP_PROCESSING
     ),
     "evacap": Preset("EVACap: entropy-gated cross-attention", {"gate_type": "entropy"}, PAPER_PROCESSING),
+    "evacap-agreement": Preset(
+        "EVACap whose gate is shut where a matching head finds that the picture does not belong to the sound (ours)",
+        {"gate_type": "agreement", "matching_weight": 1.0, "hearing_weight": 0.5},
+        PAPER_PROCESSING,
+    ),
     "evacap-learned-gate": Preset(
         "a learned gate instead of the entropy's (the paper's w/o E)", {"gate_type": "learned"}, PAPER_PROCESSING
     ),

@@ -36,11 +36,16 @@ class CaptionedBatch:
         texts (`list[list[str]]`): The captions of each clip, `num_return_sequences` of them.
         gate, entropy (`torch.Tensor` of shape `(batch_size, steps)`, *optional*): Fusion gate and attention entropy of
             each audio time step, means over the mel rows; float64, on the CPU. `None` where they were not asked for.
+        agreement (`torch.Tensor` of shape `(batch_size,)`, *optional*), agreement_by_step (`torch.Tensor` of shape
+            `(batch_size, steps)`, *optional*): The probability that the picture belongs to the sound, of each clip and
+            of each audio time step; NaN where there is nothing to see. The same holds.
     """
 
     texts: list[list[str]]
     gate: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
+    agreement: torch.Tensor | None = None
+    agreement_by_step: torch.Tensor | None = None
 
 
 def has_gate(config: PreTrainedConfig) -> bool:
@@ -58,12 +63,29 @@ def require_gate(config: PreTrainedConfig) -> None:
         raise ValueError(f"`return_gate=True`, but a model with fusion_type={config.fusion_type!r} has no gate.")
 
 
+def has_agreement(config: PreTrainedConfig) -> bool:
+    """Whether a model of this configuration says how far the picture belongs to the sound."""
+    return has_gate(config) and config.gate_type == "agreement"
+
+
+def require_agreement(config: PreTrainedConfig) -> None:
+    """Refuses a model that does not say how far the picture belongs to the sound.
+
+    Raises:
+        ValueError: If a model of this configuration does not say how far the picture belongs to the sound.
+    """
+    if not has_agreement(config):
+        found = f"gate_type={config.gate_type!r}" if has_gate(config) else f"fusion_type={config.fusion_type!r}"
+        raise ValueError(f"The agreement of sound and picture needs a model with gate_type='agreement', not {found}.")
+
+
 @torch.no_grad()
 def caption_batch(
     model: PreTrainedModel,
     processor: EVACapProcessor,
     inputs: Mapping[str, torch.Tensor],
     return_gate: bool = False,
+    return_agreement: bool = False,
     **generate_kwargs: Any,
 ) -> CaptionedBatch:
     """Captions a batch: encodes it, generates, decodes the tokens, and averages the gate of each time step.
@@ -73,14 +95,18 @@ def caption_batch(
         processor ([`EVACapProcessor`]): Its processor.
         inputs (`Mapping[str, torch.Tensor]`): A batch on the model's device, of which `STREAMS` are read.
         return_gate (`bool`, *optional*, defaults to `False`): Whether gate and entropy are wanted.
+        return_agreement (`bool`, *optional*, defaults to `False`): Whether the agreement of sound and picture is wanted.
         generate_kwargs: Arguments of `generate`.
 
     Raises:
-        ValueError: If the gate of a model without one is asked for. The model does not run then.
+        ValueError: If the gate or the agreement of a model without one is asked for. The model does not run then.
     """
     inputs = {name: inputs[name] for name in STREAMS if name in inputs}
     if return_gate:
         require_gate(model.config)
+    if return_agreement:
+        require_agreement(model.config)
+    if return_gate or return_agreement:
         encoder_outputs = model.get_encoder()(**inputs, return_dict=True)
         # The inputs as well, for an assistant that has an encoder of its own.
         tokens = model.generate(**inputs, encoder_outputs=encoder_outputs, **generate_kwargs)
@@ -92,15 +118,18 @@ def caption_batch(
     batch_size = len(next(iter(inputs.values())))
     sequences = len(texts) // batch_size
     texts = [texts[first : first + sequences] for first in range(0, len(texts), sequences)]
-    if not return_gate:
-        return CaptionedBatch(texts)
-    steps = inputs["input_features"].shape[1] // model.config.audio_config.patch_size
-    gate, entropy = (
-        # Tokens are numbered by mel row, then by time step.
-        curve.cpu().double().unflatten(1, (-1, steps)).mean(1)
-        for curve in (encoder_outputs.fusion_gate, encoder_outputs.attention_entropy)
-    )
-    return CaptionedBatch(texts, gate, entropy)
+    curves = {}
+    if return_gate:
+        steps = inputs["input_features"].shape[1] // model.config.audio_config.patch_size
+        curves["gate"], curves["entropy"] = (
+            # Tokens are numbered by mel row, then by time step.
+            curve.cpu().double().unflatten(1, (-1, steps)).mean(1)
+            for curve in (encoder_outputs.fusion_gate, encoder_outputs.attention_entropy)
+        )
+    if return_agreement:
+        curves["agreement"] = encoder_outputs.agreement.cpu().double()
+        curves["agreement_by_step"] = encoder_outputs.agreement_by_step.cpu().double()
+    return CaptionedBatch(texts, **curves)
 
 
-__all__ = ["CaptionedBatch", "caption_batch", "has_gate", "require_gate"]
+__all__ = ["CaptionedBatch", "caption_batch", "has_agreement", "has_gate", "require_agreement", "require_gate"]

@@ -32,7 +32,7 @@ from transformers.pipelines.base import ChunkPipeline
 from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import logging
 
-from .captioning_evacap import caption_batch, require_gate
+from .captioning_evacap import caption_batch, require_agreement, require_gate
 from .known_answer_evacap import write_known_answer
 from .media_evacap import (
     Media,
@@ -316,6 +316,11 @@ def undecoded(rows: Any) -> Any:
     return rows
 
 
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
+
+
 class _Rows(Dataset):
     """Any indexable collection, such as a `datasets.Dataset` or a column of one, as a PyTorch dataset."""
 
@@ -400,6 +405,10 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
             return_gate (`bool`, *optional*, defaults to `False`):
                 Whether to return, for each audio time step, `"gate"` (0: the picture is ignored), `"entropy"`, means
                 over the mel rows, and `"times"`, the middle of the step in seconds.
+            return_agreement (`bool`, *optional*, defaults to `False`):
+                Whether to return how probable it is that the picture belongs to the sound, of a model with
+                `gate_type="agreement"`: `"agreement"`, `[{"timestamp": (start, end), "probability": float}, …]` of the
+                windows, and `"agreement_by_step"` and `"times"` of the audio time steps. `None` where nothing is seen.
             on_error (`str`, *optional*, defaults to `"raise"`):
                 `"skip"` gives `{"error": message}` for an input that cannot be read, and goes on with the others.
             kwargs: Arguments of `generate` (`max_new_tokens`, `num_beams`, `num_return_sequences`, …), flat or as
@@ -407,7 +416,7 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
 
         Returns:
             For each input `{"text": str}`, where the captions of several windows are joined by ". ", with
-            `"chunks": [{"timestamp": (start, end), "text": str}, …]` and the gate where they apply; with
+            `"chunks": [{"timestamp": (start, end), "text": str}, …]` gate and agreement where they apply; with
             `num_return_sequences` above 1 a list of such dicts. `"silent": True` stands in a result, or in a chunk, in
             whose sound there is nothing to hear, and one warning an input: what is said of silence is invented.
 
@@ -436,6 +445,7 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
         audio_track: int | None = None,
         return_timestamps: bool | None = None,
         return_gate: bool | None = None,
+        return_agreement: bool | None = None,
         on_error: str | None = None,
         generate_kwargs: dict[str, Any] | None = None,
         **kwargs,
@@ -458,9 +468,11 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
             )
         if return_gate:
             require_gate(self.model.config)
+        if return_agreement:
+            require_agreement(self.model.config)
         groups = (
             {"chunk_length_s": chunk_length_s, "audio_track": audio_track},
-            {"return_gate": return_gate},
+            {"return_gate": return_gate, "return_agreement": return_agreement},
             {"return_timestamps": return_timestamps, "on_error": on_error},
         )
         preprocess, forward, postprocess = (
@@ -525,13 +537,12 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
         """The windows of one input, see [`read_windows`]."""
         return read_windows(inputs, **self._reading(**preprocess_params))
 
-    def _forward(self, model_inputs: BatchFeature | dict, return_gate: bool = False, **generate_kwargs) -> dict:
-        if "max_new_tokens" in generate_kwargs:
+    def _forward(self, model_inputs: BatchFeature | dict, **options) -> dict:
+        if "max_new_tokens" in options:
             # Otherwise `generate` warns of the default `max_length` at every call.
-            generate_kwargs.setdefault("max_length", None)
-        batch = caption_batch(self.model, self.processor, model_inputs, return_gate, **generate_kwargs)
-        outputs = {"texts": batch.texts}
-        return outputs | ({"gate": batch.gate, "entropy": batch.entropy} if return_gate else {})
+            options.setdefault("max_length", None)
+        batch = caption_batch(self.model, self.processor, model_inputs, **options)
+        return {name: value for name, value in vars(batch).items() if value is not None}
 
     def postprocess(self, windows: list[dict[str, Any]], return_timestamps: bool | None = None) -> dict | list[dict]:
         """The result of one input from its windows."""
@@ -549,22 +560,28 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
                 ]
             if all(window["is_silent"] for window in windows):
                 result["silent"] = True
-            if "gate" in windows[0]:
-                result.update(self._gate_over_time(windows))
-            results.append(result)
+            results.append(result | self.over_time(windows))
         return results if len(results) > 1 else results[0]
 
-    def _gate_over_time(self, windows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    def over_time(self, windows: list[dict[str, Any]]) -> dict[str, list]:
+        """Gate, entropy and agreement of the windows of one input, as far as they have them, as a call returns them."""
+        names = [name for name in ("gate", "entropy", "agreement_by_step") if name in windows[0]]
         extractor = self.processor.feature_extractor
         step = self.model.config.audio_config.patch_size * extractor.hop_length / extractor.sampling_rate
-        curves = {"times": [], "gate": [], "entropy": []}
+        curves = {"times": [], **{name: [] for name in names}} if names else {}
         for window in windows:
             start, end = window["timestamp"]
-            # The steps of the zero-padding past the end hold no sound.
-            count = min(len(window["gate"]), math.ceil((end - start) / step - 1e-6))
-            curves["times"] += [start + (i + 0.5) * step for i in range(count)]
-            for name in ("gate", "entropy"):
-                curves[name] += window[name][:count].tolist()
+            for name in names:
+                # The steps of the zero-padding past the end hold no sound.
+                count = min(len(window[name]), math.ceil((end - start) / step - 1e-6))
+                curves[name] += [_number(value) for value in window[name][:count].tolist()]
+            if names:
+                curves["times"] += [start + (i + 0.5) * step for i in range(count)]
+        if "agreement" in windows[0]:
+            curves["agreement"] = [
+                {"timestamp": window["timestamp"], "probability": _number(window["agreement"].item())}
+                for window in windows
+            ]
         return curves
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:

@@ -268,6 +268,8 @@ class TrainingRun:
         """The names of the terms of the loss, if it has more than the caption loss."""
         weights = {
             "gate_stability": self.model_config.gate_stability_weight,
+            "matching_loss": self.model_config.matching_weight,
+            "heard_words": self.model_config.hearing_weight,
             "semantic_consistency": self.model_config.semantic_consistency_weight,
         }
         terms = [name for name, weight in weights.items() if weight > 0]

@@ -59,7 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of the sound track of a file, counted from 0 (default: FFmpeg's choice)",
     )
     parser.add_argument(
-        "--json", action="store_true", help="one JSON object a line, with the gate over time (also with --output)"
+        "--json",
+        action="store_true",
+        help="one JSON object a line, with gate and agreement over time as far as the model has them (also with "
+        "--output)",
     )
     parser.add_argument(
         "--output",
@@ -168,6 +171,7 @@ def print_captions(arguments: argparse.Namespace, media: list[str | Path]) -> in
         num_beams=arguments.num_beams,
         audio_track=arguments.audio_track,
         return_gate=gated,
+        return_agreement=arguments.json and has_agreement(captioner),
     )
     return 1 if failures else 0
 
@@ -226,8 +230,15 @@ def _append_captions(arguments: argparse.Namespace, lines: JsonLines, media: lis
             num_beams=arguments.num_beams,
             audio_track=arguments.audio_track,
             return_gate=gated,
+            return_agreement=arguments.json and has_agreement(captioner),
         )
     return failures
+
+
+def has_agreement(captioner: "AudioVisualCaptioningPipeline") -> bool:
+    """Whether the model says how far the picture belongs to the sound."""
+    config = captioner.model.config
+    return config.fusion_type == "gated_cross_attention" and config.gate_type == "agreement"
 
 
 def open_results(path: Path, drop_failed: bool = False) -> tuple[JsonLines, dict[str, dict[str, Any]]]:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import beams, compiling, fusion, latency, training, video_tower
+from benchmarks import agreement, beams, compiling, fusion, latency, training, video_tower
 from benchmarks.models import make_config, make_inputs, make_model
 
 
@@ -81,6 +81,17 @@ def test_fusion(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_agreement_gate_is_cheap(tmp_path, capsys):
+    # Operations are counted, so that the bound can be one: 5 % of a training step, 3 % of the encoder.
+    agreement.main(["--no-time", "--output", str(tmp_path / "new" / "agreement.json")])
+    rows = json.loads((tmp_path / "new" / "agreement.json").read_text())["rows"]
+    assert [(row[0], 1 < float(row[3]) < bound) for row, bound in zip(rows, (1.05, 1.03))] == [
+        ("training step", True),
+        ("encoder", True),
+    ]
+    assert "| training step |" in capsys.readouterr().out
+
+
 def test_beams(tmp_path):
     rows = run(beams, tmp_path, "--batch", "2", "--frames", "2", "--beams", "1", "3")
     prefixes = {(row["variant"], row["beams"]): row["prefix_bytes"] for row in rows}

@@ -9,7 +9,7 @@ from evacap.modeling_evacap.configuration_evacap import EVACapConfig, EVACapText
     ("kwargs", "field", "legal"),
     [
         ({"fusion_type": "late"}, "fusion_type", "'gated_cross_attention', 'concat', 'audio_only', 'video_only'"),
-        ({"gate_type": "soft"}, "gate_type", "'entropy', 'learned', 'none'"),
+        ({"gate_type": "soft"}, "gate_type", "'entropy', 'agreement', 'learned', 'none'"),
         ({"label_smoothing": 1.0}, "label_smoothing", "below 1"),
         ({"semantic_consistency_weight": -1.0}, "semantic_consistency_weight", "from 0 up"),
         ({"label_smoothing": "0.1"}, "label_smoothing", "a number"),

@@ -102,6 +102,14 @@ def test_avcap_as_evacap_has_a_fresh_fusion(avcap_file):
         assert torch.equal(state[name], tensor), name
 
 
+def test_avcap_as_evacap_with_the_agreement_gate_has_fresh_heads(avcap_file):
+    model, report = from_avcap(avcap_file, "evacap-agreement")
+    parts = {"model.encoder.fusion.", "model.encoder.matching_head.", "hearing_head."}
+    assert {next(part for part in parts if name.startswith(part)) for name in report.new} == parts
+    assert model.config.matching_weight == 1
+    assert "encoder.matching_head" in str(report) and "hearing_head" in str(report)
+
+
 @pytest.mark.parametrize(("preset", "pair"), [("avcap", ""), ("audio-only", "_a"), ("video-only", "_v")])
 def test_joint_blocks_take_the_norms_of_what_they_see(avcap_file, preset, pair):
     model, _ = from_avcap(avcap_file, preset)

@@ -146,6 +146,18 @@ def test_each_term_of_the_loss_has_its_line(tmp_path):
         assert line["gate_stability"] > 0 and line["semantic_consistency"] > 0
 
 
+def test_the_matching_head_learns_beside_the_captions(tmp_path):
+    path = write_config(
+        tmp_path / "a.yaml",
+        {"model": {"preset": "evacap-agreement"}, "optimization": {"accumulation_steps": 2}},
+    )
+    assert run(path) == 0
+    for line in read_log(tmp_path / "a"):
+        parts = line["caption_loss"] + line["matching_loss"] + 0.5 * line["heard_words"]
+        assert line["loss"] == pytest.approx(parts, rel=1e-5)
+        assert line["matching_loss"] > 0 and line["heard_words"] > 0
+
+
 def test_what_is_frozen_stays_and_a_run_starts_from_a_model(tmp_path):
     assert run(write_config(tmp_path / "first.yaml")) == 0
     start = {

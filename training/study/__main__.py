@@ -24,9 +24,11 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 
+from ...modeling_evacap.configuration_evacap import EVACapConfig
 from ...modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from ...processing.processing_evacap import EVACapProcessor
 from ..components import make_model, make_processor_and_config
+from ..evaluation.calibration import calibrate
 from ..evaluation.evaluate import SHARES, evaluate
 from ..files import check_settings, write_json, write_text
 from ..metrics.compute import METRICS
@@ -53,6 +55,13 @@ class Variant:
     pretrained: bool = True
 
 
+AGREEMENT = "model.preset=evacap-agreement"
+CONSTANT = (
+    "model.config.gate_weight_init=0",
+    "model.config.gate_bias_init=0",
+    "model.freeze=[model.encoder.fusion.gate_weight]",
+)
+"""An open gate is a number that is learned, and does not depend on the entropy."""
 VARIANTS = {
     "audio-only": Variant(("model.preset=audio-only", "data.p_mix=0")),
     "avcap": Variant(("model.preset=avcap", "data.p_mix=0")),
@@ -70,6 +79,12 @@ EXTRA = {
     "gate-stability": Variant(("model.config.gate_stability_weight=1",)),
     "semantic-consistency": Variant(("model.config.semantic_consistency_weight=1",)),
     "closed-gate": Variant(("model.config.gate_weight_init=-8", "model.config.gate_bias_init=4")),
+    "agreement": Variant((AGREEMENT, "data.p_mix=0")),
+    "agreement-sms-5": Variant((AGREEMENT,)),
+    "agreement-sms-50": Variant((AGREEMENT, "data.p_mix=0.5")),
+    "agreement-without-hearing": Variant((AGREEMENT, "data.p_mix=0", "model.config.hearing_weight=0")),
+    "agreement-without-e": Variant((AGREEMENT, "data.p_mix=0", *CONSTANT)),
+    "agreement-without-loss": Variant((AGREEMENT, "data.p_mix=0", "model.config.matching_weight=0")),
 }
 """Variants that run only on request, which might make the entropy more informative (ours).
 
@@ -204,10 +219,13 @@ def run_variant(study: Study, name: str, seed: int) -> int:
             status = train(config)
         if status:
             return status
-    # Test clips are not kept.
+    # Test and validation clips are not kept.
     workers = dataclasses.replace(study, keep_clips=False).run_config(name, seed).resources.num_workers
     make_clips = partial(make_test_clips, study.test_clips)
     forget_accelerator()
+    if EVACapConfig.from_pretrained(model).has_matching_head:
+        with stopwatch(folder, "calibration"):
+            calibrate(model, partial(make_clips, split="validation"), num_workers=workers)
     with stopwatch(folder, "evaluation"):
         evaluation = evaluate(
             {name: model},
@@ -242,8 +260,8 @@ def run_variant(study: Study, name: str, seed: int) -> int:
     return 0
 
 
-def make_test_clips(num_clips: int, processor: EVACapProcessor) -> ProceduralClips:
-    return ProceduralClips(processor, num_clips, "test", TEST_SEED)
+def make_test_clips(num_clips: int, processor: EVACapProcessor, split: str = "test") -> ProceduralClips:
+    return ProceduralClips(processor, num_clips, split, TEST_SEED)
 
 
 def run_pretraining(study: Study) -> int:

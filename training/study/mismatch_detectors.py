@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ...modeling_evacap.fusion_evacap import EVACapGatedCrossAttention
-from ...modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
+from ...modeling_evacap.modeling_evacap import EVACapEncoder, EVACapEncoderOutput, EVACapForConditionalGeneration
 from ...processing.processing_evacap import EVACapProcessor
 from ..data.collator import EVACapDataCollator
 from ..evaluation.captioner import MakeClips, TestedClip, choose_videos, list_clips
@@ -67,6 +67,7 @@ def detect_mismatch(
         * `paired`: the share of the clips whose entropy by clip is higher with the swapped video;
         * `gate`: w_g and b_g of an entropy gate; mean and deviation over the tokens; the shares of tokens below 0.05 and
           above 0.95; the deviation of a clip's mean;
+        * `agreement`: what [`describe_agreement`] tells, of a captioner with a matching head;
         * `crossed`: of each figure by clip, what [`cross`] tells of the first `CROSSED` sounds, each with each of their
           pictures;
         * `histograms`: counts in `BINS` bins from 0 to 1, for clips and tokens, with matched and swapped videos.
@@ -99,10 +100,8 @@ def detect_mismatch(
     means = [F.normalize(stream[:CROSSED].mean(1), dim=-1) for stream in (sounds, pictures)]
     crossed = {"similarity": (means[0] @ means[1].T).numpy()}
     if model.config.fusion_type == "gated_cross_attention":
-        states = {
-            name: _look(encoder.fusion, sounds, pictures[index], batch_size, device) for name, index in places.items()
-        }
-        (own, own_gate), (swapped, swapped_gate) = states["own"], states["swapped"]
+        states = {name: _look(encoder, sounds, pictures[index], batch_size, device) for name, index in places.items()}
+        (own, own_gate, *own_agreement), (swapped, swapped_gate, *swapped_agreement) = states["own"], states["swapped"]
         # What should be high with the own picture.
         figures |= {
             "entropy, by clip": (-own.mean((1, 2)), -swapped.mean((1, 2))),
@@ -121,6 +120,10 @@ def detect_mismatch(
                 "gate, by token": (own_gate, swapped_gate),
             }
             histograms["gate"] = (own_gate, swapped_gate)
+            if own_agreement:
+                names = ("agreement, by clip", "agreement, by step")
+                figures |= dict(zip(names, zip(own_agreement, swapped_agreement)))
+                result["agreement"] = describe_agreement(own_agreement[0], swapped_agreement[0])
             result["gate"] = _describe_gate(encoder.fusion, own_gate)
         result["histograms"] = {
             f"{name}, by {unit}": {
@@ -131,7 +134,7 @@ def detect_mismatch(
             for unit in ("clip", "token")
         }
         rows = [
-            _look(encoder.fusion, sound.expand(len(means[1]), -1, -1), pictures[:CROSSED], batch_size, device)
+            _look(encoder, sound.expand(len(means[1]), -1, -1), pictures[:CROSSED], batch_size, device)
             for sound in tqdm(sounds[:CROSSED], desc="sounds with all pictures", unit="sound")
         ]
         entropies, gates = (np.stack([row[place].mean(-1) for row in rows]) for place in (0, 1))
@@ -160,6 +163,31 @@ def own_above(own: np.ndarray, swapped: np.ndarray, chosen: np.ndarray, videos: 
         `float`: The area under the ROC curve, 0 to 1. (ours)
     """
     return roc_auc(own[chosen].ravel(), swapped[chosen & chosen[videos]].ravel())
+
+
+def describe_agreement(own: np.ndarray, swapped: np.ndarray, threshold: float = 0.5) -> dict[str, float]:
+    """
+    How far the agreement of clips is a probability, and what a threshold makes of it.
+
+    Args:
+        own, swapped (`np.ndarray` of shape `(clips,)`): With the own and with another's picture.
+        threshold (`float`): Below it a picture does not belong.
+
+    Returns:
+        `calibration error`: the expected one, in ten bins as wide as each other, of own and others' pictures in equal
+        number; `false alarms`: own pictures below the threshold; `misses`: others' pictures above it.
+    """
+    probabilities = np.concatenate([own, swapped])
+    is_own = np.concatenate([np.ones(len(own)), np.zeros(len(swapped))])
+    bins = np.minimum((probabilities * 10).astype(int), 9)
+    error = sum(abs((probabilities[bins == place] - is_own[bins == place]).sum()) for place in np.unique(bins)) / len(
+        probabilities
+    )
+    return {
+        "calibration error": float(error),
+        "false alarms": float((own < threshold).mean()),
+        "misses": float((swapped >= threshold).mean()),
+    }
 
 
 def cross(table: np.ndarray) -> dict[str, float]:
@@ -191,19 +219,23 @@ def _own_above(table: np.ndarray) -> float:
 
 
 def _look(
-    fusion: EVACapGatedCrossAttention,
+    encoder: EVACapEncoder,
     sounds: torch.Tensor,
     pictures: torch.Tensor,
     batch_size: int,
     device: torch.device,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The entropies (clips, heads, T_a), in [0, 1], and the gates (clips, T_a)."""
-    entropies, gates = [], []
-    for audio, video in zip(sounds.split(batch_size), pictures.split(batch_size)):
-        _, gate, _, weights = fusion(audio.to(device), video.to(device), output_attentions=True)
-        entropies.append((torch.special.entr(weights).sum(-1) / np.log(weights.shape[-1])).clamp(0, 1).cpu())
-        gates.append(gate.cpu())
-    return torch.cat(entropies).double().numpy(), torch.cat(gates).double().numpy()
+) -> list[np.ndarray]:
+    """The entropies (clips, heads, T_a), in [0, 1], the gates (clips, T_a), and with a matching head the agreement of
+    the clips (clips,) and of their time steps (clips, T)."""
+    parts = []
+    for streams in zip(sounds.split(batch_size), pictures.split(batch_size)):
+        audio, video = (EVACapEncoderOutput(last_hidden_state=stream.to(device)) for stream in streams)
+        outputs = encoder.fuse(audio, video, output_attentions=True)
+        weights = outputs.cross_attentions
+        entropy = (torch.special.entr(weights).sum(-1) / np.log(weights.shape[-1])).clamp(0, 1)
+        part = [entropy, outputs.fusion_gate, outputs.agreement, outputs.agreement_by_step]
+        parts.append([figure.double().cpu() for figure in part if figure is not None])
+    return [torch.cat(figure).numpy() for figure in zip(*parts)]
 
 
 def _above(higher: np.ndarray, lower: np.ndarray) -> float:
@@ -234,7 +266,7 @@ def _fitted(own: np.ndarray, swapped: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def _describe_gate(fusion: EVACapGatedCrossAttention, gates: np.ndarray) -> dict[str, float]:
     figures: dict[str, float] = {}
-    if fusion.gate_type == "entropy":
+    if fusion.gate_type in ("entropy", "agreement"):
         figures = {"weight": fusion.gate_weight.item(), "bias": fusion.gate_bias.item()}
     return figures | {
         "mean": float(gates.mean()),

@@ -60,6 +60,18 @@ CHANGES = {
     "gate-stability": {"gate_stability_weight": 1},
     "semantic-consistency": {"semantic_consistency_weight": 1},
     "closed-gate": {"gate_weight_init": -8, "gate_bias_init": 4},
+    "agreement": {"model.preset": "evacap-agreement", "data.p_mix": 0},
+    "agreement-sms-5": {"model.preset": "evacap-agreement"},
+    "agreement-sms-50": {"model.preset": "evacap-agreement", "data.p_mix": 0.5},
+    "agreement-without-hearing": {"model.preset": "evacap-agreement", "data.p_mix": 0, "hearing_weight": 0},
+    "agreement-without-e": {
+        "model.preset": "evacap-agreement",
+        "data.p_mix": 0,
+        "gate_weight_init": 0,
+        "gate_bias_init": 0,
+        "model.freeze": ["model.encoder.fusion.gate_weight"],
+    },
+    "agreement-without-loss": {"model.preset": "evacap-agreement", "data.p_mix": 0, "matching_weight": 0},
 }
 """All that a variant's settings have other than EVACap's."""
 NETWORKS = {
@@ -68,6 +80,7 @@ NETWORKS = {
     "without-e": ("gated_cross_attention", "learned"),
     "without-se": ("gated_cross_attention", "learned"),
     "without-g": ("gated_cross_attention", "none"),
+    **{name: ("gated_cross_attention", "agreement") for name in CHANGES if name.startswith("agreement")},
 }
 
 
