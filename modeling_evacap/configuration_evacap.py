@@ -278,7 +278,6 @@ class EVACapConfig(PreTrainedConfig):
         ValueError: If a field has an illegal value; the message has the field, its value and what is legal.
 
     Example:
-
     ```python
     >>> from evacap import EVACapConfig, EVACapForConditionalGeneration
 

@@ -11,8 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-The fusion of EVACap: cross-attention from sound to picture, and the gate that its entropy closes.
+"""The fusion of EVACap: cross-attention from sound to picture, and the gate that its entropy closes.
 
 A are the audio tokens (T_a, d), and queries Q come from them; keys K and values U come from the T_v video tokens. For
 each head, and for each audio token with the attention probabilities P_j over the video tokens j:
@@ -48,8 +47,7 @@ def _count_visible(video: torch.Tensor, video_mask: torch.Tensor | None) -> torc
 def attention_and_entropy(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """
-    Attention with its probabilities and their entropy in nats (paper, equations 1 and 2, before its normalisation).
+    """Attention with its probabilities and their entropy in nats (paper, equations 1 and 2, before its normalisation).
 
     Args:
         query (`torch.Tensor` of shape `(batch_size, num_heads, T_a, head_dim)`): Queries of the audio tokens.
@@ -146,17 +144,17 @@ def fused_attention_and_entropy(
 
 
 class EVACapGatedCrossAttention(nn.Module):
-    """
-    The entropy-gated cross-attention (paper, equations 1 to 3): audio tokens query the picture, and a gate that
-    closes where the attention is undecided mixes what they find into the audio.
+    """The entropy-gated cross-attention (paper, equations 1 to 3).
 
-    With `gate_type="agreement"` the gate is the paper's where a matching head says that the picture belongs to the
-    sound, and exactly 0 elsewhere, as for a clip without a picture (ours): for the tokens of the time step t,
+    Audio tokens query the picture. A gate mixes the result into the audio, and closes where the attention is undecided.
+
+    With `gate_type="agreement"`, the gate is that of the paper if a matching head finds that the picture belongs to the
+    sound, and otherwise exactly 0, as for a clip without a picture (ours). For the tokens of the time step t it is
 
         g · 1[σ((z + z_t) / 2τ) ≥ threshold]
 
-    with the logits z of the clip and z_t of the step, and the temperature τ of their calibration. In training, where it is
-    known which pictures are others', the gate is told: g · 1[own picture].
+    with the logits z of the clip and z_t of the step, and the temperature τ of their calibration. In training it is known
+    which pictures are swapped, and the gate is g · 1[own picture].
     """
 
     def __init__(self, config: EVACapConfig):

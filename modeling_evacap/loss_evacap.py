@@ -82,14 +82,14 @@ def semantic_consistency(matched: torch.Tensor, swapped: torch.Tensor, labels: t
 
 
 def matching_loss(logits: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """
-    Binary cross-entropy of the matching head's logits, where own and others' pictures weigh the same however many there
-    are of each (ours). 0 where one of the two is missing: alone it would teach the head to say always the same.
+    """Binary cross-entropy of the logits of the matching head, with equal weight of own and other pictures (ours).
+
+    It is 0 if one of the two is missing, because the other alone would teach the head a constant answer.
 
     Args:
-        logits (`torch.Tensor` of shape `(pairs,)` or `(pairs, T)`): Of sounds with pictures.
+        logits (`torch.Tensor` of shape `(pairs,)` or `(pairs, T)`): Logits of sounds with pictures.
         targets (`torch.BoolTensor` of the same shape): Whether the picture is the sound's own.
-        counted (`torch.BoolTensor` of the same shape): Where there is something to hear and something to see.
+        counted (`torch.BoolTensor` of the same shape): Whether there is both sound and picture.
     """
     losses = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
     own, others = counted & targets, counted & ~targets
@@ -98,9 +98,9 @@ def matching_loss(logits: torch.Tensor, targets: torch.Tensor, counted: torch.Te
 
 
 def heard_words(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """
-    Cross-entropy of the words of each caption, in whatever order, under what the audio tower alone says (ours): mean
-    over the words. What only the picture told is learned as a guess here, and captions never read it.
+    """Cross-entropy of the words of each caption, in any order, predicted from the audio tower alone (ours).
+
+    It is the mean over the words. What only the picture shows is learned here as a guess, which captions never read.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, n)`): Scores over the vocabulary.

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The agreement of a sound and a picture: the head that tells whether they belong together, and its loss."""
+"""The matching head, which predicts whether a sound and a picture belong together, and its loss."""
 
 import torch
 import torch.nn.functional as F
@@ -22,23 +22,23 @@ from .configuration_evacap import EVACapConfig
 from .loss_evacap import matching_loss
 
 
-# Others' pictures with which each sound of a batch is compared in training (ours).
+# Number of other pictures with which each sound of a batch is compared in training (ours).
 OTHERS = 2
 
 
 class EVACapMatchingHead(nn.Module):
-    r"""
-    Tells whether a picture belongs to a sound, for the clip and for each audio time step (ours; CAE-AV's agreement and
-    ALBEF's matching are its relatives). Each audio token looks for its picture, and each video token for its sound:
+    r"""Predicts whether a picture belongs to a sound, for the clip and for each audio time step.
+
+    It is ours; similar are the agreement of CAE-AV and the matching of ALBEF. Each audio token attends to the picture, and
+    each video token to the sound:
 
         S = (A W_q)(V W_k)ᵀ / √w,   c = softmax_video(S) V W_v,   e = softmax_audio(Sᵀ) A W_a
         h = GELU(W_h [A W_a; c; A W_a ⊙ c]),   k = GELU(W_m [V W_v; e; V W_v ⊙ e])
         z = MLP([mean h; max h; mean k; max k])
         z_t = MLP([mean_t h; max_t h; mean_t k; max_t k])
 
-    with the mean and the maximum over all tokens that exist, and, where they have an index t, over those of the time
-    step t: the mel rows of the sound, and the picture that is seen then. Sound and picture are taken to cover the same
-    time.
+    with mean and maximum over all tokens that exist and, with an index t, over those of the time step t: the mel rows of the
+    sound, and the picture that is shown then. Sound and picture are assumed to cover the same time.
     """
 
     def __init__(self, config: EVACapConfig):
@@ -69,13 +69,14 @@ class EVACapMatchingHead(nn.Module):
         audio_mask: torch.Tensor | None = None,
         video_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""
+        r"""Predicts the logits of agreement.
+
         Args:
             audio (`torch.Tensor` of shape `(batch_size, num_rows * T, hidden_size)`): Audio tokens, mel row by row.
             video (`torch.Tensor` of shape `(batch_size, T_v, video_hidden_size)`): Video tokens.
-            audio_mask (`torch.BoolTensor` of shape `(batch_size, num_rows * T)`, *optional*): Those that exist.
-            video_mask (`torch.BoolTensor` of shape `(batch_size, T_v)`, *optional*): Those that exist. What is said of
-                a row without any means nothing, but is a finite number.
+            audio_mask (`torch.BoolTensor` of shape `(batch_size, num_rows * T)`, *optional*): The audio tokens that exist.
+            video_mask (`torch.BoolTensor` of shape `(batch_size, T_v)`, *optional*): The video tokens that exist. The
+                logits of a row without any are meaningless but finite.
 
         Returns:
             The logits of the clips (batch_size,) and of their audio time steps (batch_size, T), in float32 or better.
@@ -136,14 +137,14 @@ def match_in_batch(
     sound_index: torch.Tensor,
     picture_index: torch.Tensor,
 ) -> torch.Tensor:
-    """
-    [`matching_loss`] of the pictures of a batch: each sound with the one that it has, with those of the next samples,
-    and, for the time steps, with its own before a cut and another's behind it, or the reverse (ours). No picture passes
-    its tower again.
+    """[`matching_loss`] over the pictures of a batch (ours).
+
+    Each sound is compared with its present picture and with those of the next samples. For the time steps it is also
+    compared with its own picture before a cut and another one behind it, or the reverse. No picture passes its tower again.
 
     Args:
-        head ([`EVACapMatchingHead`]), audio, video, audio_mask, video_mask: Its arguments.
-        clip, step (`torch.Tensor` of shape `(pairs,)` and `(pairs, T)`): What it said of them.
+        head ([`EVACapMatchingHead`]), audio, video, audio_mask, video_mask: The head and its arguments.
+        clip, step (`torch.Tensor` of shape `(pairs,)` and `(pairs, T)`): The logits of the head for the present pictures.
         sound_index, picture_index (`torch.LongTensor` of shape `(pairs,)`): The samples to which the sound and the
             picture of each pair belong.
 

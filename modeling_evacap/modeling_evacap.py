@@ -661,11 +661,11 @@ class EVACapEncoder(EVACapPreTrainedModel):
         picture_index: torch.Tensor | None = None,
         output_attentions: bool = False,
     ) -> EVACapEncoderOutput:
-        """
-        The gated fusion of the towers' tokens, before the joint blocks.
+        """Fuses the tokens of the towers, before the joint blocks.
 
         Args:
-            audio, video ([`EVACapEncoderOutput`]): Of the towers, a row a pair; `video` is `None` without a picture.
+            audio, video ([`EVACapEncoderOutput`]): Outputs of the towers, with one row for each pair; `video` is `None`
+                without a picture.
             audio_index, picture_index: See [`~EVACapEncoder.forward`].
             output_attentions (`bool`, *optional*, defaults to `False`): Whether to return the `cross_attentions`.
         """
@@ -693,9 +693,10 @@ class EVACapEncoder(EVACapPreTrainedModel):
     def see(
         self, pixel_values_videos: torch.Tensor, pixel_values_videos_mask: torch.Tensor | None = None, **outputs
     ) -> EVACapEncoderOutput:
-        """
-        The video tower. With `gate_type="agreement"`, tubelets of one colour, as of a black screen, are left out of its
-        mask: there is nothing in them that could belong to a sound or not (ours).
+        """Runs the video tower.
+
+        With `gate_type="agreement"`, uniform tubelets, as of a black screen, are removed from its mask, because nothing in
+        them could agree or disagree with a sound (ours).
 
         Args:
             pixel_values_videos, pixel_values_videos_mask, outputs: Arguments of [`EVACapVideoTower`].
@@ -1239,7 +1240,6 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
     captions.
 
     Example:
-
     ```python
     >>> from transformers import AutoModel, AutoProcessor
     >>> import evacap
@@ -1458,9 +1458,9 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         swapped: torch.Tensor | None,
         num_items_in_batch: int | torch.Tensor | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """
-        The loss, and its terms by name where there are regularisers; `matched_logits` are of the samples `swapped` with
-        their own video.
+        """The loss, and its terms by name if there are regularisers.
+
+        `matched_logits` belong to the samples `swapped` with their own video.
         """
         labels = labels.to(logits.device)
         loss = label_smoothed_kl(logits, labels, self.config.label_smoothing, num_items_in_batch)

@@ -1,6 +1,6 @@
-"""Makes the agreement of a captioner a probability.
+"""Calibrates the agreement of a captioner, so that it is a probability.
 
-It fits the temperature of its matching head on clips that it has not learned from, and writes it into its folder:
+It fits the temperature of the matching head on clips that the captioner was not trained on, and writes it into its folder:
 
 python -m evacap.training.evaluation.calibration MODEL --procedural 500
 """
@@ -34,7 +34,7 @@ def agreement_logits(
     num_workers: int = 0,
     max_clips: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the matching head says of clips with their own and with another's picture, before any temperature.
+    """The logits of the matching head for clips with matched and with swapped pictures, before any temperature.
 
     Args:
         checkpoint (`str` or `os.PathLike`): A captioner with `gate_type="agreement"`.
@@ -47,7 +47,7 @@ def agreement_logits(
         The logits (clips,) of own and of others' pictures, of the clips that have something to see.
 
     Raises:
-        ValueError: the captioner has no matching head, or fewer than two clips have a picture.
+        ValueError: If the captioner has no matching head, or if fewer than two clips have a picture.
     """
     model = EVACapForConditionalGeneration.from_pretrained(checkpoint)
     if not model.config.has_matching_head:
@@ -85,7 +85,7 @@ def agreement_logits(
 
 
 def fit_temperature(own: torch.Tensor, others: torch.Tensor) -> float:
-    """The temperature under which own and others' pictures are told apart with the likeliest probabilities.
+    """The temperature with the highest likelihood for matched and swapped pictures.
 
     Args:
         own, others (`torch.Tensor` of shape `(clips,)`): Logits; the two groups weigh the same.

@@ -1,4 +1,4 @@
-"""Harder lies than another clip's picture, and whether a captioner's agreement sees through them. (ours)
+"""Mismatches that are harder than the picture of another clip, and whether a captioner detects them (ours).
 
 python -m evacap.training.study.lies MODEL
 """
@@ -31,7 +31,7 @@ LIES = {
     "half": "another's picture in the second half: each time step counts for itself",
     "black": "a black screen: the agreement is to say that there is nothing to see",
 }
-"""By name."""
+"""The kinds of mismatch."""
 Span = tuple[str, float, float]
 """What can be heard or seen to move: the look of its source, when it begins and when it ends, in seconds."""
 

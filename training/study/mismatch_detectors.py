@@ -166,16 +166,15 @@ def own_above(own: np.ndarray, swapped: np.ndarray, chosen: np.ndarray, videos: 
 
 
 def describe_agreement(own: np.ndarray, swapped: np.ndarray, threshold: float = 0.5) -> dict[str, float]:
-    """
-    How far the agreement of clips is a probability, and what a threshold makes of it.
+    """The calibration of the agreement, and its errors at a threshold.
 
     Args:
-        own, swapped (`np.ndarray` of shape `(clips,)`): With the own and with another's picture.
-        threshold (`float`): Below it a picture does not belong.
+        own, swapped (`np.ndarray` of shape `(clips,)`): Agreement with the matched and with the swapped picture.
+        threshold (`float`): The threshold below which a picture does not belong to the sound.
 
     Returns:
-        `calibration error`: the expected one, in ten bins as wide as each other, of own and others' pictures in equal
-        number; `false alarms`: own pictures below the threshold; `misses`: others' pictures above it.
+        `calibration error`: the expected calibration error in ten bins of equal width, with equally many matched and swapped
+        pictures; `false alarms`: matched pictures below the threshold; `misses`: swapped pictures above it.
     """
     probabilities = np.concatenate([own, swapped])
     is_own = np.concatenate([np.ones(len(own)), np.zeros(len(swapped))])
@@ -225,8 +224,10 @@ def _look(
     batch_size: int,
     device: torch.device,
 ) -> list[np.ndarray]:
-    """The entropies (clips, heads, T_a), in [0, 1], the gates (clips, T_a), and with a matching head the agreement of
-    the clips (clips,) and of their time steps (clips, T)."""
+    """The entropies (clips, heads, T_a), in [0, 1], and the gates (clips, T_a).
+
+    With a matching head also the agreement of the clips (clips,) and of their time steps (clips, T).
+    """
     parts = []
     for streams in zip(sounds.split(batch_size), pictures.split(batch_size)):
         audio, video = (EVACapEncoderOutput(last_hidden_state=stream.to(device)) for stream in streams)
