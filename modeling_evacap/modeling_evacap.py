@@ -1494,8 +1494,13 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         """The decoder's input (batch_size, length) for `labels`: the start token, then all labels but the last."""
         return shift_tokens_right(labels, self.config.text_config.pad_token_id, self.config.decoder_start_token_id)
 
-    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any):
+    def prepare_inputs_for_generation(
+        self, *args: Any, past_key_values: Cache | None = None, is_first_iteration: bool = False, **kwargs: Any
+    ):
         """As in `GenerationMixin`, with an error if the last step has left nothing in the cache."""
+        # Before 5.24 Transformers takes the old name only if it stands in this signature.
+        if past_key_values is not None:
+            kwargs["past_key_values"] = past_key_values
         inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
         if kwargs.get("use_cache") and not is_first_iteration:
             cache = inputs.get("cache", inputs.get("past_key_values"))

@@ -619,6 +619,26 @@ def test_arguments_that_nobody_reads_are_refused_by_name(part):
         module(**arguments, next_name=object())
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_generation_goes_on_from_a_cache(name):
+    if name == "cache" and CACHE_FIELD != "cache":
+        pytest.skip("this Transformers calls it past_key_values")
+    model, inputs = build(), tiny_inputs()
+    model.generation_config.eos_token_id = None
+    whole = model.generate(**inputs, max_new_tokens=6)
+    first = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
+    encoder_outputs = model.get_encoder()(**inputs)
+    rest = model.generate(
+        encoder_outputs=encoder_outputs,
+        decoder_input_ids=first.sequences,
+        # By the mask of all tokens Transformers sees which of them the cache has already.
+        decoder_attention_mask=torch.ones_like(first.sequences),
+        max_new_tokens=3,
+        **{name: first[CACHE_FIELD]},
+    )
+    assert torch.equal(rest, whole)
+
+
 def renamed(prepare, value):
     """`prepare_inputs_for_generation` of a Transformers that calls the cache by another name, or keeps it back."""
 
