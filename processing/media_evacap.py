@@ -61,6 +61,8 @@ SECONDS_A_WINDOW = 60.0
 """Processor time that reading one window may take."""
 MEMORY_A_PROCESS = 2**32
 """Bytes that a process which reads files may take on top of what it has when it begins."""
+OVER_TIME = 70
+"""Exit status of a process that ended itself, as FFmpeg did not return; see [`guard_process`]."""
 DOWNLOAD_BYTES, DOWNLOAD_SECONDS = 2**32, 600.0
 """The largest download, or stream that cannot be read twice, and the longest time that a download may take."""
 
@@ -336,13 +338,14 @@ def read_media(source: str | os.PathLike | bytes | BinaryIO | MediaFile, **optio
         try:
             reader = MediaReader(file, **options)
             yield reader
+        except MemoryError as error:
+            bound = "there is" if _memory is None else f"the {_memory / 2**20:,.0f} MiB that its process may use"
+            raise MediaError(f"{file.label}: reading it takes more memory than {bound}; leave it out") from error
         except av.FFmpegError as error:
             found = "the file breaks off" if _breaks_off(file) else error.strerror
             raise MediaError(
                 f"{file.label}: cannot be read as sound or picture ({found}); check that it is a complete media file"
             ) from error
-        except MemoryError as error:
-            raise MediaError(f"{file.label}: reading it takes more memory than there is; leave it out") from error
         finally:
             if reader is not None:
                 reader.close()
@@ -568,6 +571,9 @@ class _Budget:
             )
 
 
+_memory: int | None = None  # what `guard_process` allows this process
+
+
 def guard_process(memory: int = MEMORY_A_PROCESS):
     """Limits memory and time of a process that only reads files.
 
@@ -577,12 +583,14 @@ def guard_process(memory: int = MEMORY_A_PROCESS):
     Args:
         memory: Bytes that the process may use in addition to what it has; only on Linux.
     """
+    global _memory
     try:
         import resource
 
         with open("/proc/self/statm") as sizes:
             used = int(sizes.read().split()[5]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_DATA, (used + memory, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+        _memory = memory
     except (ImportError, OSError, ValueError, IndexError):
         pass
     threading.Thread(target=_watch, daemon=True).start()
@@ -595,7 +603,7 @@ def _watch():
         if budget is not None and time.process_time() - budget.began > 2 * SECONDS_A_WINDOW:
             message = f"{budget.label}: reading it takes more than {2 * SECONDS_A_WINDOW:g} s; its process is ended\n"
             os.write(2, message.encode(errors="replace"))
-            os._exit(70)
+            os._exit(OVER_TIME)
 
 
 class _Cursor:
