@@ -61,6 +61,8 @@ SECONDS_A_WINDOW = 60.0
 """Processor time that reading one window may take."""
 MEMORY_A_PROCESS = 2**32
 """Bytes that a process which reads files may take on top of what it has when it begins."""
+OVER_TIME = 70
+"""Exit status of a process that ended itself, as FFmpeg did not return; see [`guard_process`]."""
 DOWNLOAD_BYTES, DOWNLOAD_SECONDS = 2**32, 600.0
 """The largest download, or stream that cannot be read twice, and the longest time that a download may take."""
 
@@ -336,13 +338,14 @@ def read_media(source: str | os.PathLike | bytes | BinaryIO | MediaFile, **optio
         try:
             reader = MediaReader(file, **options)
             yield reader
+        except MemoryError as error:
+            bound = "there is" if _memory is None else f"the {_memory / 2**20:,.0f} MiB that its process may use"
+            raise MediaError(f"{file.label}: reading it takes more memory than {bound}; leave it out") from error
         except av.FFmpegError as error:
             found = "the file breaks off" if _breaks_off(file) else error.strerror
             raise MediaError(
                 f"{file.label}: cannot be read as sound or picture ({found}); check that it is a complete media file"
             ) from error
-        except MemoryError as error:
-            raise MediaError(f"{file.label}: reading it takes more memory than there is; leave it out") from error
         finally:
             if reader is not None:
                 reader.close()
@@ -558,11 +561,17 @@ class _Budget:
     def end(self):
         _Budget.current = None
 
+    def is_over(self) -> bool:
+        return time.thread_time() > self.limit
+
     def check(self):
-        if time.thread_time() > self.limit:
+        if self.is_over():
             raise MediaError(
                 f"{self.label}: reading it takes more than {SECONDS_A_WINDOW:g} s of processor time a window; leave it out"
             )
+
+
+_memory: int | None = None  # what `guard_process` allows this process
 
 
 def guard_process(memory: int = MEMORY_A_PROCESS):
@@ -574,12 +583,14 @@ def guard_process(memory: int = MEMORY_A_PROCESS):
     Args:
         memory: Bytes that the process may use in addition to what it has; only on Linux.
     """
+    global _memory
     try:
         import resource
 
         with open("/proc/self/statm") as sizes:
             used = int(sizes.read().split()[5]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_DATA, (used + memory, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+        _memory = memory
     except (ImportError, OSError, ValueError, IndexError):
         pass
     threading.Thread(target=_watch, daemon=True).start()
@@ -592,7 +603,7 @@ def _watch():
         if budget is not None and time.process_time() - budget.began > 2 * SECONDS_A_WINDOW:
             message = f"{budget.label}: reading it takes more than {2 * SECONDS_A_WINDOW:g} s; its process is ended\n"
             os.write(2, message.encode(errors="replace"))
-            os._exit(70)
+            os._exit(OVER_TIME)
 
 
 class _Cursor:
@@ -612,7 +623,8 @@ class _Cursor:
         return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.budget.check()
+        if self.budget.is_over():  # PyAV prints an error here and goes on
+            return -errno.EIO
         if whence == os.SEEK_CUR:
             offset, whence = self.position + offset, os.SEEK_SET
         position = self.file.seek(offset, whence)
@@ -655,9 +667,11 @@ class _Track:
         self.stamp: int | None = None
         self.order = -math.inf  # decoding time of the last packet
         self.next = -math.inf  # … and of the one expected after it
+        self.step = math.inf  # seconds between the last two
         self.before_leap: float | None = None
         self.pending: tuple[Any, float] | None = None  # a packet at which the clock seems to begin anew, and its time
-        self.end = -math.inf
+        self.latest = self.end = -math.inf  # display time of the latest packet, and when it ends
+        self.reached = -math.inf  # what is certain of the end: a picture may claim any length
         self.gap = False
 
     def length(self, data) -> float:
@@ -770,7 +784,7 @@ class _Demuxer:
 
     @property
     def end(self) -> float:
-        return max(track.end for track in self.tracks.values())
+        return max(track.end if self.ended else track.reached for track in self.tracks.values())
 
     def is_still(self) -> bool:
         """Whether the file is one picture."""
@@ -895,9 +909,12 @@ class _Demuxer:
     def _place(self, data, track: _Track, stamp: int | None) -> _Packet | None:
         """A packet on the time line of the file; `None` for one whose time stamps are damaged."""
         length = track.length(data)
+        # The length that a picture claims may be damaged.
+        due = track.next if track.is_sound else min(track.next, track.order + track.step)
+        due = due if due > -math.inf else max(0.0, self.needed)
         counted = stamp is None or (track.is_sound and stamp == track.stamp)
         if counted:
-            time = order = track.next if track.next > -math.inf else max(0.0, self.needed)
+            time = order = due
             data.pts = data.dts = None
         else:
             time = order = stamp * track.tick - self.origin + track.offset
@@ -908,15 +925,24 @@ class _Demuxer:
                 data.pts, data.dts = (None if value is None else value + shift for value in (data.pts, data.dts))
         if self._is_damaged(track, time, length):
             self.note("some time stamps damaged")
-            return None
+            time = next((moment for moment in (order, due) if not self._is_damaged(track, moment, length)), None)
+            if track.is_sound or time is None:
+                return None
+            # The pictures after it may depend on it.
+            order, data.pts, data.dts = time, None, None
         if order < track.order - _BACKWARD:
             track.drop_later_than(order + _BACKWARD)
         if order > max(track.next, track.since) + _BACKWARD:
             track.before_leap = max(track.order, track.since)
         track.stamp = track.stamp if stamp is None else stamp
+        if order > track.order > -math.inf:
+            track.step = order - track.order
         track.order, track.next = order, order + length
         if not data.is_discard:
-            track.end = max(track.end, time + (length if length < _MAX_JUMP else 0.0))
+            length = length if length < _MAX_JUMP else 0.0
+            if time >= track.latest:
+                track.latest, track.end = time, time + length
+            track.reached = max(track.reached, time + length if track.is_sound else time)
         return _Packet(data, time, order, counted)
 
     def _is_damaged(self, track: _Track, time: float, length: float) -> bool:
@@ -1082,7 +1108,7 @@ class _Pictures:
             elif frame.pts is not None:
                 self.last = frame.pts * self.track.tick - self.source.origin
             elif packet is not None:
-                self.last = packet.time
+                self.last = packet.order
             self.decoded.append(_Picture(self.last, frame))
 
     def _feed(self, data) -> list | None:
@@ -1124,36 +1150,36 @@ class _Sound:
     def hear(self, stop: float):
         """Decode up to `stop`, as far as there is sound."""
         while not self.drained and self.waveform.due < stop + _MAX_JITTER:
-            packet = self._peek(stop)
-            if packet is None:
+            if not self._wait(1, stop):
                 if not self.source.ended:
                     return
                 self.drained = True
                 self._decode(None)
-            elif packet.time > stop + _PREROLL:
-                # Where the time leaps ahead, the packet behind it tells whether that is damage.
-                if packet.time <= self.waveform.due + _BACKWARD or len(self.track.queue) > 1 or not self.source.read():
-                    return
-            else:
-                self._decode(self.track.take())
+                return
+            if self.track.queue[0].time > self.waveform.due + _BACKWARD:
+                # The packet behind tells whether a leap ahead is damage, and takes it away then.
+                self._wait(2, stop)
+            if self.track.queue[0].time > stop + _PREROLL:
+                return
+            self._decode(self.track.take())
             if self.waveform.bytes > _MAX_SOUND_BYTES:
                 raise MediaError(
                     f"{self.source.file.label}: lasts more than {self.waveform.due:,.0f} s, which is too much sound for "
                     "one window; give a `duration`"
                 )
 
-    def _peek(self, stop: float) -> _Packet | None:
-        """The next packet; `None` at the end, or where the sound lags too far behind the picture."""
+    def _wait(self, count: int, stop: float) -> bool:
+        """Read until so many packets wait; `False` at the end, or where the sound lags too far behind the picture."""
         since = None
-        while not self.track.queue:
+        while len(self.track.queue) < count:
             others = self.source.picture
             if others is not None and others.order > stop + _INTERLEAVE:
                 since = others.bytes if since is None else since
                 if others.bytes - since > _LAG_BYTES:
-                    return None
+                    return False
             if not self.source.read():
-                return None
-        return self.track.queue[0]
+                return False
+        return True
 
     def _decode(self, packet: _Packet | None):
         codec = self.track.stream.codec_context

@@ -9,14 +9,19 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 
+import av
+import numpy as np
 import psutil
 import pytest
+from media_files import tones, write_clip
 
 import evacap
 from evacap.cli import main
 from evacap.commands.caption import find_media, open_results
+from evacap.processing import media_evacap
 from evacap.processing.model_processor import load_processor
 
 
@@ -232,6 +237,42 @@ def test_half_a_line_is_cut_off(tmp_path):
         assert path.read_bytes() == line
 
 
+def test_which_sound_is_heard(tmp_path, monkeypatch):
+    """Of the two tracks the first is silent, and so is the first channel of the other file."""
+    monkeypatch.chdir(tmp_path)
+    sound = tones(1)
+    write_clip(
+        Path("stereo.wav"),
+        video=None,
+        audio="pcm_s16le",
+        rate=16000,
+        layout="stereo",
+        sound=np.vstack([0 * sound, sound]),
+    )
+    with av.open("tracks.mkv", "w") as container:
+        voices = [container.add_stream("flac", rate=16000, layout="mono") for _ in range(2)]
+        for loudness, voice in enumerate(voices):
+            frame = av.AudioFrame.from_ndarray(loudness * sound, format="flt", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = 16000, 0, Fraction(1, 16000)
+            for packet in [*voice.encode(frame), *voice.encode(None)]:
+                container.mux(packet)
+
+    def results(*options):
+        assert main(["caption", *options, "--output", "heard.jsonl"]) == int("2" in options)
+        found = read("heard.jsonl")
+        Path("heard.jsonl").unlink()
+        return found
+
+    (average,), (first,) = results("stereo.wav"), results("stereo.wav", "--channels", "first")
+    assert "silent" not in average and first["silent"]
+    for workers in ("0", "1"):
+        (zero,) = results("tracks.mkv", "--audio-track", "0", "--workers", workers)
+        (one,) = results("tracks.mkv", "--audio-track", "1", "--workers", workers)
+        assert zero["silent"] and "silent" not in one
+    (two,) = results("tracks.mkv", "--audio-track", "2")
+    assert "tracks.mkv: has 2 sound tracks, counted from 0, and no number 2" in two["error"]
+
+
 def wait_for(condition: Callable[[], object]) -> object:
     """What `condition` returns once it is true; the limit is only there to end a test that hangs."""
     end = time.monotonic() + 120
@@ -273,6 +314,21 @@ def stuck(folder):
 needs_fork = pytest.mark.skipif(
     multiprocessing.get_start_method() != "fork", reason="the reading process must be a child of the command"
 )
+
+
+@needs_fork
+def test_a_clip_at_which_ffmpeg_does_not_return_loses_no_other(folder, shared, monkeypatch, capfd):
+    # FFmpeg searches in it for seconds before it asks for more.
+    shutil.copyfile(shared("faults/hostile/slow_open.mp4"), "clips/b.mp4")
+    monkeypatch.setattr(media_evacap, "SECONDS_A_WINDOW", 0.5)
+    names = ["clips/a.mp4", "clips/b.mp4", "clips/c.MP4"]
+    options = ["--output", "captions.jsonl", "--workers", "1", "--batch-size", "1"]
+    assert main(["caption", *names, *options]) == 1
+    lines = read("captions.jsonl")
+    assert [line["file"] for line in lines] == names
+    assert lines[0]["text"] == lines[2]["text"] != ""
+    assert lines[1].keys() == {"file", "error"} and len(lines[1]["error"].splitlines()) == 1
+    assert "b.mp4: reading it takes more than 1 s; its process is ended" in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -304,6 +304,67 @@ def test_a_clock_that_stands_still_is_counted(tmp_path):
     assert [second for window in windows(path, 3.0) for second in heard(window.waveform)] == list(range(6))
 
 
+def move_block(path: Path, kind: str, number: int, seconds: float):
+    """Let a Matroska file say another time of one packet of its sound or picture."""
+    with av.open(str(path)) as container:
+        packets = [bytes(packet) for packet in container.demux(**{kind: 0}) if packet.size]
+    data = bytearray(path.read_bytes())
+    where = data.index(packets[number]) - 3  # behind the time, in milliseconds from that of the cluster, one of flags
+    struct.pack_into(">h", data, where, struct.unpack_from(">h", data, where)[0] + round(1000 * seconds))
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("extension, video, audio", [("mkv", "libx264", "flac"), ("webm", "libvpx-vp9", "libopus")])
+def test_a_lone_wrong_time_costs_its_packet_alone(tmp_path, warnings, extension, video, audio):
+    path = tmp_path / f"clip.{extension}"
+    write_clip(path, seconds=6.2, video=video, audio=audio, rate=48000, sound=tones(6.2, 48000))
+    move_block(path, "audio", 28 if audio == "flac" else 140, 2.3)
+    assert heard(load_media(path).waveform)[:6] == list(range(6))
+    assert [second for window in windows(path, 2.0) for second in heard(window.waveform)][:6] == list(range(6))
+    assert heard(load_media(path, start=1, duration=3).waveform)[:3] == [1, 2, 3]
+
+
+def test_a_picture_without_a_credible_time_is_decoded(tmp_path, warnings):
+    path = tmp_path / "clip.webm"
+    write_clip(path, seconds=6, video="libvpx-vp9", audio="libopus", rate=48000, gop=25)
+    move_block(path, "video", 55, 20.0)
+    with read_media(path, num_frames=30) as reader:
+        found = reader.read()
+    moments = (np.arange(30) + 0.5) / 5
+    assert read_barcodes(found.frames) == [int(25 * moment + 0.01) for moment in moments]
+    assert found.duration == pytest.approx(6, abs=0.1)
+    assert "time stamps damaged" in warnings[0]
+
+
+def test_a_picture_without_a_time_is_not_late_by_the_length_that_the_last_one_claims(tmp_path):
+    path = tmp_path / "clip.ts"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, width=WIDTH, height=HEIGHT, pix_fmt="yuv420p")
+        stream.codec_context.gop_size = 12
+        stream.options = {"x264-params": "scenecut=0"}
+        packets = []
+        for number in range(100):
+            frame = av.VideoFrame.from_ndarray(barcode(number), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            packets += stream.encode(frame)
+        packets += stream.encode(None)
+        # The first twelve pictures say that they last five seconds each.
+        slow = av.BitStreamFilterContext("h264_metadata=tick_rate=2/5", stream)
+        for number, packet in enumerate(packets):
+            for piece in slow.filter(packet) if number < 12 else [packet]:
+                piece.stream = stream
+                container.mux(piece)
+    data = bytearray(path.read_bytes())
+    where = -1
+    for _ in range(3):
+        where = data.index(b"\0\0\1\xe0", where + 1)
+    data[where + 7] &= 0x3F  # no time stamps
+    path.write_bytes(data)
+    found = load_media(path, num_frames=20)
+    assert found.duration == pytest.approx(4, abs=0.1)
+    assert read_barcodes(found.frames) == [int(25 * (number + 0.5) / 5) for number in range(20)]
+
+
 # Stills
 
 

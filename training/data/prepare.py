@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers.video_utils import VideoMetadata
 
-from ...processing.media_evacap import probe_media
+from ...processing.media_evacap import MEMORY_A_PROCESS, probe_media
 from ...processing.processing_evacap import EVACapProcessor
 from ..cores import usable_cores
 from ..files import JsonLines, check_settings, locked, remove_leftovers, whole_file, write_json
@@ -90,6 +90,7 @@ def prepare(
     shard_size: int = SHARD_SIZE,
     num_workers: int | None = None,
     time_limit: float = TIME_LIMIT,
+    memory_limit: int = MEMORY_A_PROCESS,
     accept_failures: bool = False,
 ) -> dict[str, int]:
     """Makes the features of all clips and writes them to `output/data/SPLIT-….parquet`.
@@ -121,6 +122,8 @@ def prepare(
         shard_size (`int`): Rows of the manifest for each shard.
         num_workers (`int`, *optional*): Number of processes, one for each core by default. It does not change the result.
         time_limit (`float`): Seconds that a clip may take; a clip that takes longer twice cannot be used.
+        memory_limit (`int`): Bytes that a process may take while it reads; a clip that takes more cannot be used. Only on
+            Linux.
         accept_failures (`bool`): Whether to complete the split without the clips whose failure may pass.
 
     Returns:
@@ -139,7 +142,7 @@ def prepare(
             f"`split` is {split!r}; a name of a split has letters, digits, _ and dots between them, and is not 'all'"
         )
     numbers = {"shard_size": shard_size, "num_workers": num_workers, "num_frames": num_frames, "fps": fps}
-    numbers["time_limit"] = time_limit
+    numbers |= {"time_limit": time_limit, "memory_limit": memory_limit}
     for name, value in numbers.items():
         if value is not None and not 0 < value < np.inf:
             raise ValueError(f"`{name}` is {value}; it must be above 0")
@@ -168,7 +171,7 @@ def prepare(
                 workers = min(num_workers or usable_cores(), len(todo))
                 make = FeatureMaker(_storing(processor, num_frames, fps), jpeg_quality)
                 bar = tqdm(total=len(entries), initial=len(entries) - len(todo), desc=split, unit="clip")
-                pool = WorkerPool(make, workers, time_limit, __name__, _is_passing)
+                pool = WorkerPool(make, workers, time_limit, __name__, memory_limit, _is_passing)
                 with bar, closing(pool):
                     made = pool.map(entries[row] for row in todo)
                     for path, rows in left.items():
@@ -320,6 +323,8 @@ class FeatureMaker:
                 inputs = self._process(entry)
             except ImportError:
                 raise
+            except MemoryError:
+                return _unusable("it takes more memory than its process may use; leave it out")
             except Exception as error:
                 return _unusable(str(error) or type(error).__name__, _may_pass(error))
         features = inputs.get("input_features")
@@ -377,7 +382,7 @@ def _may_pass(error: BaseException | None) -> bool:
     """Whether an error, or one of its causes, comes from the system and not from the content of a file."""
     seen = []
     while error is not None and error not in seen:
-        if isinstance(error, (OSError, MemoryError)) and not isinstance(error, av.FFmpegError):
+        if isinstance(error, OSError) and not isinstance(error, av.FFmpegError):
             return True
         seen.append(error)
         error = error.__cause__ or error.__context__

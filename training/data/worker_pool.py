@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ...processing.media_evacap import MEMORY_A_PROCESS, OVER_TIME, SECONDS_A_WINDOW, guard_process
+
 
 ITEMS_AHEAD = 8
 """Number of items for each worker that may be started before the first of them is done."""
@@ -57,6 +59,7 @@ class WorkerPool:
         num_workers (`int`): Number of processes.
         seconds (`float`): A worker is killed if an item takes longer.
         preload (`str`): The module of the function, which is imported once for all workers.
+        memory (`int`): Bytes that a worker may take in addition to what it has when it begins; only on Linux.
         is_passing (`Callable`, *optional*): Whether a result is a failure that may pass; such an item is also tried
             once more, in a new worker.
     """
@@ -67,6 +70,7 @@ class WorkerPool:
         num_workers: int,
         seconds: float,
         preload: str,
+        memory: int = MEMORY_A_PROCESS,
         is_passing: Callable[[Any], bool] = lambda result: False,
     ):
         methods = multiprocessing.get_all_start_methods()
@@ -74,6 +78,7 @@ class WorkerPool:
         self.context.set_forkserver_preload([__name__, preload])
         self.function = function
         self.seconds = seconds
+        self.memory = memory
         self.is_passing = is_passing
         self.tried: set[int] = set()
         self.workers: list[_Worker] = []
@@ -151,7 +156,7 @@ class WorkerPool:
 
     def _start(self, again: tuple[int, Any] | None = None) -> _Worker:
         ours, theirs = self.context.Pipe()
-        process = self.context.Process(target=_work, args=(theirs, self.function), daemon=True)
+        process = self.context.Process(target=_work, args=(theirs, self.function, self.memory), daemon=True)
         process.start()
         theirs.close()
         return _Worker(process, ours, again)
@@ -171,12 +176,15 @@ def _ending(process: BaseProcess) -> Lost:
         if name in CRASHES:
             return Lost(f"its worker was ended by {name}: a crash in a decoder")
         return Lost(f"its worker was ended by {name}: by somebody, or for want of memory", passing=True)
+    if process.exitcode == OVER_TIME:
+        return Lost(f"reading it takes more than {2 * SECONDS_A_WINDOW:g} s of processor time; leave it out")
     return Lost(f"its worker ended with exit status {process.exitcode}")
 
 
-def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
+def _work(connection: Connection, function: Callable[[Any], Any], memory: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the process that has the pool.
     torch.set_num_threads(1)
+    guard_process(memory)
     connection.send(None)
     while True:
         try:

@@ -309,6 +309,45 @@ def test_a_clip_that_takes_too_long_is_left_out(processor, tmp_path):
     assert problem["id"] == "pipe" and "more than 2 s" in problem["reason"] and not problem["passing"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is read from /proc")
+def test_a_clip_that_takes_too_much_memory_is_left_out(processor, tmp_path):
+    """A picture of 200 kB that has 190 MB decoded."""
+    picture, sound = tmp_path / "large.png", str(write_sound(tmp_path / "good.wav", 1))
+    Image.new("RGB", (9000, 7000)).save(picture)
+    entries = [Entry(name, ("x",), audio=sound) for name in "abc"]
+    entries.insert(1, Entry("large", ("x",), audio=sound, video=str(picture)))
+    counts = prepare(entries, tmp_path / "out", processor, num_workers=1, memory_limit=256 * 2**20)
+    assert counts["clips"] == 3
+    (problem,) = report(tmp_path / "out")
+    assert problem["id"] == "large" and not problem["usable"]
+    assert (
+        problem["reason"]
+        == f"{picture}: reading it takes more memory than the 256 MiB that its process may use; leave it out"
+    )
+
+
+def test_a_still_beside_a_sound(processor, tmp_path):
+    """It is on display all the time, in the rows of a manifest too."""
+    write_sound(tmp_path / "sound.wav", 1, seconds=3)
+    write_picture(tmp_path / "still.png", 7)
+    (tmp_path / "manifest.jsonl").write_text(
+        json.dumps({"id": "a", "audio": "sound.wav", "video": "still.png", "caption": "x"})
+        + "\n"
+        + json.dumps(
+            {"id": "b", "audio": "sound.wav", "video": "still.png", "start": 1, "duration": 2, "caption": "x"}
+        )
+    )
+    counts = prepare(
+        read_manifest(tmp_path / "manifest.jsonl"), tmp_path / "out", processor, num_frames=4, num_workers=1
+    )
+    assert counts == {"rows": 2, "clips": 2, "without_picture": 0, "damaged": 0}
+    assert report(tmp_path / "out") == []
+    rows = datasets.load_dataset(str(tmp_path / "out"), split="train")
+    for row in rows:
+        shown = [np.asarray(Image.open(BytesIO(frame))).transpose(2, 0, 1) for frame in row["frames"]]
+        assert [number_of(picture) for picture in shown] == [7, 7, 7, 7]
+
+
 @pytest.mark.parametrize("field", [{"id": "\ud83d"}, {"captions": ("a", "b\udcff")}, {"extra": {"a": ["\ud800"]}}])
 def test_half_a_character_is_named(field):
     with pytest.raises(ValueError, match=rf"`{next(iter(field))}` of the clip .* holds .*half a character"):

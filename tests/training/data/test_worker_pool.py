@@ -6,6 +6,7 @@ from contextlib import closing
 
 import pytest
 
+from evacap.processing import media_evacap
 from evacap.training.data.worker_pool import ITEMS_AHEAD, Lost, WorkerPool
 
 
@@ -18,6 +19,11 @@ def work(item):
             ctypes.string_at(0)
         case "leave":
             os._exit(3)
+        case "no return":  # as FFmpeg in a loop of its own
+            media_evacap.SECONDS_A_WINDOW = 0.5
+            media_evacap._Budget("clip.mp4")
+            while True:
+                pass
         case "hang":
             time.sleep(600)
         case "no module":
@@ -65,6 +71,13 @@ def test_a_worker_that_ends_costs_the_item_that_it_had():
     assert "SIGKILL" in lost["kill"] and "SIGSEGV" in lost["crash"]
     assert "exit status 3" in lost["leave"] and "more than 3 s" in lost["hang"]
     assert [result for _, result in results if not isinstance(result, Lost)] == [2, 4, 6, 8, 10]
+
+
+def test_a_call_that_does_not_return_costs_its_item():
+    results = dict(run([1, "no return", 2], num_workers=1))
+    assert results[1] == 2 and results[2] == 4
+    assert "takes more than 120 s of processor time" in results["no return"].reason
+    assert not results["no return"].passing
 
 
 def test_what_the_function_raises_ends_the_pool():
