@@ -513,7 +513,8 @@ class MediaReader:
             stamps[i] = shown.time
             chosen.append(shown)
         # A damaged picture may have another size than all the others.
-        sizes = [(picture.frame.width, picture.frame.height) for picture in chosen]
+        intact = [picture for picture in chosen if not picture.frame.is_corrupt] or chosen
+        sizes = [(picture.frame.width, picture.frame.height) for picture in intact]
         size = max(sizes, key=sizes.count)
         pictures = [self.pictures.to_array(picture, size, 1 if self.still else len(times)) for picture in chosen]
         if all(picture is pictures[0] for picture in pictures):

@@ -365,6 +365,28 @@ def test_a_picture_without_a_time_is_not_late_by_the_length_that_the_last_one_cl
     assert read_barcodes(found.frames) == [int(25 * (number + 0.5) / 5) for number in range(20)]
 
 
+def test_damaged_pictures_do_not_set_the_size(tmp_path):
+    """Half of the pictures are damaged, of another size, and come first."""
+    path = tmp_path / "clip.ts"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=1, width=WIDTH, height=HEIGHT, pix_fmt="yuv420p")
+        for number in range(4):
+            coder = av.CodecContext.create("libx264", "w")
+            coder.options = {"tune": "zerolatency"}
+            coder.width, coder.height = (224 if number < 2 else WIDTH), HEIGHT
+            coder.pix_fmt, coder.time_base = "yuv420p", Fraction(1, 1)
+            frame = av.VideoFrame.from_ndarray(barcode(number), format="rgb24")
+            (packet,) = coder.encode(frame.reformat(width=coder.width, format="yuv420p")) + coder.encode(None)
+            data = bytes(packet)
+            packet = av.Packet(data[:-12] + b"\x55" * 12 if number < 2 else data)
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 1)
+            packet.is_keyframe = True
+            container.mux(packet)
+    found = load_media(path, num_frames=4)
+    assert found.frames.shape == (4, HEIGHT, WIDTH, 3)
+    assert read_barcodes(found.frames[2:]) == [2, 3]
+
+
 # Stills
 
 
