@@ -28,6 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPooling,
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
 )
@@ -117,6 +118,18 @@ class EVACapEncoderOutput(BaseModelOutput):
     agreement_by_step: torch.FloatTensor | None = None
     matching_loss: torch.FloatTensor | None = None
     audio_summary: torch.FloatTensor | None = None
+
+
+@dataclass
+class EVACapFeaturesOutput(BaseModelOutputWithPooling):
+    r"""The tokens of one tower, with their mean as `pooler_output` (ours).
+
+    Args:
+        attention_mask (`torch.BoolTensor` of shape `(batch_size, T)`, *optional*): `True` for tokens that exist;
+            `None` where all do. The mean is taken over these.
+    """
+
+    attention_mask: torch.Tensor | None = None
 
 
 @dataclass
@@ -1067,6 +1080,22 @@ class EVACapDecoder(EVACapPreTrainedModel):
         )
 
 
+def _pooled(output: EVACapEncoderOutput) -> EVACapFeaturesOutput:
+    """The output of a tower with the mean of the tokens that exist."""
+    tokens, mask = output.last_hidden_state, output.attention_mask
+    if mask is None:
+        mean = tokens.mean(1)
+    else:
+        mean = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+    return EVACapFeaturesOutput(
+        last_hidden_state=tokens,
+        pooler_output=mean.to(tokens.dtype),
+        hidden_states=output.hidden_states,
+        attentions=output.attentions,
+        attention_mask=mask,
+    )
+
+
 class EVACapModel(EVACapPreTrainedModel):
     """The encoder and the decoder without a language head."""
 
@@ -1087,12 +1116,13 @@ class EVACapModel(EVACapPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.decoder.embed_tokens = value
 
+    @can_return_tuple
     def get_audio_features(
         self,
         input_features: torch.Tensor,
         input_features_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> EVACapEncoderOutput:
+    ) -> EVACapFeaturesOutput:
         """The tokens of the audio tower, before the fusion.
 
         Args:
@@ -1104,14 +1134,15 @@ class EVACapModel(EVACapPreTrainedModel):
         """
         if self.config.fusion_type == "video_only":
             raise ValueError("A model with `fusion_type='video_only'` has no audio tower.")
-        return self.encoder.audio_tower(input_features, input_features_mask, **kwargs)
+        return _pooled(self.encoder.audio_tower(input_features, input_features_mask, return_dict=True, **kwargs))
 
+    @can_return_tuple
     def get_video_features(
         self,
         pixel_values_videos: torch.Tensor,
         pixel_values_videos_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> EVACapEncoderOutput:
+    ) -> EVACapFeaturesOutput:
         """The tokens of the video tower, before the fusion.
 
         Args:
@@ -1124,7 +1155,9 @@ class EVACapModel(EVACapPreTrainedModel):
         """
         if self.config.fusion_type == "audio_only":
             raise ValueError("A model with `fusion_type='audio_only'` has no video tower.")
-        return self.encoder.video_tower(pixel_values_videos, pixel_values_videos_mask, **kwargs)
+        return _pooled(
+            self.encoder.video_tower(pixel_values_videos, pixel_values_videos_mask, return_dict=True, **kwargs)
+        )
 
     @can_return_tuple
     @takes_both_cache_names
@@ -1279,11 +1312,11 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
-    def get_audio_features(self, *args: Any, **kwargs: Any) -> EVACapEncoderOutput:
+    def get_audio_features(self, *args: Any, **kwargs: Any) -> EVACapFeaturesOutput:
         """See [`EVACapModel.get_audio_features`]."""
         return self.model.get_audio_features(*args, **kwargs)
 
-    def get_video_features(self, *args: Any, **kwargs: Any) -> EVACapEncoderOutput:
+    def get_video_features(self, *args: Any, **kwargs: Any) -> EVACapFeaturesOutput:
         """See [`EVACapModel.get_video_features`]."""
         return self.model.get_video_features(*args, **kwargs)
 

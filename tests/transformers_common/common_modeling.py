@@ -20,8 +20,8 @@ class EVACapModelTester:
     video_frames, image_size = 4, 32
     vocab_size, seq_length = 99, 7
     is_training = True
-    # What the outputs have: of the encoder, a tower of two layers and the joint one.
-    hidden_size, num_hidden_layers, num_attention_heads = 32, 3, 4
+    # What the outputs have: of the encoder, a tower of one layer and the joint one.
+    hidden_size, num_hidden_layers, num_attention_heads = 32, 2, 4
     # Audio tokens: what the joint blocks and the decoder's prefix see.
     encoder_seq_length = (mel_bins // patch_size) * (frames // patch_size)
     decoder_seq_length = seq_length
@@ -85,6 +85,15 @@ class EVACapModelTest(ModelTesterMixin, unittest.TestCase):
             patch = unittest.mock.patch.dict(names, {EVACapConfig.model_type: model_class.__name__})
             patch.start()
             self.addCleanup(patch.stop)
+
+    def _audio_features_get_expected_num_attentions(self, model_tester=None):
+        return self.model_tester.num_hidden_layers - 1
+
+    def _audio_features_get_expected_num_hidden_states(self, model_tester=None):
+        return self.model_tester.num_hidden_layers
+
+    _video_features_get_expected_num_attentions = _audio_features_get_expected_num_attentions
+    _video_features_get_expected_num_hidden_states = _audio_features_get_expected_num_hidden_states
 
     def test_attention_outputs(self):
         # The gate and its entropy are two outputs more than the test counts.
