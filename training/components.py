@@ -76,10 +76,10 @@ def make_model(section: ModelSection, config: EVACapConfig) -> EVACapForConditio
     return model
 
 
-def enable_checkpointing(model: PreTrainedModel) -> None:
+def enable_checkpointing(model: PreTrainedModel, use_reentrant: bool = False) -> None:
     """Enables gradient checkpointing, whose method has changed its name between versions of Transformers."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": use_reentrant})
 
 
 def make_clips(

@@ -29,6 +29,7 @@ from evacap.modeling_evacap.modeling_evacap import (
     sincos_position_table,
 )
 from evacap.modeling_evacap.versions_evacap import TESTED_TRANSFORMERS, UNTESTED_TRANSFORMERS
+from evacap.training.components import enable_checkpointing
 
 
 FUSION_TYPES = ["gated_cross_attention", "concat", "audio_only", "video_only"]
@@ -797,8 +798,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(fusion_type, use_reentr
     for checkpointing in (False, True):
         model = build_for_training(fusion_type=fusion_type)
         if checkpointing:
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": use_reentrant})
+            enable_checkpointing(model, use_reentrant)
             model.enable_input_require_grads()
         model(**tiny_inputs(), labels=tiny_labels(), use_cache=False).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
