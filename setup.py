@@ -17,7 +17,8 @@ EXTRAS = {
     "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
     "app": ["gradio>=6.31", "matplotlib>=3.11"],
     "ray": ["ray[data]>=2.60"],
-    "dev": ["pytest>=9.0", "ruff>=0.15", "playwright>=1.65", "evacap[metrics,lora,onnx,app,ray]"],
+    "completion": ["argcomplete>=3.7"],
+    "dev": ["pytest>=9.0", "ruff>=0.15", "playwright>=1.65", "evacap[metrics,lora,onnx,app,ray,completion]"],
 }
 
 setup(

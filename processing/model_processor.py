@@ -1,6 +1,7 @@
 """The processor of a model, and its tokenizer."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -47,18 +48,31 @@ def make_processor(
     )
 
 
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
 @contextmanager
 def loading(name: str | os.PathLike) -> Iterator[None]:
     """Turns every error within it into a `ValueError` that the model `name` cannot be loaded.
 
     For a damaged file, the libraries raise errors without a common type.
+
+    Raises:
+        FileNotFoundError: If `name` is neither a folder nor a possible name on the Hub. Nothing is tried then.
+        ValueError: If the model cannot be loaded.
     """
+    is_folder = os.path.isdir(name)
+    if os.path.exists(name) and not is_folder:
+        raise ValueError(f"{name} is a file. Give the model folder, with config.json and the weights.")
+    if not is_folder and not _HUB_NAME.fullmatch(os.fspath(name)):
+        raise FileNotFoundError(f"{name}: there is no such model folder; check the path")
     try:
         yield
     except (ImportError, MemoryError):
         raise
     except (ValueError, OSError) as error:
-        raise ValueError(f"{name} cannot be loaded: {error}") from error
+        where = "" if is_folder else " (there is no such folder here, so it is a name on the Hub)"
+        raise ValueError(f"{name} cannot be loaded{where}: {error}") from error
     except Exception as error:
         raise ValueError(
             f"{name} cannot be loaded ({type(error).__name__}: {error}): a file of it is damaged, or not what "

@@ -1,16 +1,18 @@
 """`evacap caption`: captions media files, and shows how far the picture was trusted."""
 
 import argparse
+import io
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from ..cli import positive_int, whole_number
+from ..cli import positive, positive_int, whole_number
 from ..training.files import JsonLines, locked
 from ..training.terminal import one_line, printable
 
@@ -29,14 +31,29 @@ SUFFIXES = frozenset(
 # For a run with an output file. On a CPU too, a batch reads the weights of the decoder once for all its clips.
 BATCH_SIZE = 8
 MAX_WORKERS = 16
+BEAMS = 4
+STANDARD_INPUT = "-"
+# A model below this loads before a progress bar could be read.
+SMALL_MODEL_BYTES = 2**28
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("media", nargs="+", help="media files, URLs, or folders, which are searched recursively")
-    parser.add_argument("--model", help="model folder or Hub name (default: the bundled tiny checkpoint)")
-    parser.add_argument("--device", help="such as cpu or cuda (default: the fastest available)")
-    parser.add_argument("--dtype", choices=DTYPES, help="precision of the weights (default: as saved)")
-    parser.add_argument("--num-beams", type=positive_int, default=4, help="number of beams (default: %(default)s)")
+    parser.add_argument(
+        "media",
+        nargs="+",
+        metavar="FILE",
+        help="media files, URLs, folders, which are searched recursively, or - for standard input",
+    )
+    add_model_arguments(parser, "model folder or Hub name (default: the bundled checkpoint, which is for trying)")
+    parser.add_argument(
+        "--beams", "--num-beams", type=positive_int, help=f"number of beams (default: {BEAMS}; 1 with --temperature)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=positive_int, metavar="N", help="longest caption (default: the model's own)"
+    )
+    parser.add_argument(
+        "--temperature", type=positive, metavar="T", help="draw the words at random, with this temperature"
+    )
     parser.add_argument(
         "--batch-size",
         type=positive_int,
@@ -46,11 +63,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=whole_number,
         help=f"reading processes (default: with --output one for each core, at most {MAX_WORKERS}; otherwise 0)",
-    )
-    parser.add_argument(
-        "--channels",
-        choices=CHANNELS,
-        help="how several sound channels become one (default: as the model was trained)",
     )
     parser.add_argument(
         "--audio-track",
@@ -72,6 +84,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "already has are skipped, so the same call continues where the last one stopped",
     )
     parser.add_argument("--retry-failed", action="store_true", help="try files with an error in --output again")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, model_help: str) -> None:
+    """The options of [`load_captioner`], which the commands that run a captioner on media files share."""
+    parser.add_argument("--model", help=model_help)
+    parser.add_argument("--device", help="such as cpu or cuda (default: the fastest available)")
+    parser.add_argument("--dtype", choices=DTYPES, help="precision of the weights (default: as saved)")
+    parser.add_argument(
+        "--threads", type=positive_int, metavar="N", help="CPU threads of the model (default: PyTorch's choice)"
+    )
+    parser.add_argument(
+        "--channels",
+        choices=CHANNELS,
+        help="how several sound channels become one (default: as the model was trained)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="print only results and errors")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run the code of a model folder instead of this package's"
     )
@@ -81,25 +109,49 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.retry_failed and not arguments.output:
         raise ValueError("--retry-failed needs --output: it says where the errors are")
     media = find_media(arguments.media)
+    require_some(media, "evacap caption")
     if arguments.output:
         return write_captions(arguments, media)
     return print_captions(arguments, media)
 
 
-def find_media(names: Iterable[str]) -> list[str | Path]:
+class StandardInput(io.BytesIO):
+    """The media file on standard input, which can be read only once; its name is `-`."""
+
+    name = STANDARD_INPUT
+
+    def __init__(self) -> None:
+        from ..processing.media_evacap import DOWNLOAD_BYTES
+
+        super().__init__()
+        if sys.stdin.isatty():
+            raise ValueError("- is standard input, which is the terminal here: pipe a media file into it")
+        while piece := sys.stdin.buffer.read(2**20):
+            if self.tell() > DOWNLOAD_BYTES:
+                raise ValueError(f"- holds more than {DOWNLOAD_BYTES:,} bytes; store it in a file first")
+            self.write(piece)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def find_media(names: Iterable[str]) -> list[str | Path | StandardInput]:
     """Lists each file once, in the order of the names, with the media files in and below a folder in its place.
 
     Hidden files and folders are left out.
 
     Returns:
-        A `Path` for everything that exists, so that a file with a name like a URL is not taken for one; otherwise the
-        name.
+        A `Path` for everything that exists, so that a file with a name like a URL is not taken for one; a
+        [`StandardInput`] for `-`; otherwise the name.
 
     Raises:
         ValueError: If a folder has no media file.
     """
     files = []
-    for name in names:
+    for name in dict.fromkeys(names):
+        if name == STANDARD_INPUT:
+            files.append(StandardInput())
+            continue
         if not os.path.isdir(name):
             files.append(Path(name) if os.path.lexists(name) else name)
             continue
@@ -116,8 +168,33 @@ def find_media(names: Iterable[str]) -> list[str | Path]:
     return list(dict.fromkeys(files))
 
 
+def require_some(media: Iterable[str | Path | StandardInput], command: str) -> None:
+    """Says which files are missing, before a model is loaded for them.
+
+    Raises:
+        FileNotFoundError: If there is none of the files.
+    """
+    from ..processing.media_evacap import is_url
+
+    media = list(media)
+    missing = [
+        file for file in media if not isinstance(file, StandardInput) and not is_url(file) and not os.path.exists(file)
+    ]
+    if len(missing) == len(media):
+        raise FileNotFoundError(
+            f"{missing[0]}: there is no such file; check the path"
+            if len(missing) == 1
+            else f"there is none of the {len(missing)} files, such as {missing[0]}; check the paths"
+        )
+    for file in missing:
+        print(f"{command}: {printable(file)}: there is no such file; the others are read", file=sys.stderr)
+
+
 def load_captioner(arguments: argparse.Namespace) -> "AudioVisualCaptioningPipeline":
+    """Loads the model that the options of [`add_model_arguments`] name."""
+    import torch
     from transformers import pipeline
+    from transformers.utils import logging
 
     import evacap
 
@@ -125,7 +202,11 @@ def load_captioner(arguments: argparse.Namespace) -> "AudioVisualCaptioningPipel
 
     begin = time.perf_counter()
     model = arguments.model or evacap.TINY
-    with loading(model):
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.quiet:
+        logging.set_verbosity_error()
+    with loading(model), _without_bar(arguments.quiet or _is_small(model)):
         captioner = pipeline(
             evacap.TASK,
             model=model,
@@ -136,8 +217,45 @@ def load_captioner(arguments: argparse.Namespace) -> "AudioVisualCaptioningPipel
         )
     if arguments.channels:
         captioner.processor.feature_extractor.channels = arguments.channels
-    print(f"loaded {printable(captioner.model.name_or_path)} in {time.perf_counter() - begin:.1f} s", file=sys.stderr)
+    if not arguments.quiet:
+        seconds = time.perf_counter() - begin
+        print(f"loaded {printable(captioner.model.name_or_path)} in {seconds:.1f} s", file=sys.stderr)
+        if not arguments.model:
+            print(
+                "note: this is the bundled checkpoint, which is for trying: it knows eighteen kinds of synthesised "
+                "sounds and no real recordings. For others, give --model.",
+                file=sys.stderr,
+            )
     return captioner
+
+
+def _is_small(model: str) -> bool:
+    return os.path.isdir(model) and sum(path.stat().st_size for path in Path(model).glob("*")) < SMALL_MODEL_BYTES
+
+
+@contextmanager
+def _without_bar(wanted: bool) -> Iterator[None]:
+    """Loads weights without a progress bar if `wanted`."""
+    from transformers.utils import logging
+
+    if not wanted or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `generate` that the options ask for."""
+    options: dict[str, Any] = {"num_beams": arguments.beams or (1 if arguments.temperature else BEAMS)}
+    if arguments.temperature:
+        options |= {"do_sample": True, "temperature": arguments.temperature}
+    if arguments.max_new_tokens:
+        options["max_new_tokens"] = arguments.max_new_tokens
+    return options
 
 
 def print_captions(arguments: argparse.Namespace, media: list[str | Path]) -> int:
@@ -149,15 +267,16 @@ def print_captions(arguments: argparse.Namespace, media: list[str | Path]) -> in
         nonlocal failures, begin
         seconds, begin = time.perf_counter() - begin, time.perf_counter()
         if arguments.json:
-            print(json.dumps({"media": str(file), **result}), flush=True)
+            print(json.dumps({"file": str(file), **result}), flush=True)
         elif "error" not in result:
             print(f"{printable(file)}: {printable(result['text'])}")
             for chunk in result.get("chunks", []):
                 print(f"  {chunk['timestamp'][0]:.2f}–{chunk['timestamp'][1]:.2f} s: {printable(chunk['text'])}")
-            if gated:
+            if gated and not arguments.quiet:
                 gate, entropy = fmean(result["gate"]), fmean(result["entropy"])
                 print(f"  gate {gate:.2f} (0 ignores the picture, 1 trusts it), attention entropy {entropy:.2f}")
-            print(f"  {seconds:.2f} s", flush=True)
+            if not arguments.quiet:
+                print(f"  {seconds:.2f} s", flush=True)
         if "error" in result:
             failures += 1
             print(f"evacap caption: {one_line(result['error'])}", file=sys.stderr)
@@ -168,7 +287,7 @@ def print_captions(arguments: argparse.Namespace, media: list[str | Path]) -> in
         show,
         batch_size=arguments.batch_size or 1,
         num_workers=arguments.workers or 0,
-        num_beams=arguments.num_beams,
+        **generation_options(arguments),
         audio_track=arguments.audio_track,
         return_gate=gated,
         return_agreement=arguments.json and has_agreement(captioner),
@@ -185,9 +304,10 @@ def write_captions(arguments: argparse.Namespace, media: list[str | Path]) -> in
         )
     with locked(output):
         lines, done = open_results(output, drop_failed=arguments.retry_failed)
-        left = [file for file in media if str(file) not in done]
-        failures = sum("error" in done[str(file)] for file in media if str(file) in done)
-        if len(left) < len(media):
+        # What standard input holds now need not be what it held then.
+        left = [file for file in media if isinstance(file, StandardInput) or str(file) not in done]
+        failures = sum("error" in done[str(file)] for file in media if file not in left)
+        if len(left) < len(media) and not arguments.quiet:
             print(
                 f"{len(media) - len(left)} of {len(media)} files are in {printable(output)} already", file=sys.stderr
             )
@@ -213,7 +333,9 @@ def _append_captions(arguments: argparse.Namespace, lines: JsonLines, media: lis
     captioner = load_captioner(arguments)
     gated = arguments.json and captioner.model.config.fusion_type == "gated_cross_attention"
     failures = 0
-    with tqdm(total=total, initial=total - len(media), unit="clip", smoothing=0.05) as progress:
+    with tqdm(
+        total=total, initial=total - len(media), unit="clip", smoothing=0.05, disable=arguments.quiet
+    ) as progress:
 
         def write(file: str | Path, result: dict[str, Any]) -> None:
             nonlocal failures
@@ -227,7 +349,7 @@ def _append_captions(arguments: argparse.Namespace, lines: JsonLines, media: lis
             write,
             batch_size=arguments.batch_size or BATCH_SIZE,
             num_workers=min(usable_cores(), MAX_WORKERS) if arguments.workers is None else arguments.workers,
-            num_beams=arguments.num_beams,
+            **generation_options(arguments),
             audio_track=arguments.audio_track,
             return_gate=gated,
             return_agreement=arguments.json and has_agreement(captioner),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cli import positive_int, whole_number
 from ..training.terminal import one_line, printable
-from .caption import CHANNELS, DTYPES, caption, find_media, load_captioner
+from .caption import add_model_arguments, caption, find_media, load_captioner, require_some
 
 
 if TYPE_CHECKING:
@@ -18,17 +18,13 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "media", nargs="+", help="media files, URLs, or folders, which are searched with all below them"
+        "media",
+        nargs="+",
+        metavar="FILE",
+        help="media files, URLs, folders, which are searched recursively, or - for standard input",
     )
-    parser.add_argument(
-        "--model", help="model folder or Hub name with gate_type='agreement' (default: the bundled tiny checkpoint)"
-    )
-    parser.add_argument("--device", help="such as cpu or cuda (default: the best there is)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they were saved)")
-    parser.add_argument(
-        "--channels",
-        choices=CHANNELS,
-        help="what becomes of a sound with several channels (default: as the model was trained)",
+    add_model_arguments(
+        parser, "model folder or Hub name with gate_type='agreement' (default: the bundled checkpoint)"
     )
     parser.add_argument(
         "--threshold", type=probability, help="below it a picture does not belong (default: the model's own)"
@@ -38,9 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line; folders always give that")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="draw frames, filterbank, agreement and gate of the one file"
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run the code of a model folder instead of this package's"
     )
 
 
@@ -60,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..processing.pipeline_evacap import AudioVisualCaptioningPipeline
 
     media = find_media(arguments.media)
+    require_some(media, "evacap check")
     if arguments.plot is not None:
         from ..training.evaluation.plots import has_matplotlib
 

@@ -75,7 +75,7 @@ def test_a_folder_gives_a_line_for_each_clip(folder, capsys):
     capsys.readouterr()
     assert main(["caption", "clips", "--json"]) == 1
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [result["media"] for result in printed] == NAMES
+    assert [result["file"] for result in printed] == NAMES
     assert [result.get("text") for result in printed] == [line.get("text") for line in lines]
 
 
@@ -177,6 +177,8 @@ def test_a_folder_cannot_ask_to_run_its_code(tmp_path, monkeypatch, capsys):
         (tmp_path / f"{name}.json").write_text(json.dumps(configs))
     (tmp_path / "evil.py").write_text(f"open({str(trace)!r}, 'w')")
     (tmp_path / "clips.jsonl").write_text('{"id": "a", "audio": "a.wav", "caption": "a"}')
+    monkeypatch.chdir(tmp_path)
+    Path("x.mp4").touch()
     for call in (
         ["caption", "x.mp4", "--model", str(tmp_path)],
         [
