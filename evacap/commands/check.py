@@ -5,15 +5,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..cli import positive_int, whole_number
 from ..training.terminal import one_line, printable
 from .caption import add_model_arguments, caption, find_media, load_captioner, require_some
 
-
-if TYPE_CHECKING:
-    from ..processing.pipeline_evacap import AudioVisualCaptioningPipeline
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,12 +47,12 @@ def probability(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..processing.captioning_evacap import require_agreement
-    from ..processing.pipeline_evacap import AudioVisualCaptioningPipeline
+    from ..processing.pipeline_evacap import AudioVisualCaptioningPipeline, read_windows
 
     media = find_media(arguments.media)
     require_some(media, "evacap check")
     if arguments.plot is not None:
-        from ..training.evaluation.plots import has_matplotlib
+        from ..training.evaluation.plots import has_matplotlib, plot_over_time, save_figure
 
         if len(media) != 1:
             raise ValueError(f"--plot draws one file, but there are {len(media)}: name one")
@@ -102,7 +99,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     caption(checker, media, show, num_workers=arguments.workers, batch_size=arguments.batch_size)
     if arguments.plot is not None and results:
-        draw(checker, media[0], results[media[0]], threshold, arguments.plot)
+        file = media[0]
+        windows = read_windows(file, checker.processor, checker.processor.window_seconds)
+        figure = plot_over_time(windows, results[file], checker.processor, Path(file).name, threshold)
+        arguments.plot.parent.mkdir(parents=True, exist_ok=True)
+        save_figure(figure, arguments.plot, 120)
         print(printable(arguments.plot), file=sys.stderr)
     return 1 if failures else 0
 
@@ -112,51 +113,3 @@ def verdict(agreement: float | None, threshold: float) -> str:
     if agreement is None:
         return "nothing to see"
     return "belongs" if agreement >= threshold else "does not belong"
-
-
-def draw(
-    checker: "AudioVisualCaptioningPipeline", file: str | Path, result: dict[str, Any], threshold: float, path: Path
-) -> None:
-    """Writes a picture of a file over time: frames, filterbank, and agreement and gate."""
-    import numpy as np
-    from matplotlib.figure import Figure
-
-    from ..processing.pipeline_evacap import read_windows
-    from ..training.evaluation.plots import COLORS, clean_axes, save_figure
-
-    extractor, video = checker.processor.feature_extractor, checker.processor.video_processor
-    pictures, banks, times = [], [], []
-    for window in read_windows(file, checker.processor, checker.processor.window_seconds):
-        start, end = window["timestamp"]
-        frames = round((end - start) * extractor.sampling_rate / extractor.hop_length)
-        banks.append(window["inputs"]["input_features"][0, :frames])
-        if "pixel_values_videos" in window["inputs"]:
-            seen = window["inputs"]["pixel_values_videos"][0]
-            seen = seen.permute(0, 2, 3, 1).numpy() * np.array(video.image_std) + np.array(video.image_mean)
-            pictures += list(seen)
-            times += [start + number / len(seen) * (end - start) for number in range(len(seen))]
-    total, shown = end, max(1, -(-len(pictures) // 10))
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
-    strip, bank, curves = figure.subplots(3, 1, sharex=True, height_ratios=[1.2, 1, 1.3])
-    width = total / max(1, len(pictures[::shown]))
-    for picture, time in zip(pictures[::shown], times[::shown]):
-        strip.imshow(picture.clip(0, 1), extent=(time, time + 0.95 * width, 0, 1), aspect="auto")
-    strip.set_yticks([])
-    strip.set_title(Path(file).name, fontsize=9)
-    bank.imshow(np.concatenate(banks).T, origin="lower", extent=(0, total, 0, 1), aspect="auto", cmap="magma")
-    bank.set_yticks([])
-    bank.set_ylabel("mel", fontsize=8)
-    steps = np.array(result["times"])
-    agreement = np.array([np.nan if value is None else value for value in result["agreement_by_step"]], dtype=float)
-    curves.plot(steps, agreement, color=COLORS[0], label="agreement")
-    curves.plot(steps, result["gate"], color=COLORS[1], label="gate")
-    curves.axhline(threshold, color="0.6", linewidth=0.8, linestyle="--", label="threshold")
-    curves.set_xlim(0, total)
-    curves.set_ylim(-0.02, 1.02)
-    curves.set_xlabel("seconds", fontsize=8)
-    curves.legend(fontsize=8, frameon=False, ncols=3, loc="upper right")
-    for axes in (strip, bank, curves):
-        clean_axes(axes)
-        axes.tick_params(labelsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, path, 120)

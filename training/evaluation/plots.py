@@ -1,7 +1,7 @@
-"""Plots of an evaluation: curves, histograms of the gate, and sample clips. They need Matplotlib."""
+"""Plots of an evaluation (curves, histograms of the gate, sample clips) and of a clip over time. They need Matplotlib."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ import numpy as np
 
 from ...processing.model_processor import load_processor
 from ...processing.processing_evacap import EVACapProcessor
+from ...processing.video_processing_evacap import EVACapVideoProcessor
 from ..files import whole_file
 from ..metrics.compute import METRIC_TITLES
 from ..procedural.scores import COLUMNS
@@ -70,6 +71,73 @@ def clean_axes(axes: "Axes") -> None:
     """Removes the frame above and to the right, and makes the tick labels small."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
+
+
+def plot_over_time(
+    windows: Iterable[Mapping[str, Any]],
+    result: Mapping[str, Any],
+    processor: EVACapProcessor,
+    title: str,
+    threshold: float | None = None,
+    width: float = 11.0,
+) -> "Figure":
+    """A picture of a clip over time: its frames, its filterbank, and the curves of a result.
+
+    Args:
+        windows (`Iterable[Mapping]`): The windows of the clip in their order, see [`read_windows`].
+        result (`Mapping`): The result of the pipeline, or what [`AudioVisualCaptioningPipeline.over_time`] returns.
+            Of `agreement_by_step`, `gate` and `entropy` those that it has are drawn, entropy where there is no
+            agreement.
+        processor ([`EVACapProcessor`]): The processor that made the windows.
+        title (`str`): What stands above.
+        threshold (`float`, *optional*): The agreement below which a picture does not belong, drawn as a line.
+        width (`float`): Inches.
+    """
+    extractor, video = processor.feature_extractor, processor.video_processor
+    pictures, banks, times, end = [], [], [], 0.0
+    for window in windows:
+        start, end = window["timestamp"]
+        frames = round((end - start) * extractor.sampling_rate / extractor.hop_length)
+        if "input_features" in window["inputs"]:
+            banks.append(np.asarray(window["inputs"]["input_features"])[0, :frames])
+        if "pixel_values_videos" in window["inputs"]:
+            seen = _as_seen(np.asarray(window["inputs"]["pixel_values_videos"])[0], video)
+            pictures += list(seen)
+            times += [start + number / len(seen) * (end - start) for number in range(len(seen))]
+    names = [name for name in ("agreement_by_step", "gate", "entropy") if name in result]
+    if "agreement_by_step" in names:
+        names = names[:2]
+    heights = [1.2] * bool(pictures) + [1.0] * bool(banks) + [1.3] * bool(names)
+    figure = new_figure(width, 0.6 + 1.4 * sum(heights))
+    panels = list(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0])
+    panels[0].set_title(title, fontsize=9)
+    axes = iter(panels)
+    if pictures:
+        strip, shown = next(axes), -(-len(pictures) // 10)
+        share = end / len(pictures[::shown])
+        for picture, time in zip(pictures[::shown], times[::shown]):
+            strip.imshow(picture, extent=(time, time + 0.95 * share, 0, 1), aspect="auto")
+        strip.set_yticks([])
+    if banks:
+        bank = next(axes)
+        bank.imshow(np.concatenate(banks).T, origin="lower", extent=(0, end, 0, 1), aspect="auto", cmap="magma")
+        bank.set_yticks([])
+        bank.set_ylabel("mel", fontsize=8)
+    if names:
+        curves = next(axes)
+        for name, color in zip(names, COLORS):
+            values = np.array([np.nan if value is None else value for value in result[name]], dtype=float)
+            curves.plot(result["times"], values, color=color, label=name.removesuffix("_by_step"))
+        if threshold is not None and "agreement_by_step" in names:
+            curves.axhline(threshold, color="0.6", linewidth=0.8, linestyle="--", label="threshold")
+        curves.set_ylim(-0.02, 1.02)
+        curves.legend(fontsize=8, frameon=False, ncols=3, loc="upper right")
+    panels[-1].set_xlim(0, end)
+    panels[-1].set_xlabel("seconds", fontsize=8)
+    for panel in panels:
+        clean_axes(panel)
+        panel.tick_params(labelsize=7)
+    return figure
 
 
 def _curves(
@@ -263,10 +331,14 @@ def _sample(
 
 def _strip(pixels: np.ndarray, processor: EVACapProcessor) -> np.ndarray:
     """The frames (F, 3, H, W) side by side, as they looked before they were normalised: (H, width, 3), 0 to 1."""
-    video = processor.video_processor
-    frames = pixels.transpose(0, 2, 3, 1) * np.array(video.image_std) + np.array(video.image_mean)
+    frames = _as_seen(pixels, processor.video_processor)
     # More than a row of nine is too small to see.
     frames = frames[np.linspace(0, len(frames) - 1, min(len(frames), 9)).round().astype(int)]
     gap = np.ones((frames.shape[1], max(1, frames.shape[2] // 24), 3))
     parts = [part for frame in frames for part in (frame, gap)][:-1]
-    return np.concatenate(parts, 1).clip(0, 1)
+    return np.concatenate(parts, 1)
+
+
+def _as_seen(pixels: np.ndarray, video: EVACapVideoProcessor) -> np.ndarray:
+    """Frames (F, 3, H, W) as they looked before they were normalised: (F, H, W, 3), 0 to 1."""
+    return (pixels.transpose(0, 2, 3, 1) * np.array(video.image_std) + np.array(video.image_mean)).clip(0, 1)

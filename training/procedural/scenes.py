@@ -273,20 +273,32 @@ def write_clip(scene: Scene, path: str | os.PathLike, fps: int = 10, size: int =
     """
     if size % 2:
         raise ValueError(f"size={size} is odd, H.264 needs an even one; use {size + 1}")
-    path = Path(path)
     clip = render(scene, fps, size)
+    write_mp4(path, clip.waveform, clip.frames, fps)
+
+
+def write_mp4(path: str | os.PathLike, waveform: np.ndarray, frames: np.ndarray, fps: int) -> None:
+    """Writes sound and picture as an MP4 file with H.264 video and AAC sound. The file appears when it is complete.
+
+    Args:
+        path (`str` or `os.PathLike`): The file; its folder is made if it is missing.
+        waveform (`np.ndarray` of shape `(samples,)`): float32, mono, 16 kHz, within ±1.
+        frames (`np.ndarray` of shape `(frames, height, width, 3)`): uint8 RGB, with even height and width.
+        fps (`int`): Frames per second.
+    """
+    height, width = frames.shape[1:3]
     with (
-        whole_file(path) as partial,
+        whole_file(Path(path)) as partial,
         av.open(partial, "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
-        video = container.add_stream("libx264", rate=fps, width=size, height=size, pix_fmt="yuv420p")
+        video = container.add_stream("libx264", rate=fps, width=width, height=height, pix_fmt="yuv420p")
         video.options = {"preset": "veryfast", "crf": "20", "threads": "1"}
         audio = container.add_stream("aac", rate=SAMPLING_RATE, layout="mono", bit_rate=64_000)
-        for array in clip.frames:
+        for array in frames:
             container.mux(video.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
         container.mux(video.encode())
-        for start in range(0, len(clip.waveform), 1024):
-            block = av.AudioFrame.from_ndarray(clip.waveform[None, start : start + 1024], format="fltp", layout="mono")
+        for start in range(0, len(waveform), 1024):
+            block = av.AudioFrame.from_ndarray(waveform[None, start : start + 1024], format="fltp", layout="mono")
             block.sample_rate, block.time_base, block.pts = SAMPLING_RATE, Fraction(1, SAMPLING_RATE), start
             container.mux(audio.encode(block))
         container.mux(audio.encode())
