@@ -16,6 +16,7 @@ COMMANDS = {
     "caption": "caption media files",
     "check": "say whether the picture of a file belongs to its sound",
     "check-install": "see whether this machine captions correctly",
+    "demo": "show a page in the browser that captions clips",
     "sample": "write a procedural clip to try things on",
     "import-weights": "turn AVCap, CAV-MAE and GIT weights into a model",
     "prepare": "make features for training from media files",

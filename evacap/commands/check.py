@@ -12,7 +12,6 @@ from ..training.terminal import one_line, printable
 from .caption import add_model_arguments, caption, find_media, load_captioner, require_some
 
 
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "media",
@@ -101,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None and results:
         file = media[0]
         windows = read_windows(file, checker.processor, checker.processor.window_seconds)
-        figure = plot_over_time(windows, results[file], checker.processor, Path(file).name, threshold)
+        figure = plot_over_time(windows, results[file], checker.processor, Path(str(file)).name, threshold)
         arguments.plot.parent.mkdir(parents=True, exist_ok=True)
         save_figure(figure, arguments.plot, 120)
         print(printable(arguments.plot), file=sys.stderr)

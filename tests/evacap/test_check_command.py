@@ -5,6 +5,7 @@ import wave
 
 import pytest
 import torch
+from agreement_model import save_agreement_model
 from PIL import Image
 from transformers import pipeline
 
@@ -17,19 +18,8 @@ from evacap.training.procedural.scenes import make_scene, write_clip
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The bundled checkpoint with a head that says 0.88 of every picture."""
     path = tmp_path_factory.mktemp("agreement")
-    config = evacap.EVACapConfig.from_pretrained(evacap.TINY)
-    config.gate_type, config.matching_weight, config.matching_hidden_size = "agreement", 1.0, 16
-    torch.manual_seed(0)
-    model = evacap.EVACapForConditionalGeneration.from_pretrained(evacap.TINY, config=config)
-    head = model.model.encoder.matching_head
-    with torch.no_grad():
-        for layer in (head.clip_out, head.step_out):
-            layer.weight.zero_()
-            layer.bias.fill_(2.0)
-    model.save_pretrained(path)
-    evacap.EVACapProcessor.from_pretrained(evacap.TINY).save_pretrained(path)
+    save_agreement_model(path)
     return path
 
 

@@ -41,6 +41,8 @@ def prepared(folder):
 def test_python_examples_run(folder, block, request, capsys):
     if '"prepared"' in block:
         request.getfixturevalue("prepared")
+    if "http://127.0.0.1:7860" in block:
+        block = block.replace("http://127.0.0.1:7860", request.getfixturevalue("demo"))
     torch.manual_seed(0)
     exec(compile(block, "example", "exec"), {})
 

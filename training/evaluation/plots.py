@@ -110,7 +110,7 @@ def plot_over_time(
     heights = [1.2] * bool(pictures) + [1.0] * bool(banks) + [1.3] * bool(names)
     figure = new_figure(width, 0.6 + 1.4 * sum(heights))
     panels = list(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0])
-    panels[0].set_title(title, fontsize=9)
+    panels[0].set_title(title, fontsize=9, parse_math=False)
     axes = iter(panels)
     if pictures:
         strip, shown = next(axes), -(-len(pictures) // 10)
