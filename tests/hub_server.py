@@ -24,7 +24,9 @@ class Hub(BaseHTTPRequestHandler):
         elif "/commit/" in self.path:
             lines = [json.loads(line) for line in body.splitlines()]
             files = [line["value"] for line in lines if line["key"] == "file"]
-            self.server.files |= {file["path"]: base64.b64decode(file["content"]) for file in files}
+            # Files of a Space have its kind before their name.
+            kind = "spaces/" if self.path.startswith("/api/spaces/") else ""
+            self.server.files |= {f"{kind}{file['path']}": base64.b64decode(file["content"]) for file in files}
             self.answer({"success": True, "commitUrl": f"{url}/commit/0", "commitOid": "0", "hookOutput": ""})
         else:
             self.answer({})

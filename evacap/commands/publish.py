@@ -19,6 +19,7 @@ from yaml import YAMLError
 from .. import modeling_evacap, processing
 from ..model_card import EVALUATION_FILE, TRAINING_FILE, check_metadata, example_code, fill_model_card
 from ..processing.known_answer_evacap import KNOWN_ANSWER_FILE, compare, read_known_answer, save_answer
+from ..space import caption_by_space, space_files
 from ..training.files import write_text
 from ..training.procedural.scenes import make_scene, write_clip
 from ..training.terminal import one_line, printable
@@ -81,14 +82,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="a model folder with its processor")
     parser.add_argument("--repo-id", required=True, metavar="ORG/NAME", help="where it goes on the Hub")
     parser.add_argument("--private", action="store_true", help="make the repository private where it is new")
+    parser.add_argument(
+        "--space", action="store_true", help="also make a Space of the same name that shows it, see `evacap demo`"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check and show everything, write and upload nothing")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    publish(arguments.folder, arguments.repo_id, private=arguments.private, dry_run=arguments.dry_run)
+    publish(
+        arguments.folder,
+        arguments.repo_id,
+        private=arguments.private,
+        dry_run=arguments.dry_run,
+        space=arguments.space,
+    )
 
 
-def publish(folder: str | os.PathLike, repo_id: str, private: bool = False, dry_run: bool = False) -> None:
+def publish(
+    folder: str | os.PathLike, repo_id: str, private: bool = False, dry_run: bool = False, space: bool = False
+) -> None:
     """Checks a model folder, writes its card if it has none, and uploads it.
 
     The example code of the card's template has to caption a generated clip, and the folder to reproduce its known
@@ -102,8 +114,11 @@ def publish(folder: str | os.PathLike, repo_id: str, private: bool = False, dry_
         repo_id (`str`): `ORG/NAME` on the Hub; the repository is made if it does not exist.
         private (`bool`, defaults to `False`): Whether a new repository is private.
         dry_run (`bool`, defaults to `False`): Checks and shows everything, but writes and uploads nothing.
+        space (`bool`, defaults to `False`): Whether to make a Space of the same name, too, with the page of `evacap
+            demo`. It holds the code of this package, and has to caption a generated clip first.
 
     Raises:
+        ImportError: If Gradio is missing and a Space is wanted.
         FileNotFoundError: If a file of the folder is missing.
         PermissionError: If there is no token.
         ValueError: If the folder, the metadata of the card or `repo_id` is not valid.
@@ -142,6 +157,12 @@ def publish(folder: str | os.PathLike, repo_id: str, private: bool = False, dry_
     if is_new and not dry_run:
         write_text(card_path, str(card))
 
+    page = {}
+    if space:
+        page = space_files(repo_id)
+        caption = caption_by_space(page, folder, repo_id, _safe_environment())
+        print(f"Space: its page captions a generated clip: {printable(caption)}")
+
     names = uploaded_files(folder)
     sizes = {name: (folder / name).stat().st_size for name in names}
     sizes[CARD] = len(str(card).encode()) if is_new else sizes[CARD]
@@ -151,6 +172,12 @@ def publish(folder: str | os.PathLike, repo_id: str, private: bool = False, dry_
     left_out = sorted(path.name for path in folder.iterdir() if path.name not in sizes)
     if left_out:
         print(f"not uploaded: {', '.join(map(printable, left_out))}")
+    if space:
+        size = sum(map(len, page.values()))
+        print(f"to https://huggingface.co/spaces/{repo_id}: {len(page)} files, {size:,} bytes:")
+        print(f"  {', '.join(name for name in page if '/' not in name)}, and the code of this package in evacap/")
+        if private:
+            print("  the model is private: give the Space a token that reads it, as its secret HF_TOKEN")
     if dry_run:
         print("dry run: nothing was written or uploaded." + (" The card:\n" if is_new else ""))
         print("\n".join(map(printable, str(card).split("\n"))) if is_new else "", end="")
@@ -159,6 +186,18 @@ def publish(folder: str | os.PathLike, repo_id: str, private: bool = False, dry_
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in sorted(sizes)]
     _reach_hub(repo_id, create_repo, repo_id, private=private, exist_ok=True)
     commit = _reach_hub(repo_id, create_commit, repo_id, operations, commit_message="Upload a model of EVACap")
+    print(f"uploaded: {commit.commit_url}")
+    if space:
+        _upload_space(repo_id, page, private)
+
+
+def _upload_space(repo_id: str, page: dict[str, bytes], private: bool) -> None:
+    kind = {"repo_type": "space"}
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in page.items()]
+    _reach_hub(repo_id, create_repo, repo_id, private=private, exist_ok=True, space_sdk="gradio", **kind)
+    commit = _reach_hub(
+        repo_id, create_commit, repo_id, operations, commit_message="Upload the page of EVACap", **kind
+    )
     print(f"uploaded: {commit.commit_url}")
 
 
@@ -221,10 +260,7 @@ def caption_alone(folder: Path, repo_id: str) -> tuple[list[str], dict[str, Any]
         # The code on the card loads the repository by its name, which is a folder here.
         (place / repo_id).parent.mkdir()
         (place / repo_id).symlink_to(folder)
-        environment = {name: value for name, value in os.environ.items() if ENVIRONMENT.fullmatch(name)}
-        # Packages of the user's are found through the home folder, and so is the token.
-        environment |= {"HOME": str(place), "HF_HOME": str(place / "hub"), "PYTHONUSERBASE": site.getuserbase()}
-        environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONUTF8": "1"}
+        environment = {**_safe_environment(), "HOME": str(place), "HF_HOME": str(place / "hub")}
         command = [sys.executable, "-c", _RUN_ALONE, repo_id]
         code = example_code(repo_id)
         try:
@@ -247,6 +283,14 @@ def caption_alone(folder: Path, repo_id: str) -> tuple[list[str], dict[str, Any]
     if not any(captions):
         raise ValueError(f"{folder}: the code on its card prints no caption.")
     return captions, json.loads(found)
+
+
+def _safe_environment() -> dict[str, str]:
+    """The variables of a process that runs offline and without a token."""
+    environment = {name: value for name, value in os.environ.items() if ENVIRONMENT.fullmatch(name)}
+    # Packages of the user's are found through the home folder, which the process does not get, as the token is there.
+    environment["PYTHONUSERBASE"] = site.getuserbase()
+    return environment | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONUTF8": "1"}
 
 
 def _load_card(path: Path) -> ModelCard:

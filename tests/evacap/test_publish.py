@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hub_server import hub_server
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
@@ -18,6 +19,7 @@ from evacap.cli import main
 from evacap.commands.import_weights import import_weights
 from evacap.commands.publish import caption_alone, check_files, uploaded_files
 from evacap.model_card import PIPELINE_TAG, check_metadata, example_code, fill_model_card, python_examples
+from evacap.space import caption_by_space, space_files
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -261,6 +263,39 @@ def test_known_names_alone_are_uploaded(folder):
     assert sorted(filter_repo_objects(everything, allow_patterns=before)) == before
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"x")
     assert uploaded_files(folder) == sorted([*before, "model-00001-of-00002.safetensors"])
+
+
+@pytest.mark.slow
+def test_a_space_captions_before_it_is_uploaded(folder, capsys):
+    assert main(["publish", str(folder), "--repo-id", REPO_ID, "--space", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^Space: its page captions a generated clip: .+", out, re.MULTILINE)
+    assert f"to https://huggingface.co/spaces/{REPO_ID}: " in out
+    assert "README.md, app.py, requirements.txt, and the code of this package" in out
+
+
+def test_a_space_has_what_it_needs_and_no_more(tmp_path, folder, monkeypatch):
+    found = space_files(REPO_ID)
+    assert {"README.md", "app.py", "requirements.txt", "evacap/app.py", "evacap/training/files.py"} <= found.keys()
+    assert not any("tiny/" in name or "__pycache__" in name or "tests" in name for name in found)
+    card = yaml.safe_load(found["README.md"].decode().split("---")[1])
+    assert card["sdk"] == "gradio" and card["models"] == [REPO_ID] and (card["app_file"] in found)
+    needed = found["requirements.txt"].decode().splitlines()
+    assert any(line.startswith("gradio>=") for line in needed) and any(line.startswith("torch>=") for line in needed)
+    assert not any(line.startswith(("pytest", "ray")) for line in needed)
+    # The code of the Space is what runs, and not the installed package.
+    found["evacap/__init__.py"] += b"\nraise RuntimeError('here')\n"
+    with pytest.raises(ValueError, match="does not start: RuntimeError: here"):
+        caption_by_space(found, folder, REPO_ID, os.environ)
+
+
+@pytest.mark.slow
+def test_model_and_space_are_sent(folder):
+    with hub_server() as (files, hub):
+        done = publish_alone(folder, "--space", **hub)
+    assert done.returncode == 0, done.stderr
+    assert {"config.json", "spaces/app.py", "spaces/README.md", "spaces/evacap/app.py"} <= files.keys()
+    assert files["spaces/app.py"] == space_files(REPO_ID)["app.py"]
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "config.json", "README.md", "model.safetensors", "LICENSE"])
