@@ -14,6 +14,7 @@ from .registration import register_when_needed
 
 
 if TYPE_CHECKING:
+    from .caption_files import write_captions
     from .commands.import_weights import import_weights
     from .modeling_evacap.configuration_evacap import (
         EVACapAudioConfig,
@@ -36,6 +37,7 @@ TINY = str(Path(__file__).with_name("tiny"))
 """Folder of the bundled checkpoint: a small EVACap trained on procedural clips, for trying and testing."""
 
 _MODULES = {
+    "caption_files": ["write_captions"],
     "commands.import_weights": ["import_weights"],
     "modeling_evacap.configuration_evacap": [
         "EVACapAudioConfig",
@@ -68,6 +70,7 @@ __all__ = [
     "EVACapVideoConfig",
     "EVACapVideoProcessor",
     "import_weights",
+    "write_captions",
 ]
 
 

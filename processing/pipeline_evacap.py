@@ -108,24 +108,45 @@ def split_streams(inputs: Any, processor: EVACapProcessor) -> dict[str, Any]:
 
 
 def read_windows(
-    inputs: Any, processor: EVACapProcessor, window_seconds: float, audio_track: int | None = None
+    inputs: Any,
+    processor: EVACapProcessor,
+    window_seconds: float,
+    audio_track: int | None = None,
+    stride: tuple[float, float] = (0.0, 0.0),
+    start: float = 0.0,
+    end: float | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Reads one input window by window, each file in one pass, so that memory does not grow with its length.
+    """Reads one input window by window, so that memory does not grow with its length.
 
-    The windows follow each other without overlap. The last is shorter; a rest below half a second is left out (ours).
-    The sound determines the length. A picture that ends earlier is missing in later windows, a still stays, and
-    decoded frames, which have no time stamps, are spread evenly over the sound.
+    Each window begins `window_seconds` less both strides after the one before, and the last is shorter; a rest below
+    half a second is left out (ours). Without strides, a file is read in one pass; with them, in as many passes at the
+    same time as windows overlap at one moment. The sound determines the length. A picture that ends earlier is missing
+    in later windows, a still stays, and decoded frames, which have no time stamps, are spread evenly over the sound.
+
+    Args:
+        inputs: One input, see [`AudioVisualCaptioningPipeline`].
+        processor ([`EVACapProcessor`]): Makes the inputs of the model.
+        window_seconds (`float`): Length of a window, in seconds.
+        audio_track (`int`, *optional*): The sound track of a file, counted from 0.
+        stride (`tuple[float, float]`): Seconds on the left and on the right of a window that are only context: they belong
+            to its neighbours. Nothing is taken from the left of the first window and the right of the last.
+        start (`float`): Where the first window begins, in seconds.
+        end (`float`, *optional*): Where the last window ends at the latest, in seconds.
 
     Yields:
-        `{"timestamp": (start, end), "is_last": bool, "is_silent": bool, "inputs": BatchFeature}`.
+        `{"span": (start, end), "timestamp": (start, end), "is_last": bool, "is_silent": bool, "inputs": BatchFeature}`:
+        the window, and the part of it that is not a stride. These parts follow each other without a gap.
     """
+    left, right = stride
+    step = window_seconds - left - right
     with ExitStack() as files:
         timed, frames = {}, {}
         for name, stream in split_streams(inputs, processor).items():
             if is_file(stream):
-                timed[name] = _FileWindows(name, stream, processor, window_seconds, audio_track, files)
+                overlap = math.ceil(window_seconds / step - 1e-9)
+                timed[name] = _FileWindows(name, stream, processor, overlap, audio_track, files)
             elif name == "audio":
-                timed[name] = _SoundWindows(stream, processor, window_seconds)
+                timed[name] = _SoundWindows(stream, processor)
             else:
                 frames[name] = stream
         leading = next(iter(timed.values()), None)
@@ -133,65 +154,94 @@ def read_windows(
         total = leading.length() if frames and leading is not None else None
         warned = False
         for index in itertools.count():
-            start = index * window_seconds
-            taken = {name: stream.take() for name, stream in timed.items()}
+            begin = start + index * step
+            seconds = window_seconds if end is None else min(window_seconds, end - begin)
+            taken = {name: stream.take(begin, seconds) for name, stream in timed.items()}
             first = next(iter(taken.values()), None)
-            end = start + (window_seconds if first is None or not first.duration else first.duration)
-            is_last = leading is None or not leading.goes_on()
+            stop = begin + (seconds if first is None or not first.duration else first.duration)
+            at_end = end is not None and end - begin - seconds <= NEGLIGIBLE_SECONDS
+            is_last = leading is None or at_end or not leading.goes_on()
             window = {name: [clip] for name, clip in taken.items() if clip is not None}
             for name, stream in frames.items():
-                if total and total > window_seconds + NEGLIGIBLE_SECONDS and not is_still(stream):
-                    begin = int(start / total * len(stream))
-                    stream = stream[begin : max(begin + 1, math.ceil(end / total * len(stream)))]
+                is_part = total and (begin > 0 or stop < total - NEGLIGIBLE_SECONDS)
+                if is_part and not is_still(stream):
+                    number = int(begin / total * len(stream))
+                    stream = stream[number : max(number + 1, math.ceil(stop / total * len(stream)))]
                 window[name] = [stream]
             is_silent = first is not None and first.silent
             if is_silent and not warned:
                 warned = True
                 logger.warning(
-                    f"{first.name} is silent from {start:g} to {end:g} s: what is said of its sound there is invented."
+                    f"{first.name} is silent from {begin:g} to {stop:g} s: what is said of its sound there is invented."
                 )
-            yield {
-                "timestamp": (start, end),
+            read = {
+                "span": (begin, stop),
+                "timestamp": (begin + left if index else begin, stop if is_last else stop - right),
                 "is_last": is_last,
                 "is_silent": is_silent,
                 "inputs": processor(**window, return_tensors="pt"),
             }
             if is_last:
-                return
+                break
+            yield read
+    # After the files have been closed, which warns of damage: nobody need ask for more than the last window.
+    yield read
 
 
 class _FileWindows:
-    """The windows of a file in the role of an argument of the processor; a still is the same in all."""
+    """The windows of a file in the role of an argument of the processor; a still is the same in all.
+
+    A reader only reads on, so windows that overlap have readers of their own, which take turns.
+    """
 
     def __init__(
         self,
         name: str,
         source: Any,
         processor: EVACapProcessor,
-        window_seconds: float,
+        overlap: int,
         audio_track: int | None,
         files: ExitStack,
     ):
-        self.window_seconds = window_seconds
+        self.files = files
         self.file = files.enter_context(open_media(file_source(source)))
-        self.reader: MediaReader = files.enter_context(
-            processor.open(self.file, audio_track=audio_track, audio=name in ("media", "audio"), video=name != "audio")
+        self.open = partial(
+            processor.open,
+            self.file,
+            audio_track=audio_track,
+            audio=name in ("media", "audio"),
+            video=name != "audio",
         )
+        self.readers: list[MediaReader | None] = [None] * overlap
         self.still: Media | None = None
         self.count = 0
 
-    def take(self) -> Media | None:
-        """The next window; `None` where the file has ended before."""
+    def take(self, start: float, seconds: float) -> Media | None:
+        """The window of so many seconds from `start` on; `None` where the file has ended before."""
         if self.still is not None:
             return self.still
+        number = self.count % len(self.readers)
+        if self.readers[number] is None:
+            self.readers[number] = self._open(start)
+        self.reader = self.readers[number]
+        self.reader.position = start
         if self.count and not self.reader.goes_on(0.0):
             return None
         self.count += 1
-        clip = self.reader.read(self.window_seconds)
+        clip = self.reader.read(seconds)
         self.still = clip if self.reader.still else None
         return clip
 
+    def _open(self, start: float) -> MediaReader:
+        reader = self.files.enter_context(self.open(start=start))
+        first = self.readers[0] or reader
+        if reader is not first:
+            # It is closed before the first one, which then warns for all.
+            self.files.callback(lambda: [first.problems.note(reader.problems.pop(0)) for _ in list(reader.problems)])
+        return reader
+
     def goes_on(self) -> bool:
+        """Whether the file goes on after the window that was taken last."""
         return self.reader.goes_on(NEGLIGIBLE_SECONDS)
 
     def length(self) -> float:
@@ -201,21 +251,22 @@ class _FileWindows:
 class _SoundWindows:
     """The windows of a decoded sound."""
 
-    def __init__(self, sound: dict[str, Any], processor: EVACapProcessor, window_seconds: float):
+    def __init__(self, sound: dict[str, Any], processor: EVACapProcessor):
         self.rate = sound["sampling_rate"]
         waveform = sound["array"]
         mono = waveform if waveform.ndim == 1 else mix_down(waveform, processor.feature_extractor.channels)
         self.waveform = mono.float().cpu().numpy()
-        self.window_seconds, self.count = window_seconds, 0
+        self.position = 0.0
 
-    def take(self) -> Media:
-        start = self.count * self.window_seconds
-        self.count += 1
-        part = self.waveform[round(start * self.rate) : round(self.count * self.window_seconds * self.rate)]
+    def take(self, start: float, seconds: float) -> Media:
+        if start and start >= self.length():
+            raise ValueError(f"`start` is {start:g} s but the sound has {self.length():.2f} s.")
+        self.position = start + seconds
+        part = self.waveform[round(start * self.rate) : round(self.position * self.rate)]
         return Media(part, self.rate, None, None, start, len(part) / self.rate, "the sound")
 
     def goes_on(self) -> bool:
-        return self.length() - self.count * self.window_seconds > NEGLIGIBLE_SECONDS
+        return self.length() - self.position > NEGLIGIBLE_SECONDS
 
     def length(self) -> float:
         return len(self.waveform) / self.rate
@@ -316,6 +367,18 @@ def undecoded(rows: Any) -> Any:
     return rows
 
 
+def merged(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Chunks, with one in place of neighbours that say the same."""
+    events: list[dict[str, Any]] = []
+    for chunk in chunks:
+        last = events[-1] if events else None
+        if last is not None and last | {"timestamp": None} == chunk | {"timestamp": None}:
+            last["timestamp"] = (last["timestamp"][0], chunk["timestamp"][1])
+        else:
+            events.append(dict(chunk))
+    return events
+
+
 def _number(value: float) -> float | None:
     """JSON has no NaN."""
     return None if math.isnan(value) else value
@@ -396,8 +459,16 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
                 Processes that read and decode, each within a budget of memory; a generator is read by one at most,
                 and by none where processes do not start as copies of this one (macOS, Windows, Python 3.14).
             chunk_length_s (`float`, *optional*, defaults to `processor.window_seconds`):
-                Length of the windows in which a longer input is captioned, at most `processor.window_seconds`. The
-                windows do not overlap, the last is shorter; a rest below 0.5 s is left out.
+                Length of the windows in which a longer input is captioned, at most `processor.window_seconds`. The last
+                is shorter; a rest below 0.5 s is left out.
+            stride_length_s (`float` or `tuple[float, float]`, *optional*, defaults to 0):
+                Seconds on the left and on the right of each window that are heard and seen, but belong to its
+                neighbours, as in Transformers' speech recognition: windows begin every `chunk_length_s` less both, which
+                must leave 0.5 s. The `"timestamp"` of a chunk has no stride in it, so that chunks follow each other.
+            merge_chunks (`bool`, *optional*):
+                Whether neighbouring windows with the same caption become one chunk; by default if windows overlap.
+            start (`float`, *optional*, defaults to 0.0), end (`float`, *optional*):
+                The part of each input to caption, in seconds. Time stamps count from the beginning of the input.
             return_timestamps (`bool`, *optional*):
                 Whether to return `"chunks"`; by default for inputs of more than one window.
             audio_track (`int`, *optional*):
@@ -442,8 +513,12 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
     def _sanitize_parameters(
         self,
         chunk_length_s: float | None = None,
+        stride_length_s: float | tuple[float, float] | None = None,
+        start: float | None = None,
+        end: float | None = None,
         audio_track: int | None = None,
         return_timestamps: bool | None = None,
+        merge_chunks: bool | None = None,
         return_gate: bool | None = None,
         return_agreement: bool | None = None,
         on_error: str | None = None,
@@ -466,19 +541,51 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
                 f"`chunk_length_s` must be between {NEGLIGIBLE_SECONDS} and {longest:g} s, which one caption covers, got "
                 f"{chunk_length_s!r}."
             )
+        stride = None
+        if stride_length_s is not None:
+            stride = self._to_stride(stride_length_s, chunk_length_s or longest)
+            if merge_chunks is None and any(stride):
+                merge_chunks = True
+        times = (start or 0, math.inf if end is None else end)
+        if not (all(isinstance(time, numbers.Real) for time in times) and 0 <= times[0] < times[1]):
+            raise ValueError(
+                f"`start` and `end` must be seconds, with 0 <= `start` < `end`, got {start!r} and {end!r}."
+            )
         if return_gate:
             require_gate(self.model.config)
         if return_agreement:
             require_agreement(self.model.config)
         groups = (
-            {"chunk_length_s": chunk_length_s, "audio_track": audio_track},
+            {
+                "chunk_length_s": chunk_length_s,
+                "stride": stride,
+                "start": start,
+                "end": end,
+                "audio_track": audio_track,
+            },
             {"return_gate": return_gate, "return_agreement": return_agreement},
-            {"return_timestamps": return_timestamps, "on_error": on_error},
+            {"return_timestamps": return_timestamps, "merge_chunks": merge_chunks, "on_error": on_error},
         )
         preprocess, forward, postprocess = (
             {name: value for name, value in group.items() if value is not None} for group in groups
         )
         return preprocess, {**forward, **(generate_kwargs or {}), **kwargs}, postprocess
+
+    @staticmethod
+    def _to_stride(stride_length_s: Any, chunk_length_s: float) -> tuple[float, float]:
+        """Left and right stride of windows of this length."""
+        is_one = isinstance(stride_length_s, numbers.Real)
+        stride = (stride_length_s, stride_length_s) if is_one else tuple(stride_length_s)
+        if not (
+            len(stride) == 2
+            and all(isinstance(seconds, numbers.Real) and seconds >= 0 for seconds in stride)
+            and sum(stride) <= chunk_length_s - NEGLIGIBLE_SECONDS + 1e-9
+        ):
+            raise ValueError(
+                "`stride_length_s` must be seconds, or a pair of them for left and right, that leave at least "
+                f"{NEGLIGIBLE_SECONDS} s of the {chunk_length_s:g} s of a window, got {stride_length_s!r}."
+            )
+        return stride
 
     def get_iterator(
         self, inputs, num_workers: int, batch_size: int, preprocess_params, forward_params, postprocess_params
@@ -499,11 +606,11 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
             pin_memory=self.device.type == "cuda",
         )
 
-    def _reading(self, chunk_length_s: float | None = None, audio_track: int | None = None) -> dict[str, Any]:
+    def _reading(self, chunk_length_s: float | None = None, **options) -> dict[str, Any]:
         return {
             "processor": self.processor,
             "window_seconds": chunk_length_s or self.processor.window_seconds,
-            "audio_track": audio_track,
+            **options,
         }
 
     def _caption(
@@ -544,20 +651,25 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
         batch = caption_batch(self.model, self.processor, model_inputs, **options)
         return {name: value for name, value in vars(batch).items() if value is not None}
 
-    def postprocess(self, windows: list[dict[str, Any]], return_timestamps: bool | None = None) -> dict | list[dict]:
+    def postprocess(
+        self, windows: list[dict[str, Any]], return_timestamps: bool | None = None, merge_chunks: bool = False
+    ) -> dict | list[dict]:
         """The result of one input from its windows."""
         results = []
         for texts in zip(*(window["texts"] for window in windows)):
-            result = {"text": ". ".join(filter(None, texts))}
+            chunks = [
+                {
+                    "timestamp": window["timestamp"],
+                    "text": text,
+                    **({"silent": True} if window["is_silent"] else {}),
+                }
+                for window, text in zip(windows, texts)
+            ]
+            if merge_chunks:
+                chunks = merged(chunks)
+            result = {"text": ". ".join(filter(None, (chunk["text"] for chunk in chunks)))}
             if return_timestamps or (return_timestamps is None and len(windows) > 1):
-                result["chunks"] = [
-                    {
-                        "timestamp": window["timestamp"],
-                        "text": text,
-                        **({"silent": True} if window["is_silent"] else {}),
-                    }
-                    for window, text in zip(windows, texts)
-                ]
+                result["chunks"] = chunks
             if all(window["is_silent"] for window in windows):
                 result["silent"] = True
             results.append(result | self.over_time(windows))
@@ -570,13 +682,15 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
         step = self.model.config.audio_config.patch_size * extractor.hop_length / extractor.sampling_rate
         curves = {"times": [], **{name: [] for name in names}} if names else {}
         for window in windows:
-            start, end = window["timestamp"]
+            (start, end), (first, last) = window["span"], window["timestamp"]
+            # The steps with their middle in the strides belong to other windows, those of the padding hold no sound.
+            begin = math.ceil((first - start) / step - 0.5 - 1e-6)
+            stop = math.ceil((end - start) / step - 1e-6 if last == end else (last - start) / step - 0.5 - 1e-6)
             for name in names:
-                # The steps of the zero-padding past the end hold no sound.
-                count = min(len(window[name]), math.ceil((end - start) / step - 1e-6))
-                curves[name] += [_number(value) for value in window[name][:count].tolist()]
+                curves[name] += [_number(value) for value in window[name][begin:stop].tolist()]
             if names:
-                curves["times"] += [start + (i + 0.5) * step for i in range(count)]
+                stop = min(stop, len(window[names[0]]))
+                curves["times"] += [start + (i + 0.5) * step for i in range(begin, stop)]
         if "agreement" in windows[0]:
             curves["agreement"] = [
                 {"timestamp": window["timestamp"], "probability": _number(window["agreement"].item())}

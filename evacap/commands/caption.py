@@ -1,18 +1,20 @@
-"""`evacap caption`: captions media files, and shows how far the picture was trusted."""
+"""`evacap caption`: captions media files, as text, tables or subtitles."""
 
 import argparse
-import io
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from ..caption_files import FORMATS, SUBTITLES, TIMED, format_captions, format_of, write_captions
+from ..caption_outputs import Outputs, plan_outputs
 from ..cli import positive, positive_int, whole_number
+from ..media_list import STANDARD_INPUT, Media, find_media, require_some
 from ..training.files import JsonLines, locked
 from ..training.terminal import one_line, printable
 
@@ -23,16 +25,10 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Those of the feature extractor, which takes a second to import.
 CHANNELS = ("average", "first")
-# Suffixes that are searched for in folders; a file that is named itself may have any.
-SUFFIXES = frozenset(
-    ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .flv .wmv .asf .3gp .ogv .mxf "
-    ".wav .mp3 .flac .m4a .aac .ogg .oga .opus .aiff .aif .au .caf .wma .ac3 .eac3 .amr .wv .w64".split()
-)
 # For a run with an output file. On a CPU too, a batch reads the weights of the decoder once for all its clips.
 BATCH_SIZE = 8
 MAX_WORKERS = 16
 BEAMS = 4
-STANDARD_INPUT = "-"
 # A model below this loads before a progress bar could be read.
 SMALL_MODEL_BYTES = 2**28
 
@@ -71,19 +67,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of the sound track of a file, counted from 0 (default: FFmpeg's choice)",
     )
     parser.add_argument(
-        "--json",
-        action="store_true",
-        help="one JSON object a line, with gate and agreement over time as far as the model has them (also with "
-        "--output)",
+        "--format",
+        action="append",
+        default=[],
+        choices=FORMATS,
+        help="print this, or, several times, write these files for each clip into the folder of --output",
     )
     parser.add_argument(
         "--output",
+        action="append",
+        default=[],
         type=Path,
-        metavar="FILE.jsonl",
-        help="write one JSON object per line as each file is done, with `file` and `text`, or `error`; files that it "
-        "already has are skipped, so the same call continues where the last one stopped",
+        metavar="FILE|FOLDER",
+        help="write a file of all captions, in the format of its suffix (.txt, .json, .jsonl, .csv, .tsv; .srt and .vtt "
+        "for a single clip), or a file for each clip and --format into a folder. Can be given several times. A .jsonl "
+        "file and a folder get each clip as soon as it is done, and what they have already is skipped, so the same "
+        "call continues where the last one stopped",
     )
-    parser.add_argument("--retry-failed", action="store_true", help="try files with an error in --output again")
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="try files with an error in the .jsonl file of --output again"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="JSON with gate and agreement over time, as far as the model has them; without --output and --format, print "
+        "a JSON object a line",
+    )
+    parser.add_argument(
+        "--window", type=positive, metavar="SECONDS", help="length of the windows (default: what one caption covers)"
+    )
+    parser.add_argument(
+        "--hop",
+        type=positive,
+        metavar="SECONDS",
+        help="a window begins every so many seconds (default: no overlap). Windows that overlap have the middle between "
+        "them as their border, and neighbours with the same caption become one event",
+    )
+    parser.add_argument("--start", type=seconds, metavar="SECONDS", help="caption each file from there on")
+    parser.add_argument("--end", type=positive, metavar="SECONDS", help="caption each file up to there")
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="one event for neighbouring windows with the same caption, also without --hop",
+    )
+    parser.add_argument("--sdh", action="store_true", help="subtitles for the deaf and hard of hearing: [dog barks]")
+    parser.add_argument(
+        "--cue-settings",
+        default="",
+        metavar="SETTINGS",
+        help="settings of WebVTT's cues, such as 'line:0 align:start'",
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, model_help: str) -> None:
@@ -105,89 +138,19 @@ def add_model_arguments(parser: argparse.ArgumentParser, model_help: str) -> Non
     )
 
 
+def seconds(text: str) -> float:
+    """An argument that must be seconds, 0 or more."""
+    return 0.0 if text.strip("0.") == "" and text.strip(".") else positive(text)
+
+
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.retry_failed and not arguments.output:
-        raise ValueError("--retry-failed needs --output: it says where the errors are")
+    if arguments.end is not None and arguments.end <= (arguments.start or 0):
+        raise ValueError(f"--end {arguments.end:g} is not after --start {arguments.start:g}")
+    outputs = plan_outputs(arguments)
     media = find_media(arguments.media)
+    outputs.name_clips(media, arguments.media)
     require_some(media, "evacap caption")
-    if arguments.output:
-        return write_captions(arguments, media)
-    return print_captions(arguments, media)
-
-
-class StandardInput(io.BytesIO):
-    """The media file on standard input, which can be read only once; its name is `-`."""
-
-    name = STANDARD_INPUT
-
-    def __init__(self) -> None:
-        from ..processing.media_evacap import DOWNLOAD_BYTES
-
-        super().__init__()
-        if sys.stdin.isatty():
-            raise ValueError("- is standard input, which is the terminal here: pipe a media file into it")
-        while piece := sys.stdin.buffer.read(2**20):
-            if self.tell() > DOWNLOAD_BYTES:
-                raise ValueError(f"- holds more than {DOWNLOAD_BYTES:,} bytes; store it in a file first")
-            self.write(piece)
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def find_media(names: Iterable[str]) -> list[str | Path | StandardInput]:
-    """Lists each file once, in the order of the names, with the media files in and below a folder in its place.
-
-    Hidden files and folders are left out.
-
-    Returns:
-        A `Path` for everything that exists, so that a file with a name like a URL is not taken for one; a
-        [`StandardInput`] for `-`; otherwise the name.
-
-    Raises:
-        ValueError: If a folder has no media file.
-    """
-    files = []
-    for name in dict.fromkeys(names):
-        if name == STANDARD_INPUT:
-            files.append(StandardInput())
-            continue
-        if not os.path.isdir(name):
-            files.append(Path(name) if os.path.lexists(name) else name)
-            continue
-        found = [
-            path
-            for path in sorted(Path(name).rglob("*"))
-            if path.suffix.lower() in SUFFIXES
-            and not any(part.startswith(".") for part in path.relative_to(name).parts)
-            and path.is_file()
-        ]
-        if not found:
-            raise ValueError(f"{name}: no media files in this folder, such as .mp4 or .wav; name files to read others")
-        files += found
-    return list(dict.fromkeys(files))
-
-
-def require_some(media: Iterable[str | Path | StandardInput], command: str) -> None:
-    """Says which files are missing, before a model is loaded for them.
-
-    Raises:
-        FileNotFoundError: If there is none of the files.
-    """
-    from ..processing.media_evacap import is_url
-
-    media = list(media)
-    missing = [
-        file for file in media if not isinstance(file, StandardInput) and not is_url(file) and not os.path.exists(file)
-    ]
-    if len(missing) == len(media):
-        raise FileNotFoundError(
-            f"{missing[0]}: there is no such file; check the path"
-            if len(missing) == 1
-            else f"there is none of the {len(missing)} files, such as {missing[0]}; check the paths"
-        )
-    for file in missing:
-        print(f"{command}: {printable(file)}: there is no such file; the others are read", file=sys.stderr)
+    return write_outputs(arguments, media, outputs) if arguments.output else print_captions(arguments, media, outputs)
 
 
 def load_captioner(arguments: argparse.Namespace) -> "AudioVisualCaptioningPipeline":
@@ -258,16 +221,20 @@ def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def print_captions(arguments: argparse.Namespace, media: list[str | Path]) -> int:
+def print_captions(arguments: argparse.Namespace, media: list[Media], outputs: Outputs) -> int:
+    form = outputs.formats[0] if outputs.formats else "jsonl" if arguments.json else None
     captioner = load_captioner(arguments)
     gated = captioner.model.config.fusion_type == "gated_cross_attention"
-    failures, begin = 0, time.perf_counter()
+    results, failures, begin = [], 0, time.perf_counter()
 
-    def show(file: str | Path, result: dict[str, Any]) -> None:
+    def show(file: Media, result: dict[str, Any]) -> None:
         nonlocal failures, begin
         seconds, begin = time.perf_counter() - begin, time.perf_counter()
-        if arguments.json:
-            print(json.dumps({"file": str(file), **result}), flush=True)
+        named = {"file": str(file), **result}
+        if form == "jsonl":
+            print(json.dumps(named), flush=True)
+        elif form is not None:
+            results.append(named)
         elif "error" not in result:
             print(f"{printable(file)}: {printable(result['text'])}")
             for chunk in result.get("chunks", []):
@@ -287,42 +254,77 @@ def print_captions(arguments: argparse.Namespace, media: list[str | Path]) -> in
         show,
         batch_size=arguments.batch_size or 1,
         num_workers=arguments.workers or 0,
-        **generation_options(arguments),
-        audio_track=arguments.audio_track,
-        return_gate=gated,
-        return_agreement=arguments.json and has_agreement(captioner),
+        **caption_options(arguments, captioner, outputs, with_gate=form is None or arguments.json),
     )
+    if results and not (form in SUBTITLES and failures):
+        print(format_captions(results, form, **outputs.options(form)), end="", flush=True)
     return 1 if failures else 0
 
 
-def write_captions(arguments: argparse.Namespace, media: list[str | Path]) -> int:
-    output = arguments.output
-    if output.exists() and not output.is_file():
-        raise ValueError(
-            f"{output} is not a regular file, so no call could go on with it. Give a file such as captions.jsonl; --json "
-            "without --output prints the same."
-        )
-    with locked(output):
-        lines, done = open_results(output, drop_failed=arguments.retry_failed)
-        # What standard input holds now need not be what it held then.
-        left = [file for file in media if isinstance(file, StandardInput) or str(file) not in done]
-        failures = sum("error" in done[str(file)] for file in media if file not in left)
+def write_outputs(arguments: argparse.Namespace, media: list[Media], outputs: Outputs) -> int:
+    """Captions the files that the outputs do not have yet, and writes the outputs."""
+    if outputs.folder:
+        outputs.folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as locks:
+        for path in filter(None, (outputs.journal, *outputs.files, outputs.folder)):
+            locks.enter_context(locked(path))
+        lines, results = None, {}
+        if outputs.journal:
+            lines, results = open_results(outputs.journal, drop_failed=arguments.retry_failed)
+            # What standard input holds now need not be what it held then.
+            results.pop(STANDARD_INPUT, None)
+        left = [file for file in media if str(file) not in results]
+        if outputs.folder and not outputs.journal and not outputs.files:
+            left = [file for file in left if not all(path.is_file() for path in outputs.clip_files[str(file)])]
+        for file in media:
+            if str(file) in results and not all(path.is_file() for path in outputs.clip_files.get(str(file), [])):
+                outputs.write_clip(str(file), results[str(file)])
         if len(left) < len(media) and not arguments.quiet:
-            print(
-                f"{len(media) - len(left)} of {len(media)} files are in {printable(output)} already", file=sys.stderr
-            )
+            where = printable(outputs.journal or outputs.folder)
+            print(f"{len(media) - len(left)} of {len(media)} files are in {where} already", file=sys.stderr)
+        failures = sum("error" in results[str(file)] for file in media if str(file) in results)
         if left:
-            failures += _append_captions(arguments, lines, left, total=len(media))
+
+            def take(file: Media, result: dict[str, Any]) -> None:
+                nonlocal failures
+                if lines is not None:
+                    lines.append([{"file": str(file), **result}])
+                outputs.write_clip(str(file), result)
+                failures += "error" in result
+                if outputs.files:
+                    results[str(file)] = result
+                if "error" in result and lines is None:
+                    tqdm_write(f"evacap caption: {one_line(result['error'])}")
+
+            _caption_with_progress(arguments, left, take, len(media), outputs)
+        for path in outputs.files:
+            named = [{"file": str(file), **results[str(file)]} for file in media]
+            form = format_of(path)
+            if form not in SUBTITLES or not failures:
+                write_captions(named, path, **outputs.options(form))
     if failures:
+        advice = f": see `error` in {printable(outputs.journal)}; --retry-failed tries them again"
         print(
-            f"evacap caption: {failures} of {len(media)} files failed: see `error` in {printable(output)}; "
-            "--retry-failed tries them again",
+            f"evacap caption: {failures} of {len(media)} files failed{advice if outputs.journal else ''}",
             file=sys.stderr,
         )
     return 1 if failures else 0
 
 
-def _append_captions(arguments: argparse.Namespace, lines: JsonLines, media: list[str | Path], total: int) -> int:
+def tqdm_write(text: str) -> None:
+    """Prints a line to the standard error stream above a progress bar."""
+    from tqdm.auto import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+
+
+def _caption_with_progress(
+    arguments: argparse.Namespace,
+    media: list[Media],
+    take: Callable[[Media, dict[str, Any]], None],
+    total: int,
+    outputs: Outputs,
+) -> None:
     from tqdm.auto import tqdm
 
     # Read when torch is loaded. Otherwise its idle threads spin on cores that the reading processes need, which took
@@ -331,30 +333,59 @@ def _append_captions(arguments: argparse.Namespace, lines: JsonLines, media: lis
     from ..training.cores import usable_cores
 
     captioner = load_captioner(arguments)
-    gated = arguments.json and captioner.model.config.fusion_type == "gated_cross_attention"
-    failures = 0
-    with tqdm(
-        total=total, initial=total - len(media), unit="clip", smoothing=0.05, disable=arguments.quiet
-    ) as progress:
+    done = total - len(media)
+    with tqdm(total=total, initial=done, unit="clip", smoothing=0.05, disable=arguments.quiet) as progress:
 
-        def write(file: str | Path, result: dict[str, Any]) -> None:
-            nonlocal failures
-            lines.append([{"file": str(file), **result}])
-            failures += "error" in result
+        def take_and_count(file: Media, result: dict[str, Any]) -> None:
+            take(file, result)
             progress.update()
 
         caption(
             captioner,
             media,
-            write,
+            take_and_count,
             batch_size=arguments.batch_size or BATCH_SIZE,
             num_workers=min(usable_cores(), MAX_WORKERS) if arguments.workers is None else arguments.workers,
-            **generation_options(arguments),
-            audio_track=arguments.audio_track,
-            return_gate=gated,
-            return_agreement=arguments.json and has_agreement(captioner),
+            **caption_options(arguments, captioner, outputs, with_gate=arguments.json),
         )
-    return failures
+
+
+def window_options(arguments: argparse.Namespace, longest: float) -> dict[str, Any]:
+    """What the pipeline calls `--window`, `--hop`, `--start` and `--end`, for a model whose captions cover `longest` s.
+
+    Raises:
+        ValueError: If they are out of range.
+    """
+    from ..processing.processing_evacap import NEGLIGIBLE_SECONDS
+
+    window = longest if arguments.window is None else arguments.window
+    hop = window if arguments.hop is None else arguments.hop
+    for option, value, most in (("--window", window, longest), ("--hop", hop, window)):
+        if not NEGLIGIBLE_SECONDS <= value <= most:
+            raise ValueError(f"{option} must be between {NEGLIGIBLE_SECONDS} and {most:g} s here, got {value:g}")
+    return {
+        "chunk_length_s": window,
+        "stride_length_s": (window - hop) / 2,
+        "start": arguments.start,
+        "end": arguments.end,
+    }
+
+
+def caption_options(
+    arguments: argparse.Namespace, captioner: "AudioVisualCaptioningPipeline", outputs: Outputs, with_gate: bool
+) -> dict[str, Any]:
+    """The arguments of a call of the pipeline."""
+    options = generation_options(arguments)
+    if outputs.all_formats & set(TIMED):
+        options["return_timestamps"] = True
+    if arguments.merge:
+        options["merge_chunks"] = True
+    return options | {
+        **window_options(arguments, captioner.processor.window_seconds),
+        "audio_track": arguments.audio_track,
+        "return_gate": with_gate and captioner.model.config.fusion_type == "gated_cross_attention",
+        "return_agreement": arguments.json and has_agreement(captioner),
+    }
 
 
 def has_agreement(captioner: "AudioVisualCaptioningPipeline") -> bool:
@@ -388,8 +419,8 @@ def _parse_result(result: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def caption(
     captioner: "AudioVisualCaptioningPipeline",
-    media: list[str | Path],
-    take: Callable[[str | Path, dict[str, Any]], None],
+    media: list[Media],
+    take: Callable[[Media, dict[str, Any]], None],
     num_workers: int,
     batch_size: int,
     **options: Any,

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..cli import positive_int, whole_number
+from ..media_list import find_media, require_some
 from ..training.terminal import one_line, printable
-from .caption import add_model_arguments, caption, find_media, load_captioner, require_some
+from .caption import add_model_arguments, caption, load_captioner
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

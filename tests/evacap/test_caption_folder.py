@@ -105,11 +105,10 @@ def test_a_second_call_goes_on_where_the_first_stopped(folder, clip, capsys):
 def test_another_file_is_left_as_it_is(folder, capsys):
     contents = (b'{"file": "a.mp4", "text": "a"}\n[1]\n', b"a,b\n1,2\n", b"no newline", b'{"media": "a.mp4"}\n')
     for content in contents:
-        Path("other").write_bytes(content)
-        assert main(["caption", "clips", "--output", "other"]) == 1
+        Path("other.jsonl").write_bytes(content)
+        assert main(["caption", "clips", "--output", "other.jsonl"]) == 1
         assert "Give another --output" in capsys.readouterr().err
-        assert Path("other").read_bytes() == content
-    assert main(["caption", "clips", "--output", "clips"]) == 1
+        assert Path("other.jsonl").read_bytes() == content
     (folder / "empty").mkdir()
     for call in (["clips/empty"], ["clips", "--retry-failed"]):
         assert main(["caption", *call]) == 1
@@ -119,15 +118,106 @@ def test_another_file_is_left_as_it_is(folder, capsys):
         ) in printed
 
 
-def test_an_output_that_cannot_be_gone_on_with(folder, capsys):
+def test_an_output_that_cannot_be_written(folder, capsys):
+    os.mkfifo("pipe.jsonl")
     os.mkfifo("pipe")
-    for output in ("clips", "pipe", "/dev/null"):
-        assert main(["caption", "clips", "--output", output]) == 1
-        assert f"{output} is not a regular file" in capsys.readouterr().err
-    # A pipe behind /dev/stdout: it must not be read.
-    call = [sys.executable, "-m", "evacap", "caption", "clips", "--output", "/dev/stdout"]
-    done = subprocess.run(call, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and not done.stdout and "--json without --output prints the same" in done.stderr
+    Path("notes.md").write_text("notes")
+    for output, reason in (
+        ("clips", "what to write for each clip into this folder? Give --format"),
+        ("new", "what to write for each clip into this folder? Give --format"),
+        ("pipe.jsonl", "is not a regular file"),
+        ("pipe", "is not a folder, and its suffix says no format"),
+        ("notes.md", "is not a folder, and its suffix says no format"),
+        ("captions.ass", "is not a folder, and its suffix says no format"),
+        ("/dev/null", "is not a folder, and its suffix says no format"),
+    ):
+        assert main(["caption", "clips", "--output", output, "--model", "/not/loaded"]) == 1
+        assert f"evacap caption: {output}" in (printed := capsys.readouterr().err) and reason in printed
+    for options, reason in (
+        (["--format", "srt"], "--format srt is for one clip, but there are 4"),
+        (["--output", "a.vtt"], "a.vtt is for one clip, but there are 4"),
+        (["--format", "csv", "--format", "txt"], "are files for a folder"),
+        (["--format", "csv", "--output", "a.json"], "--format csv: where to?"),
+        (["--output", "a", "--output", "b", "--format", "srt"], "b: one folder and one .jsonl file can be written"),
+        (["--sdh", "--output", "a.csv"], "--sdh is for srt and vtt"),
+        (["--json", "--format", "csv"], "--json is for json and jsonl"),
+        (["--start", "5", "--end", "5"], "--end 5 is not after --start 5"),
+    ):
+        assert main(["caption", "clips", *options, "--model", "/not/loaded"]) == 1
+        assert reason in capsys.readouterr().err
+    assert not Path("new").exists() and Path("notes.md").read_text() == "notes"
+
+
+def test_every_format_at_once_and_from_the_same_captions(folder, capsys):
+    files = ["--output", "all.csv", "--output", "all.json", "--output", "all.jsonl"]
+    assert main(["caption", "clips", "--output", "subs", "--format", "srt", "--format", "txt", *files]) == 1
+    lines = read("all.jsonl")
+    assert (
+        [line["file"] for line in lines]
+        == NAMES
+        == [line["file"] for line in json.loads(Path("all.json").read_text())]
+    )
+    assert len(Path("all.csv").read_text().splitlines()) == 5
+    stems = ["a", "below/d é", "c"]
+    written = {path.relative_to("subs").as_posix() for path in Path("subs").rglob("*") if path.is_file()}
+    assert written == {f"{stem}.{form}" for stem in stems for form in ("srt", "txt")}, "a clip with an error has none"
+    assert Path("subs/a.txt").read_text() == lines[0]["text"] + "\n"
+    assert "00:00:00,000 --> 00:00:05,000" in Path("subs/below/d é.srt").read_text()
+    # From what is in the JSON lines, files that are missing are written again without a model.
+    Path("subs/a.srt").unlink()
+    Path("all.csv").unlink()
+    capsys.readouterr()
+    again = ["caption", "clips", "--output", "subs", "--format", "srt", *files, "--model", "/not/loaded"]
+    assert main(again) == 1 and "4 of 4 files are in all.jsonl already" in capsys.readouterr().err
+    assert Path("subs/a.srt").is_file() and len(Path("all.csv").read_text().splitlines()) == 5
+
+
+def test_a_folder_goes_on_where_the_first_call_stopped(folder, clip, capsys):
+    call = ["caption", "clips", "--output", "subs", "--format", "vtt"]
+    assert main([*call[:1], "clips/a.mp4", *call[2:]]) == 0
+    before = Path("subs/a.vtt").stat()
+    assert main(call) == 1
+    printed = capsys.readouterr().err
+    assert "1 of 4 files are in subs already" in printed and "b.mp4: " in printed and "1 of 4 files failed" in printed
+    shutil.copy(clip, folder / "b.mp4")
+    assert main(call) == 0 and Path("subs/a.vtt").stat() == before and Path("subs/b.vtt").is_file()
+    assert main([*call, "--model", "/not/loaded"]) == 0
+    # Two clips that only differ in their suffix, and two that cannot be told apart.
+    shutil.copy(clip, folder / "a.mkv")
+    assert main(["caption", "clips/a.mkv", "clips/a.mp4", "--output", "two", "--format", "txt"]) == 0
+    assert sorted(path.name for path in Path("two").iterdir()) == ["a.mkv.txt", "a.mp4.txt"]
+    shutil.copy(clip, "a.mp4")
+    assert main(["caption", "clips/a.mp4", "a.mp4", "--output", "two", "--format", "txt"]) == 1
+    assert "clips/a.mp4 and a.mp4 would both be written to two/a.mp4.txt" in capsys.readouterr().err
+
+
+def test_formats_on_the_terminal(folder, capsys):
+    assert main(["caption", "clips/a.mp4", "--format", "srt", "--quiet"]) == 0
+    assert capsys.readouterr().out.startswith("1\n00:00:00,000 --> 00:00:05,000\n")
+    assert main(["caption", "clips", "--format", "csv", "--quiet"]) == 1
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0] == "file,start,end,text,silent,error" and len(rows) == 5
+    assert main(["caption", "clips/b.mp4", "--format", "srt", "--quiet"]) == 1
+    assert not capsys.readouterr().out
+
+
+def test_finer_windows_and_a_part(folder, capsys):
+    def chunks(*options):
+        assert main(["caption", "clips/a.mp4", "--format", "json", *options]) == 0
+        return json.loads(capsys.readouterr().out)[0]["chunks"]
+
+    ends = [chunk["timestamp"] for chunk in chunks("--window", "2", "--format", "json")]
+    assert ends == [[0, 2], [2, 4], [4, 5]]
+    merged = chunks("--window", "2", "--hop", "1", "--start", "0.5", "--end", "4.5")
+    assert merged[0]["timestamp"][0] == 0.5 and merged[-1]["timestamp"][1] == 4.5
+    for one, other in zip(merged, merged[1:]):
+        assert one["timestamp"][1] == other["timestamp"][0] and one["text"] != other["text"]
+    for options, reason in (
+        (["--window", "60"], "--window must be between 0.5 and 5.12 s here, got 60"),
+        (["--window", "2", "--hop", "3"], "--hop must be between 0.5 and 2 s here, got 3"),
+    ):
+        assert main(["caption", "clips/a.mp4", *options]) == 1
+        assert reason in capsys.readouterr().err
 
 
 def test_names_are_paths_if_they_are_there(clip, tmp_path, monkeypatch, capsys):

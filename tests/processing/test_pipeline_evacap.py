@@ -153,6 +153,101 @@ def test_long_file_is_captioned_whole(captioner, files):
     assert [chunk["timestamp"] for chunk in shorter] == [(0.0, 2.0), (2.0, 4.0), (4.0, 6.0)]
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "ts", "wav"])
+def test_windows_that_overlap(captioner, tmp_path, suffix):
+    """Each is what the processor makes of the same part of the file, whether the container can be jumped in or not.
+
+    At another rate, where the resampler begins shifts the sound by less than a sample.
+    """
+    options = {"video": None, "audio": "pcm_s16le"} if suffix == "wav" else {}
+    path = str(write_clip(tmp_path / f"long.{suffix}", seconds=6, rate=RATE, **options))
+    windows = list(read_windows(path, captioner.processor, 2.0, stride=(0.5, 0.75), start=0.25))
+    spans = [window["span"] for window in windows]
+    assert [start for start, _ in spans] == [0.25, 1.0, 1.75, 2.5, 3.25, 4.0] and [
+        window["is_last"] for window in windows
+    ]
+    for window in windows:
+        start, end = window["span"]
+        alone = captioner.processor(media=path, start=start, duration=end - start, return_tensors="pt")
+        assert alone.keys() == window["inputs"].keys()
+        for name, value in alone.items():
+            torch.testing.assert_close(window["inputs"][name], value, msg=f"{name} from {start} s on")
+    borders = [window["timestamp"] for window in windows]
+    assert borders[0] == (0.25, 1.5) and borders[1] == (1.5, 2.25) and borders[-1] == (4.5, spans[-1][1])
+    assert [end for _, end in borders[:-1]] == [start for start, _ in borders[1:]]
+
+
+def test_windows_that_overlap_from_a_decoded_sound(captioner, files):
+    sound = noise(5.0)
+    windows = list(
+        read_windows(
+            {"audio": {"array": sound, "sampling_rate": RATE}, "video": frames(50)},
+            captioner.processor,
+            2.0,
+            stride=(0.5, 0.5),
+            end=4.0,
+        )
+    )
+    assert [window["span"] for window in windows] == [(0, 2), (1, 3), (2, 4)]
+    alone = captioner.processor(audio=sound[RATE : 3 * RATE], videos=frames(50)[10:30], return_tensors="pt")
+    for name, value in alone.items():
+        torch.testing.assert_close(windows[1]["inputs"][name], value)
+
+
+def test_events_and_the_gate_of_windows_that_overlap(captioner, files):
+    strided = {"chunk_length_s": 2.0, "stride_length_s": 0.5}
+    result = captioner(files["long"], **strided, return_gate=True, merge_chunks=False, batch_size=3)
+    assert [chunk["timestamp"] for chunk in result["chunks"]] == [
+        (0, 1.5),
+        (1.5, 2.5),
+        (2.5, 3.5),
+        (3.5, 4.5),
+        (4.5, 6),
+    ]
+    steps = np.diff(result["times"])
+    assert len(result["gate"]) == len(result["times"]) and (steps > 0).all() and steps.max() < 0.48
+    assert result["times"][0] == 0.16 and result["times"][-1] > 5.8
+    # Said by another model, where neighbours are the same.
+    windows = [
+        {"texts": [text], "timestamp": (time, time + 1), "span": (time, time + 1), "is_silent": text == "c"}
+        for time, text in enumerate("aabcca")
+    ]
+    merged = captioner.postprocess(windows, merge_chunks=True)
+    assert merged["chunks"] == [
+        {"timestamp": (0, 2), "text": "a"},
+        {"timestamp": (2, 3), "text": "b"},
+        {"timestamp": (3, 5), "text": "c", "silent": True},
+        {"timestamp": (5, 6), "text": "a"},
+    ]
+    assert merged["text"] == "a. b. c. a" and captioner.postprocess(windows)["text"] == "a. a. b. c. c. a"
+
+
+def test_a_part_of_a_file(captioner, files):
+    part = captioner(files["long"], start=1.0, end=2.5, return_timestamps=True)
+    assert part["chunks"][0]["timestamp"] == (1.0, 2.5)
+    assert part["text"] == expected_text(captioner, media=files["long"], start=1.0, duration=1.5)
+    rest = captioner(files["long"], start=2.5)["chunks"]
+    assert [chunk["timestamp"] for chunk in rest] == [(2.5, 2.5 + WINDOW), (2.5 + WINDOW, 6.0)]
+    with pytest.raises(MediaError, match="choose an earlier start"):
+        captioner(files["long"], start=7.0)
+    for wrong in ({"start": -1}, {"end": 0}, {"start": 2, "end": 2}, {"start": "1"}, {"end": float("nan")}):
+        with pytest.raises(ValueError, match="0 <= `start` < `end`"):
+            captioner(files["long"], **wrong)
+    for wrong in (2.0, (0.5, -0.5), (0.5,), "1", float("nan")):
+        with pytest.raises(ValueError, match="`stride_length_s` must be seconds"):
+            captioner(files["long"], chunk_length_s=2.0, stride_length_s=wrong)
+
+
+@pytest.mark.parametrize("stride", [0.0, 0.5])
+def test_a_damaged_file_gives_one_warning(captioner, tmp_path, caplog, stride):
+    whole = write_clip(tmp_path / "whole.mp4", seconds=6, options={"movflags": "faststart"}).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    caplog.set_level(logging.WARNING)
+    assert captioner(str(tmp_path / "cut.mp4"), chunk_length_s=2.0, stride_length_s=stride)["text"]
+    (warning,) = [record.getMessage() for record in caplog.records if "cut.mp4" in record.getMessage()]
+    assert "the file breaks off" in warning
+
+
 def test_streams_of_other_lengths_than_the_sound(captioner, files):
     sound = {"array": noise(2 * WINDOW + 0.4), "sampling_rate": RATE}
     chunks = captioner({"audio": sound, "video": files["clip"]})["chunks"]
