@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import long_files, startup, throughput
+from benchmarks import long_files, startup, throughput, time_resolution
 from evacap.training.procedural.scenes import make_scene, write_clip
 
 
@@ -36,3 +36,9 @@ def test_startup(tmp_path):
     rows = {row["what"]: row for row in run(startup, tmp_path, "--size", "small")}
     assert rows["load small as float32"]["initialised"] == 0 and rows["load small as float32"]["mapped"]
     assert rows["import evacap"]["seconds"]["median"] > 0
+
+
+@pytest.mark.slow
+def test_time_resolution(tmp_path):
+    rows = run(time_resolution, tmp_path, "--clips", "2")
+    assert [row["windows"] for row in rows[:2]] == [3, 4] and all(0 <= row["right"] <= 1 for row in rows)

@@ -1,6 +1,8 @@
 """What the README and the guides show is what runs."""
 
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,12 @@ from evacap.training.procedural.scenes import make_scene, write_clip
 
 README = Path(__file__).parents[2] / "README.md"
 GUIDES = [README, *sorted(README.parent.glob("docs/*.md"))]
+RUN_AS_A_WHOLE = ("captions",)
+"""Guides whose commands run, too."""
 BLOCKS = [
     pytest.param(block, id=f"{guide.stem}-{number}")
     for guide in GUIDES
+    if guide.stem not in RUN_AS_A_WHOLE
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL))
     # test_ray.py runs it.
     if "import ray" not in block
@@ -47,6 +52,25 @@ def test_python_examples_run(folder, block, request, capsys):
         block = block.replace("http://127.0.0.1:7860", request.getfixturevalue("demo"))
     torch.manual_seed(0)
     exec(compile(block, "example", "exec"), {})
+
+
+@pytest.mark.parametrize("name", RUN_AS_A_WHOLE)
+def test_the_examples_and_commands_of_a_guide_run_in_their_order(folder, name, capsys):
+    shutil.copy("sample.mp4", "clip.mp4")
+    shutil.copytree(".", "clips")
+    Path("clips/broken.mp4").unlink()
+    text = (README.parent / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    commands = 0
+    for language, block in re.findall(r"```(python|bash)\n(.*?)```", text, re.DOTALL):
+        if language == "python":
+            exec(compile(block, "example", "exec"), {})
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            program, *words = shlex.split(line, comments=True)
+            assert program == "evacap", line
+            assert cli.main(words) == 0, line
+            commands += 1
+    assert commands > 5
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
