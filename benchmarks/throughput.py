@@ -24,7 +24,7 @@ from transformers import BertTokenizer, pipeline
 import evacap
 from benchmarks.measure import DTYPES, Results, argument_parser, interleave, markdown, seconds, summary
 from benchmarks.models import make_config, make_model
-from evacap.commands.caption import find_media
+from evacap.media_list import find_media
 from evacap.modeling_evacap.presets import get_preset
 from evacap.processing.model_processor import make_processor
 from evacap.processing.pipeline_evacap import AudioVisualCaptioningPipeline

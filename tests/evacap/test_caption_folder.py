@@ -20,7 +20,8 @@ from media_files import tones, write_clip
 
 import evacap
 from evacap.cli import main
-from evacap.commands.caption import find_media, open_results
+from evacap.commands.caption import open_results
+from evacap.media_list import find_media
 from evacap.processing import media_evacap
 from evacap.processing.model_processor import load_processor
 
