@@ -83,10 +83,12 @@ _LAG_BYTES = 2**25  # … and may at any rate where no more bytes than these lie
 _QUEUE_BYTES = 2**28  # pictures of a window that are kept as they are coded until its end is known
 _SKIP = 2.0  # seconds; where wanted pictures lie further apart, what lies between is not decoded
 _LOOK_AHEAD = 4  # pictures after a leap that tell whether it is damage
+_MAX_REORDER = 8  # pictures by which one may come out too late in a damaged part: more than encoders put out of order
 _MAX_JITTER = 0.05  # seconds a time stamp may stray from the count of samples before it is believed
 _BACKWARD = 1.0  # seconds; a clock that runs back by more has begun anew
 _PAUSE, _LONE_PAUSE = 10.0, 100.0  # seconds; a clock that leaps further has begun anew (the second: pictures alone)
 _MAX_JUMP = 3600.0  # seconds; a time stamp that leaps further ahead is damage, not a pause
+_MAX_RATE = 2**22  # samples a second; a higher rate is damage, and FFmpeg's filter for it takes gigabytes
 _MAX_SOUND_PACKET = 10.0  # seconds; a packet of sound that claims to last longer is damaged
 _MIN_BYTES_A_SECOND = 10  # what lies beyond the seconds that a file of its size can last is damage
 _MAX_PIXELS = 2**26  # twice 8K; a picture with more is damaged
@@ -678,6 +680,11 @@ class _Track:
     def length(self, data) -> float:
         return float((data.duration or 0) * self.tick)
 
+    def stamp_of(self, data) -> int | None:
+        """The time stamp that goes up from packet to packet: pictures are coded in another order than displayed."""
+        first, second = (data.pts, data.dts) if self.is_sound else (data.dts, data.pts)
+        return second if first is None else first
+
     def put(self, packet: _Packet):
         packet.after_gap, self.gap = self.gap, False
         self.queue.append(packet)
@@ -861,7 +868,7 @@ class _Demuxer:
 
     def _file(self, data, track: _Track):
         """Put a packet behind the others of its track, if it is needed."""
-        stamp = data.pts if data.dts is None else data.dts
+        stamp = track.stamp_of(data)
         order = None if stamp is None else stamp * track.tick - self.origin + track.offset
         pending, track.pending = track.pending, None
         if order is not None and self._breaks(track, order):
@@ -872,7 +879,7 @@ class _Demuxer:
                     self._put(pending[0], track, None)
                 return
             self._begin_anew(track, pending[1])
-            self._put(pending[0], track, pending[0].pts if pending[0].dts is None else pending[0].dts)
+            self._put(pending[0], track, track.stamp_of(pending[0]))
         elif pending is not None:
             self.note("some time stamps damaged")
             self._put(pending[0], track, None)
@@ -1008,7 +1015,7 @@ class _Pictures:
         self.position = -math.inf  # time of the last picture that was decoded
         self.waiting: list[float] = []  # times that no picture has taken yet, where they go by number
         self.last = 0.0
-        self.primed = self.drained = self.unproven = False
+        self.primed = self.drained = self.unproven = self.damaged = False
         self.rotation: int | None = None  # quarters of a turn
 
     def at(self, time: float) -> _Picture | None:
@@ -1028,6 +1035,7 @@ class _Pictures:
         Its time stamp is damaged then, and the one behind it becomes the next.
         """
         count = _LOOK_AHEAD if self.ahead.time > self.shown.time + _BACKWARD else 1
+        count = _MAX_REORDER if self.damaged else count
         self._fill(count)
         for number in range(min(count, len(self.decoded))):
             if self.decoded[number].time <= time + _CLOCK:
@@ -1103,6 +1111,7 @@ class _Pictures:
                 self.waiting.remove(packet.time)
             return
         for frame in frames:
+            before = self.last
             if self.source.decoding_times:
                 # Pictures come out in display order: each takes the earliest time that is not taken yet.
                 self.last = self.waiting.pop(0) if self.waiting else self.last
@@ -1110,6 +1119,7 @@ class _Pictures:
                 self.last = frame.pts * self.track.tick - self.source.origin
             elif packet is not None:
                 self.last = packet.order
+            self.damaged = self.damaged or self.last < before
             self.decoded.append(_Picture(self.last, frame))
 
     def _feed(self, data) -> list | None:
@@ -1120,6 +1130,7 @@ class _Pictures:
         except EOFError:
             return []
         except av.FFmpegError:
+            self.damaged = True
             self.source.note("some pictures damaged")
             return None
 
@@ -1194,21 +1205,26 @@ class _Sound:
                 codec.flush_buffers()
         for frame in self._feed(None if packet is None else packet.data):
             if frame.pts is not None:
-                self.waveform.add(frame, frame.pts * self.track.tick - self.source.origin)
+                time = frame.pts * self.track.tick - self.source.origin
             else:
-                fallback = 0.0 if packet is None else packet.time
-                self.waveform.add(frame, self.waveform.due if self.waveform.due > -math.inf else fallback)
+                # Further on, if packets before it could not be decoded.
+                time = max(self.waveform.due, 0.0 if packet is None else packet.time)
+            self.waveform.add(frame, time)
 
     def _feed(self, data) -> list:
         self.source.budget.check()
         try:
-            return self.track.stream.codec_context.decode(data)
+            frames = self.track.stream.codec_context.decode(data)
+            if all(frame.sample_rate <= _MAX_RATE for frame in frames):
+                return frames
         except EOFError:
             return []
         except av.FFmpegError:
-            self.undecodable = True
-            self.source.note("some sound damaged")
-            return []
+            pass
+        self.waveform.flush()  # what follows has a place of its own
+        self.undecodable = True
+        self.source.note("some sound damaged")
+        return []
 
     def cut(self, start: float, end: float) -> np.ndarray | None:
         """The sound from `start` to `end`, or to its end, with silence in gaps; `None` if nothing can be decoded."""
@@ -1225,7 +1241,7 @@ class _Waveform:
     def __init__(self, sampling_rate: int, channels: str, source: _Demuxer):
         self.sampling_rate, self.channels, self.source = sampling_rate, channels, source
         # Of each piece: where it starts, and the chunks, each with the number of samples before it in the piece.
-        self.chunks: deque[tuple[float, int, _Chunk]] = deque()
+        self.chunks: list[tuple[float, int, _Chunk]] = []
         self.resampler = self.layout = None
         self.due, self.start, self.count = -math.inf, 0.0, 0
         self.has_sound = False
@@ -1236,8 +1252,6 @@ class _Waveform:
         length = frame.samples / frame.sample_rate
         layout = (frame.format.name, frame.layout.name, frame.sample_rate)
         if layout != self.layout or abs(time - self.due) > _MAX_JITTER:
-            if time + length <= self.due:
-                return  # The clock has run back: what was read earlier stays.
             self.flush()
             # Not the planar "fltp": PyAV reads beyond the planes of a frame with more than eight channels.
             self.resampler = av.AudioResampler(format="flt", rate=self.sampling_rate)
@@ -1279,16 +1293,15 @@ class _Waveform:
         if cancels:
             self.source.note("the channels of its sound cancel each other, the loudest is used")
         waveform, last = np.zeros(total, dtype=np.float32), 0
-        # The last goes first: where time stamps run back, what was read earlier stays.
-        for place, (_, _, chunk) in zip(reversed(places), reversed(self.chunks)):
+        # Where the clock runs back, what comes later stays: the clock was ahead by mistake until then.
+        for place, (_, _, chunk) in zip(places, self.chunks):
             part = chunk.samples(cancels)[max(0, -place) : max(0, total - place)]
             if len(part):
                 at = max(0, place)
                 waveform[at : at + len(part)] = part
                 last = max(last, at + len(part))
-        while self.chunks and places and places[0] + len(self.chunks[0][2]) <= total:
-            places.pop(0)
-            self.bytes -= self.chunks.popleft()[2].bytes
+        self.chunks = [piece for place, piece in zip(places, self.chunks) if place + len(piece[2]) > total]
+        self.bytes = sum(chunk.bytes for _, _, chunk in self.chunks)
         return waveform[:last] if last else waveform
 
 

@@ -128,8 +128,7 @@ def reference(path: str, found: dict[str, Any], holds: bool = False) -> dict[str
         with contextlib.suppress(av.FFmpegError, IndexError, ValueError, OverflowError), av.open(path) as container:
             stream = getattr(container.streams, kind)[0]
             origin = max(0, container.start_time or 0) * 1e-6
-            follows, held = origin, []
-            resampler, waiting = av.AudioResampler(format="flt", layout="mono", rate=RATE), []
+            follows, held, waiting, kept = origin, [], [], None
             for packet in container.demux(stream):
                 if packet.dts is not None:
                     waiting.append(float(packet.dts * packet.time_base))
@@ -150,7 +149,12 @@ def reference(path: str, found: dict[str, Any], holds: bool = False) -> dict[str
                             (moment - origin, number_shown(frame.to_ndarray(format="rgb24", **found["size"])))
                         )
                         continue
+                    layout = (frame.format.name, frame.layout.name, frame.sample_rate)
+                    if layout != kept or abs(moment - follows) > 0.05:
+                        kept = layout
+                        resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
                     follows = moment + frame.samples / frame.sample_rate
+                    frame.pts = None  # or the sound would end at the first gap: the resampler refuses what does not follow
                     for piece in resampler.resample(frame):
                         samples = piece.to_ndarray().reshape(-1)
                         first = round((moment - origin) * RATE)
