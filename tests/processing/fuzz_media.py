@@ -150,11 +150,10 @@ def reference(path: str, found: dict[str, Any], holds: bool = False) -> dict[str
                         )
                         continue
                     layout = (frame.format.name, frame.layout.name, frame.sample_rate)
-                    if layout != kept or abs(moment - follows) > 0.05:
+                    if layout != kept:  # as a damaged frame may say; the resampler would refuse it and all that follow
                         kept = layout
                         resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
                     follows = moment + frame.samples / frame.sample_rate
-                    frame.pts = None  # or the sound would end at the first gap: the resampler refuses what does not follow
                     for piece in resampler.resample(frame):
                         samples = piece.to_ndarray().reshape(-1)
                         first = round((moment - origin) * RATE)

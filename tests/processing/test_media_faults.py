@@ -18,7 +18,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from media_files import HEIGHT, WIDTH, barcode, read_barcode, read_barcodes, tones, write_clip
+from media_files import HEIGHT, WIDTH, barcode, beep_starts, read_barcode, read_barcodes, tones, write_clip
 
 from evacap.processing import media_evacap
 from evacap.processing.feature_extraction_evacap import EVACapFeatureExtractor
@@ -363,6 +363,88 @@ def test_a_picture_without_a_time_is_not_late_by_the_length_that_the_last_one_cl
     found = load_media(path, num_frames=20)
     assert found.duration == pytest.approx(4, abs=0.1)
     assert read_barcodes(found.frames) == [int(25 * (number + 0.5) / 5) for number in range(20)]
+
+
+def spoil(path: Path, kind: str, numbers: range):
+    """Overwrite packets of the sound or picture of a file."""
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(**{kind: 0}) if packet.size]
+        places = [(packet.pos, bytes(packet)) for packet in packets]
+    data = bytearray(path.read_bytes())
+    for number in numbers:
+        where = data.index(places[number][1], places[number][0])
+        data[where : where + len(places[number][1])] = b"\x55" * len(places[number][1])
+    path.write_bytes(data)
+
+
+def test_pictures_that_come_too_late_are_waited_for(tmp_path):
+    path = write_clip(tmp_path / "clip.mkv", seconds=4, video="mpeg4", audio=None)
+    for number in range(40, 44):
+        move_block(path, "video", number, 0.24)
+    spoil(path, "video", range(3, 4))  # tells that the file is damaged
+    found = load_media(path, fps=25)
+    numbers = dict(zip(range(100), read_barcodes(found.frames)))
+    assert [numbers[moment] for moment in (39, 40, 43, 44, 45, 50)] == [39, 39, 39, 44, 45, 50]
+
+
+def test_sound_with_a_clock_ahead_gives_way_to_what_follows(tmp_path):
+    path = write_clip(
+        tmp_path / "clip.webm", seconds=6, video=None, audio="libopus", rate=48000, sound=tones(6, 48000)
+    )
+    for number in range(72, 86):  # of the second second, to the third
+        move_block(path, "audio", number, 1.3)
+    assert [second for window in windows(path, 3.0) for second in heard(window.waveform)] == list(range(6))
+
+
+def test_sound_goes_by_its_display_time(tmp_path):
+    """A transport stream may hold a decoding time, too, which is damaged twice here."""
+    path, sound, packets = tmp_path / "clip.ts", tones(8, 48000), []
+    with av.open(str(path), "w", options={"pes_payload_size": "0"}) as container:
+        voice = container.add_stream("aac", rate=48000, layout="mono")
+        for first in range(0, sound.shape[1], 1024):
+            frame = av.AudioFrame.from_ndarray(sound[:, first : first + 1024].copy(), format="flt", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = 48000, first, Fraction(1, 48000)
+            packets += voice.encode(frame)
+        for packet in [*packets, *voice.encode(None)]:
+            packet.dts -= 960
+            container.mux(packet)
+    data = bytearray(path.read_bytes())
+    where = -1
+    for number in range(62):
+        where = data.index(b"\0\0\1\xc0", where + 1)
+        assert data[where + 7] == 0xC0, "both times"
+        if number >= 60:
+            data[where + 14 : where + 16] = b"\x1f\xff"  # a little before 0
+    path.write_bytes(data)
+    assert [second for window in windows(path, 2.0) for second in heard(window.waveform)] == list(range(8))
+
+
+def test_sound_behind_a_short_hole_keeps_its_place(tmp_path):
+    """Two packets are no longer than the jitter of time stamps."""
+    paths = [tmp_path / name for name in ("intact.mkv", "damaged.mkv")]
+    for path in paths:
+        write_clip(path, seconds=4, video=None, audio="aac", rate=48000)
+    spoil(paths[1], "audio", range(60, 62))
+    intact, damaged = (beep_starts(load_media(path).waveform, RATE) for path in paths)
+    assert damaged == pytest.approx(intact, abs=0.005)
+
+
+def test_sound_without_a_time_behind_a_hole_keeps_its_place(tmp_path):
+    path = write_clip(tmp_path / "clip.mkv", seconds=4, video=None, audio="flac", rate=48000, sound=tones(4, 48000))
+    intact = load_media(path).waveform
+    spoil(path, "audio", range(10, 15))
+    move_block(path, "audio", 15, -0.096)  # to the time of the one before it
+    found = load_media(path).waveform
+    hole = slice(round(0.97 * RATE), round(1.43 * RATE))
+    assert np.abs(found[hole]).max() < 0.01
+    assert np.abs(found[hole.stop + 320 :] - intact[hole.stop + 320 :]).max() < 0.01
+
+
+def test_a_sampling_rate_that_cannot_be(tmp_path):
+    path = tmp_path / "rate.wav"
+    path.write_bytes(wav(tones(1), rate=1_526_774_656))
+    with pytest.raises(MediaError, match="some sound damaged; its sound cannot be decoded"):
+        load_media(path)
 
 
 def test_damaged_pictures_do_not_set_the_size(tmp_path):
