@@ -86,6 +86,8 @@ _LOOK_AHEAD = 4  # pictures after a leap that tell whether it is damage
 _MAX_REORDER = 8  # pictures by which one may come out too late in a damaged part: more than encoders put out of order
 _MAX_JITTER = 0.05  # seconds a time stamp may stray from the count of samples before it is believed
 _BACKWARD = 1.0  # seconds; a clock that runs back by more has begun anew
+_LEAP = 0.25  # seconds; a clock that leaps ahead by more may be damaged: then it comes back …
+_RUN = 5.0  # … within these
 _PAUSE, _LONE_PAUSE = 10.0, 100.0  # seconds; a clock that leaps further has begun anew (the second: pictures alone)
 _MAX_JUMP = 3600.0  # seconds; a time stamp that leaps further ahead is damage, not a pause
 _MAX_RATE = 2**22  # samples a second; a higher rate is damage, and FFmpeg's filter for it takes gigabytes
@@ -664,6 +666,7 @@ class _Track:
         self.first: _Packet | None = None  # of the file: it may say what no later one repeats
         self.seen = 0
         self.offset = 0.0  # seconds that its stamps are off since the clock broke
+        self.former: float | None = None  # … and were before
         self.since = 0.0  # time that a jump aimed at
         self.entry = -math.inf  # … and that of the first packet after it
         self.damaged = False
@@ -671,7 +674,8 @@ class _Track:
         self.order = -math.inf  # decoding time of the last packet
         self.next = -math.inf  # … and of the one expected after it
         self.step = math.inf  # seconds between the last two
-        self.before_leap: float | None = None
+        self.before_leap: float | None = None  # its decoding time before the clock leapt ahead
+        self.landed = math.inf  # … and after, until the clock comes back
         self.pending: tuple[Any, float] | None = None  # a packet at which the clock seems to begin anew, and its time
         self.latest = self.end = -math.inf  # display time of the latest packet, and when it ends
         self.reached = -math.inf  # what is certain of the end: a picture may claim any length
@@ -695,10 +699,20 @@ class _Track:
         self.bytes -= packet.data.size
         return packet
 
-    def drop_later_than(self, time: float):
-        """Leave out the sound of packets of which the time stamps turn out to be damaged."""
-        while self.is_sound and self.queue and self.queue[-1].time > time:
-            self.bytes -= self.queue.pop().data.size
+    def pull_back(self, time: float):
+        """Move what waits behind a leap ahead to where it ends at `time`, as the clock is back there."""
+        shift = time - self.next
+        if self.landed + shift >= self.before_leap:
+            for packet in self.queue:
+                if packet.order >= self.landed:
+                    packet.time += shift
+                    packet.order += shift
+                    self.shift(packet.data, shift)
+        self.landed, self.latest, self.end, self.reached = math.inf, time, time, time
+
+    def shift(self, data, seconds: float):
+        ticks = round(seconds / self.tick)
+        data.pts, data.dts = (None if value is None else value + ticks for value in (data.pts, data.dts))
 
     def drop(self, count: int):
         for _ in range(count):
@@ -871,6 +885,13 @@ class _Demuxer:
         stamp = track.stamp_of(data)
         order = None if stamp is None else stamp * track.tick - self.origin + track.offset
         pending, track.pending = track.pending, None
+        if order is not None and track.former is not None:
+            former = order - track.offset + track.former
+            # Else the clock has begun anew for good.
+            if abs(former - track.next) < min(order - track.next, _BACKWARD):
+                self.note("some time stamps damaged")
+                track.offset = self.offset = track.former
+                track.former, order = None, former
         if order is not None and self._breaks(track, order):
             if pending is None or not 0 <= order - pending[1] <= _BACKWARD:
                 # One packet is not enough for a clock; the next ones decide.
@@ -929,8 +950,7 @@ class _Demuxer:
             if data.pts is not None and not self.decoding_times:
                 time += (data.pts - stamp) * track.tick
             if track.offset:
-                shift = round(track.offset / track.tick)
-                data.pts, data.dts = (None if value is None else value + shift for value in (data.pts, data.dts))
+                track.shift(data, track.offset)
         if self._is_damaged(track, time, length):
             self.note("some time stamps damaged")
             time = next((moment for moment in (order, due) if not self._is_damaged(track, moment, length)), None)
@@ -938,10 +958,12 @@ class _Demuxer:
                 return None
             # The pictures after it may depend on it.
             order, data.pts, data.dts = time, None, None
-        if order < track.order - _BACKWARD:
-            track.drop_later_than(order + _BACKWARD)
-        if order > max(track.next, track.since) + _BACKWARD:
+        if order < track.order - _LEAP and track.landed < math.inf:
+            self.note("some time stamps damaged")
+            track.pull_back(order)
+        if order > max(track.next, track.since) + _LEAP:
             track.before_leap = max(track.order, track.since)
+            track.landed = order if track.is_sound or data.dts is not None else math.inf  # else it goes up and down
         track.stamp = track.stamp if stamp is None else stamp
         if order > track.order > -math.inf:
             track.step = order - track.order
@@ -976,12 +998,19 @@ class _Demuxer:
 
     def _begin_anew(self, track: _Track, order: float):
         """Let a track count on from a packet at which its clock has begun anew."""
-        raw = order - track.offset
+        raw, track.former = order - track.offset, track.offset
         # The other track may have begun anew before: its clock is the same.
         if not -_BACKWARD <= raw + self.offset - track.next <= _PAUSE:
             self.offset = max(other.next for other in self.tracks.values()) - raw
         track.offset = round(self.offset / track.tick) * track.tick
-        track.before_leap = None
+        track.before_leap, track.landed = None, math.inf
+
+    def settle(self, track: _Track):
+        """Read on, if the queue of a track begins behind a leap of its clock, until that is back or surely is not."""
+        limit = sum(other.bytes for other in self.tracks.values()) + _LAG_BYTES
+        while track.queue[0].order >= track.landed >= track.order - _RUN and self.read():
+            if sum(other.bytes for other in self.tracks.values()) > limit:
+                break
 
 
 class _CannotSkip(Exception):
@@ -1085,6 +1114,7 @@ class _Pictures:
                     return None
             if not self.source.read():
                 return None
+        self.source.settle(self.track)
         return self.track.take()
 
     def _decode(self, packet: _Packet | None):
@@ -1162,15 +1192,13 @@ class _Sound:
     def hear(self, stop: float):
         """Decode up to `stop`, as far as there is sound."""
         while not self.drained and self.waveform.due < stop + _MAX_JITTER:
-            if not self._wait(1, stop):
+            if not self._wait(stop):
                 if not self.source.ended:
                     return
                 self.drained = True
                 self._decode(None)
                 return
-            if self.track.queue[0].time > self.waveform.due + _BACKWARD:
-                # The packet behind tells whether a leap ahead is damage, and takes it away then.
-                self._wait(2, stop)
+            self.source.settle(self.track)
             if self.track.queue[0].time > stop + _PREROLL:
                 return
             self._decode(self.track.take())
@@ -1180,10 +1208,10 @@ class _Sound:
                     "one window; give a `duration`"
                 )
 
-    def _wait(self, count: int, stop: float) -> bool:
-        """Read until so many packets wait; `False` at the end, or where the sound lags too far behind the picture."""
+    def _wait(self, stop: float) -> bool:
+        """Read until a packet waits; `False` at the end, or where the sound lags too far behind the picture."""
         since = None
-        while len(self.track.queue) < count:
+        while not self.track.queue:
             others = self.source.picture
             if others is not None and others.order > stop + _INTERLEAVE:
                 since = others.bytes if since is None else since
