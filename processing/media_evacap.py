@@ -940,7 +940,8 @@ class _Demuxer:
         length = track.length(data)
         # The length that a picture claims may be damaged.
         due = track.next if track.is_sound else min(track.next, track.order + track.step)
-        due = due if due > -math.inf else max(0.0, self.needed)
+        if due == -math.inf:
+            due = 0.0 if track.entry == -math.inf else self.needed
         counted = stamp is None or (track.is_sound and stamp == track.stamp)
         if counted:
             time = order = due

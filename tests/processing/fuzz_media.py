@@ -218,7 +218,9 @@ def work(connection: Connection) -> None:
             answer["megabytes"] = int(status["VmHWM"].split()[0]) // 1024
         connection.send(answer)
         if "found" in answer:
-            outcome = judge(answer["found"], reference(path, answer["found"]))
+            outcome = judge(answer["found"], answer["found"])
+            if outcome != "whole":  # else there is nothing that could be better
+                outcome = judge(answer["found"], reference(path, answer["found"]))
             if outcome == "off":  # unless it is chance what the bytes give
                 outcome = judge(answer["found"], reference(path, answer["found"], holds=True))
             connection.send(outcome)

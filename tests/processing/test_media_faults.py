@@ -336,6 +336,16 @@ def test_a_picture_without_a_credible_time_is_decoded(tmp_path, warnings):
     assert "time stamps damaged" in warnings[0]
 
 
+def test_pictures_without_any_credible_time_are_counted_from_the_beginning(tmp_path):
+    path = write_clip(tmp_path / "clip.avi", seconds=4, video="mpeg4", audio="libmp3lame", rate=48000)
+    asked = [{"num_frames": 4}, {"num_frames": 4, "start": 2, "duration": 1}]
+    intact = [read_barcodes(load_media(path, **options).frames) for options in asked]
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<I", data, data.index(b"vids") + 28, 64768)  # how many frames late the first is
+    path.write_bytes(data)
+    assert [read_barcodes(load_media(path, **options).frames) for options in asked] == intact
+
+
 def test_a_picture_without_a_time_is_not_late_by_the_length_that_the_last_one_claims(tmp_path):
     path = tmp_path / "clip.ts"
     with av.open(str(path), "w") as container:
