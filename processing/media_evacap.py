@@ -701,13 +701,14 @@ class _Track:
 
     def pull_back(self, time: float):
         """Move what waits behind a leap ahead to where it ends at `time`, as the clock is back there."""
-        shift = time - self.next
-        if self.landed + shift >= self.before_leap:
-            for packet in self.queue:
-                if packet.order >= self.landed:
-                    packet.time += shift
-                    packet.order += shift
-                    self.shift(packet.data, shift)
+        shift = max(time - self.next, self.before_leap - self.landed)
+        for packet in self.queue:
+            # Of a picture, the decoding time alone may have been wrong.
+            if packet.order >= self.landed and packet.time >= self.landed:
+                packet.time += shift
+                self.shift(packet.data, shift)
+            if packet.order >= self.landed:
+                packet.order += shift
         self.landed, self.latest, self.end, self.reached = math.inf, time, time, time
 
     def shift(self, data, seconds: float):

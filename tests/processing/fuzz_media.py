@@ -84,6 +84,8 @@ def second_heard(samples: np.ndarray, share: float = 0.1) -> int | None:
     middle = samples[len(samples) // 4 : 3 * len(samples) // 4]
     if np.abs(middle).max() < 0.01:
         return None
+    if np.isnan(middle).any():
+        return -1
     power = np.abs(np.fft.rfft(middle * np.hanning(len(middle)))) ** 2
     frequencies = np.arange(len(power)) * RATE / len(middle)
     shares = [power[np.abs(frequencies - 400 - 100 * second) < 30].sum() / power.sum() for second in range(SECONDS)]
@@ -156,14 +158,13 @@ def reference(path: str, found: dict[str, Any], holds: bool = False) -> dict[str
                         kept = layout
                         resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
                     follows = moment + frame.samples / frame.sample_rate
-                    if frame.format.name.startswith("flt") and np.abs(frame.to_ndarray()).max() > LOUDEST:
-                        continue
+                    wild = frame.format.name.startswith("flt") and np.abs(frame.to_ndarray()).max() > LOUDEST
                     for piece in resampler.resample(frame):
                         samples = piece.to_ndarray().reshape(-1)
                         first = round((moment - origin) * RATE)
                         if 0 <= first < len(waveform):
                             part = waveform[first : first + len(samples)]
-                            part[:] = samples[: len(part)]
+                            part[:] = np.nan if wild else samples[: len(part)]
     sounds = [
         # What is to be better must be clearly so.
         (start, second_heard(waveform[round(start * RATE) : round((start + 1) * RATE)], share=0.3))

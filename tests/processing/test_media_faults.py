@@ -324,6 +324,27 @@ def test_a_lone_wrong_time_costs_its_packet_alone(tmp_path, warnings, extension,
     assert heard(load_media(path, start=1, duration=3).waveform)[:3] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("seconds", [-1.5, 0.6, 3.0])
+@pytest.mark.parametrize("extension, video", [("mkv", "libx264"), ("webm", "libvpx-vp9")])
+def test_a_clock_that_is_wrong_for_a_while_costs_nothing(tmp_path, extension, video, seconds):
+    """Half a second of sound and pictures, which one number places, is elsewhere or as if the clock had begun anew."""
+    path = write_clip(
+        tmp_path / f"clip.{extension}", seconds=8, video=video, audio="libopus", rate=48000, sound=tones(8, 48000)
+    )
+    data = bytearray(path.read_bytes())
+    where = -1
+    for _ in range(5):
+        where = data.index(b"\x1f\x43\xb6\x75", where + 1)
+    where = data.index(b"\xe7\x82", where) + 2
+    struct.pack_into(">H", data, where, struct.unpack_from(">H", data, where)[0] + round(1000 * seconds))
+    path.write_bytes(data)
+    found = windows(path, 2.0, num_frames=8)[:4]
+    assert [second for window in found for second in heard(window.waveform)] == list(range(8))
+    for window in found:
+        moments = window.start + (np.arange(8) + 0.5) / 4
+        assert np.abs(read_barcodes(window.frames) - np.floor(25 * moments)).max() <= 3
+
+
 def test_a_picture_without_a_credible_time_is_decoded(tmp_path, warnings):
     path = tmp_path / "clip.webm"
     write_clip(path, seconds=6, video="libvpx-vp9", audio="libopus", rate=48000, gop=25)
@@ -343,7 +364,8 @@ def test_pictures_without_any_credible_time_are_counted_from_the_beginning(tmp_p
     data = bytearray(path.read_bytes())
     struct.pack_into("<I", data, data.index(b"vids") + 28, 64768)  # how many frames late the first is
     path.write_bytes(data)
-    assert [read_barcodes(load_media(path, **options).frames) for options in asked] == intact
+    for options, expected in zip(asked, intact):
+        assert read_barcodes(load_media(path, **options).frames) == pytest.approx(expected, abs=1)
 
 
 def test_a_picture_without_a_time_is_not_late_by_the_length_that_the_last_one_claims(tmp_path):
