@@ -675,7 +675,7 @@ class _Track:
         self.next = -math.inf  # … and of the one expected after it
         self.step = math.inf  # seconds between the last two
         self.before_leap: float | None = None  # its decoding time before the clock leapt ahead
-        self.landed = math.inf  # … and after, until the clock comes back
+        self.landed = math.inf  # … and after, until it is clear whether that was damage
         self.pending: tuple[Any, float] | None = None  # a packet at which the clock seems to begin anew, and its time
         self.latest = self.end = -math.inf  # display time of the latest packet, and when it ends
         self.reached = -math.inf  # what is certain of the end: a picture may claim any length
@@ -966,6 +966,8 @@ class _Demuxer:
         if order > max(track.next, track.since) + _LEAP:
             track.before_leap = max(track.order, track.since)
             track.landed = order if track.is_sound or data.dts is not None else math.inf  # else it goes up and down
+        elif order > track.landed + _RUN:
+            track.landed = math.inf
         track.stamp = track.stamp if stamp is None else stamp
         if order > track.order > -math.inf:
             track.step = order - track.order
@@ -1008,9 +1010,9 @@ class _Demuxer:
         track.before_leap, track.landed = None, math.inf
 
     def settle(self, track: _Track):
-        """Read on, if the queue of a track begins behind a leap of its clock, until that is back or surely is not."""
+        """Read on, if the queue of a track begins behind a leap of its clock, until it is clear whether that was damage."""
         limit = sum(other.bytes for other in self.tracks.values()) + _LAG_BYTES
-        while track.queue[0].order >= track.landed >= track.order - _RUN and self.read():
+        while track.queue[0].order >= track.landed and self.read():
             if sum(other.bytes for other in self.tracks.values()) > limit:
                 break
 
