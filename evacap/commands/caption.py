@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..caption_files import FORMATS, SUBTITLES, TIMED, format_captions, format_of, write_captions
 from ..caption_outputs import Outputs, plan_outputs
+from ..caption_processes import Processes, is_launched
 from ..cli import positive, positive_int, whole_number
 from ..media_list import STANDARD_INPUT, Media, find_media, require_some
 from ..training.files import JsonLines, locked
@@ -147,6 +148,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.end is not None and arguments.end <= (arguments.start or 0):
         raise ValueError(f"--end {arguments.end:g} is not after --start {arguments.start:g}")
     outputs = plan_outputs(arguments)
+    if is_launched() and (not arguments.output or STANDARD_INPUT in arguments.media):
+        raise ValueError("several processes cannot share the terminal or standard input: give files, and --output")
     media = find_media(arguments.media)
     outputs.name_clips(media, arguments.media)
     require_some(media, "evacap caption")
@@ -262,41 +265,25 @@ def print_captions(arguments: argparse.Namespace, media: list[Media], outputs: O
 
 
 def write_outputs(arguments: argparse.Namespace, media: list[Media], outputs: Outputs) -> int:
-    """Captions the files that the outputs do not have yet, and writes the outputs."""
-    if outputs.folder:
-        outputs.folder.mkdir(parents=True, exist_ok=True)
+    """Captions the files that the outputs do not have yet, and writes the outputs.
+
+    Several processes divide these files among themselves. Each adds to the file of JSON lines, in one write a line, and
+    to the folder; the first reads and writes all else.
+    """
+    processes = Processes(arguments)
     with ExitStack() as locks:
-        for path in filter(None, (outputs.journal, *outputs.files, outputs.folder)):
-            locks.enter_context(locked(path))
-        lines, results = None, {}
-        if outputs.journal:
-            lines, results = open_results(outputs.journal, drop_failed=arguments.retry_failed)
-            # What standard input holds now need not be what it held then.
-            results.pop(STANDARD_INPUT, None)
-        left = [file for file in media if str(file) not in results]
-        if outputs.folder and not outputs.journal and not outputs.files:
-            left = [file for file in left if not all(path.is_file() for path in outputs.clip_files[str(file)])]
-        for file in media:
-            if str(file) in results and not all(path.is_file() for path in outputs.clip_files.get(str(file), [])):
-                outputs.write_clip(str(file), results[str(file)])
-        if len(left) < len(media) and not arguments.quiet:
-            where = printable(outputs.journal or outputs.folder)
-            print(f"{len(media) - len(left)} of {len(media)} files are in {where} already", file=sys.stderr)
-        failures = sum("error" in results[str(file)] for file in media if str(file) in results)
-        if left:
-
-            def take(file: Media, result: dict[str, Any]) -> None:
-                nonlocal failures
-                if lines is not None:
-                    lines.append([{"file": str(file), **result}])
-                outputs.write_clip(str(file), result)
-                failures += "error" in result
-                if outputs.files:
-                    results[str(file)] = result
-                if "error" in result and lines is None:
-                    tqdm_write(f"evacap caption: {one_line(result['error'])}")
-
-            _caption_with_progress(arguments, left, take, len(media), outputs)
+        results: dict[str, dict[str, Any]] = {}
+        left: list[Media] = []
+        if processes.is_main:
+            results, left = _begin(arguments, media, outputs, locks)
+        left = processes.share(left)
+        failures = sum("error" in result for result in results.values())
+        own = _caption_share(arguments, outputs, processes.part(left), len(media) - len(left)) if left else (0, {})
+        for failed, new in processes.gather(own):
+            failures += failed
+            results |= new
+        if not processes.is_main:
+            return 0
         for path in outputs.files:
             named = [{"file": str(file), **results[str(file)]} for file in media]
             form = format_of(path)
@@ -309,6 +296,53 @@ def write_outputs(arguments: argparse.Namespace, media: list[Media], outputs: Ou
             file=sys.stderr,
         )
     return 1 if failures else 0
+
+
+def _begin(
+    arguments: argparse.Namespace, media: list[Media], outputs: Outputs, locks: ExitStack
+) -> tuple[dict[str, dict[str, Any]], list[Media]]:
+    """Locks the outputs; the results that they have of the files, by name, and the files that are left."""
+    if outputs.folder:
+        outputs.folder.mkdir(parents=True, exist_ok=True)
+    for path in filter(None, (outputs.journal, *outputs.files, outputs.folder)):
+        locks.enter_context(locked(path))
+    results = {}
+    if outputs.journal:
+        _, results = open_results(outputs.journal, drop_failed=arguments.retry_failed)
+        # What standard input holds now need not be what it held then.
+        results.pop(STANDARD_INPUT, None)
+    left = [file for file in media if str(file) not in results]
+    if outputs.folder and not outputs.journal and not outputs.files:
+        left = [file for file in left if not all(path.is_file() for path in outputs.clip_files[str(file)])]
+    for file in media:
+        if str(file) in results and not all(path.is_file() for path in outputs.clip_files.get(str(file), [])):
+            outputs.write_clip(str(file), results[str(file)])
+    if len(left) < len(media) and not arguments.quiet:
+        where = printable(outputs.journal or outputs.folder)
+        print(f"{len(media) - len(left)} of {len(media)} files are in {where} already", file=sys.stderr)
+    return {str(file): results[str(file)] for file in media if str(file) in results}, left
+
+
+def _caption_share(
+    arguments: argparse.Namespace, outputs: Outputs, media: list[Media], done: int
+) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Captions the files of this process; the number of errors, and the results that files of all clips need."""
+    failures, results = 0, {}
+
+    def take(file: Media, result: dict[str, Any]) -> None:
+        nonlocal failures
+        if outputs.journal:
+            results_file(outputs.journal).append([{"file": str(file), **result}])
+        outputs.write_clip(str(file), result)
+        failures += "error" in result
+        if outputs.files:
+            results[str(file)] = result
+        if "error" in result and not outputs.journal:
+            tqdm_write(f"evacap caption: {one_line(result['error'])}")
+
+    if media:
+        _caption_with_progress(arguments, media, take, done + len(media), outputs)
+    return failures, results
 
 
 def tqdm_write(text: str) -> None:
@@ -394,6 +428,11 @@ def has_agreement(captioner: "AudioVisualCaptioningPipeline") -> bool:
     return config.fusion_type == "gated_cross_attention" and config.gate_type == "agreement"
 
 
+def results_file(path: Path) -> JsonLines:
+    """A file with a result a line."""
+    return JsonLines(path, "file", _parse_result, "Give another --output.")
+
+
 def open_results(path: Path, drop_failed: bool = False) -> tuple[JsonLines, dict[str, dict[str, Any]]]:
     """Opens an output file to add results, and reads the results that it has, by file.
 
@@ -402,7 +441,7 @@ def open_results(path: Path, drop_failed: bool = False) -> tuple[JsonLines, dict
     Raises:
         ValueError: If the file has other content.
     """
-    lines = JsonLines(path, "file", _parse_result, "Give another --output.")
+    lines = results_file(path)
     results = dict(lines.recover())
     kept = {file: result for file, result in results.items() if not (drop_failed and "error" in result)}
     if len(kept) < len(results):
