@@ -1,5 +1,6 @@
 """What the README and the guides show is what runs."""
 
+import importlib
 import re
 import shlex
 import shutil
@@ -91,3 +92,31 @@ def test_make_targets_of_the_readme_exist():
     assert {"caption", "test"} <= set(targets)
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_one_page_leads_to_all_others():
+    index = README.parent / "docs" / "README.md"
+    links = {
+        (index.parent / link).resolve() for link in re.findall(r"\]\(([^)#]+)", index.read_text(encoding="utf-8"))
+    }
+    pages = {*README.parent.glob("*.md"), *index.parent.rglob("*.md"), README.parent / "benchmarks" / "README.md"}
+    # The template of the cards is no page.
+    assert pages - links == {index, README.with_name("model_card.md")}
+
+
+COMMANDS = [
+    pytest.param(line, id=f"{guide.stem}-{line[7:47]}")
+    for guide in GUIDES
+    for block in re.findall(r"```bash\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.startswith("evacap ")
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_have_the_options_that_are_shown(line, monkeypatch):
+    argv = [word for word in shlex.split(line, comments=True)[1:] if not word.startswith("[")]
+    ran = []
+    module = importlib.import_module(f"evacap.commands.{argv[0].replace('-', '_')}")
+    monkeypatch.setattr(module, "run", ran.append)
+    assert cli.main(argv) == 0 and len(ran) == 1
