@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from .caption_files import FORMATS, SUBTITLES, check_cue_settings, format_of, write_captions
 from .media_list import Media, StandardInput
+from .training.data.tar_members import TarMember
 
 
 @dataclass
@@ -82,9 +83,12 @@ class Outputs:
 
 def _place(file: Media, folders: list[Path]) -> Path:
     """Where a clip lies below the folder in which it was found; otherwise its name."""
+    path = Path(str(file)) if isinstance(file, TarMember) else file
     for folder in folders:
-        if isinstance(file, Path) and file.is_relative_to(folder):
-            return file.relative_to(folder)
+        if isinstance(path, Path) and path.is_relative_to(folder):
+            return path.relative_to(folder)
+    if isinstance(file, TarMember):
+        return Path(Path(file.archive).name, file.member)
     if isinstance(file, Path):
         return Path(file.name)
     name = "stdin" if isinstance(file, StandardInput) else Path(urlsplit(file).path).name

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from .training.data.tar_members import TarMember, media_of, read_samples
 from .training.terminal import printable
 
 
@@ -15,6 +16,7 @@ SUFFIXES = frozenset(
     ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .flv .wmv .asf .3gp .ogv .mxf "
     ".wav .mp3 .flac .m4a .aac .ogg .oga .opus .aiff .aif .au .caf .wma .ac3 .eac3 .amr .wv .w64".split()
 )
+SHARD = ".tar"
 
 
 class StandardInput(io.BytesIO):
@@ -37,40 +39,50 @@ class StandardInput(io.BytesIO):
         return self.name
 
 
-Media = str | Path | StandardInput
+Media = str | Path | StandardInput | TarMember
 
 
 def find_media(names: Iterable[str]) -> list[Media]:
     """Lists each file once, in the order of the names, with the media files in and below a folder in its place.
 
-    Hidden files and folders are left out.
+    In place of a `.tar` shard are its samples. Hidden files and folders are left out.
 
     Returns:
         A `Path` for everything that exists, so that a file with a name like a URL is not taken for one; a
-        [`StandardInput`] for `-`; otherwise the name.
+        [`StandardInput`] for `-`; a [`TarMember`] for a sample; otherwise the name.
 
     Raises:
-        ValueError: If a folder has no media file.
+        ValueError: If a folder or a shard has no media file, or if a shard cannot be read.
     """
-    files = []
+    files: list[Media] = []
     for name in dict.fromkeys(names):
         if name == STANDARD_INPUT:
             files.append(StandardInput())
             continue
         if not os.path.isdir(name):
-            files.append(Path(name) if os.path.lexists(name) else name)
+            files += _samples(Path(name)) if os.path.lexists(name) else [name]
             continue
         found = [
             path
             for path in sorted(Path(name).rglob("*"))
-            if path.suffix.lower() in SUFFIXES
+            if path.suffix.lower() in (*SUFFIXES, SHARD)
             and not any(part.startswith(".") for part in path.relative_to(name).parts)
             and path.is_file()
         ]
         if not found:
             raise ValueError(f"{name}: no media files in this folder, such as .mp4 or .wav; name files to read others")
-        files += found
-    return list(dict.fromkeys(files))
+        files += [sample for path in found for sample in _samples(path)]
+    return list({str(file): file for file in files}.values())
+
+
+def _samples(path: Path) -> list[Media]:
+    """The clips of a shard, one a sample; another file is itself."""
+    if path.suffix.lower() != SHARD or not path.is_file():
+        return [path]
+    clips = [clip for clip in (media_of(files) for _, files in read_samples(path)) if clip is not None]
+    if not clips:
+        raise ValueError(f"{path}: no media files in this shard, such as .mp4 or .wav")
+    return clips
 
 
 def require_some(media: list[Media], command: str) -> None:
@@ -82,7 +94,9 @@ def require_some(media: list[Media], command: str) -> None:
     from .processing.media_evacap import is_url
 
     missing = [
-        file for file in media if not isinstance(file, StandardInput) and not is_url(file) and not os.path.exists(file)
+        file
+        for file in media
+        if not isinstance(file, (StandardInput, TarMember)) and not is_url(file) and not os.path.exists(file)
     ]
     if len(missing) == len(media):
         raise FileNotFoundError(

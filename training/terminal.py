@@ -17,6 +17,9 @@ def explain(error: BaseException) -> str:
     """The message of an error on one line, or its type if it has no message."""
     if isinstance(error, MemoryError):
         return "out of memory. Close other programs, or give a smaller batch or fewer workers."
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        # Python's own words begin with the number of the error.
+        return one_line(f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}")
     return one_line(error) or type(error).__name__
 
 

@@ -3,29 +3,47 @@
 import argparse
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..cli import positive_int
 from ..modeling_evacap.presets import PRESETS
 from ..training.terminal import printable
 
 
+if TYPE_CHECKING:
+    from ..training.data.manifest import Entry
+
 SPLITS = {
-    "train": ("train", "training"),
+    "train": ("train", "training", "development"),
     "validation": ("val", "valid", "validation", "dev"),
-    "test": ("test",),
+    "test": ("test", "evaluation"),
 }
+WITH_MEDIA = {
+    "audiocaps": "one of AudioCaps' files, version 1 or 2",
+    "clotho": "one of Clotho's caption files",
+    "vggsound": "VGGSound's file, of which --split (train or test) is taken; labels are captions",
+}
+"""The data sets that are a list of captions, and a folder with clips."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--audiocaps", metavar="CSV", help="one of AudioCaps' files; needs --media")
+    for name, title in WITH_MEDIA.items():
+        source.add_argument(f"--{name}", metavar="CSV", help=f"{title}; needs --media")
+    source.add_argument(
+        "--folder",
+        help="clips of your own, with metadata.csv or .jsonl as `datasets` has it, or NAME.txt beside NAME.mp4",
+    )
+    source.add_argument(
+        "--webdataset", nargs="+", metavar="SHARD", help=".tar files with KEY.mp4 and KEY.json or KEY.txt"
+    )
     source.add_argument("--manifest", metavar="FILE", help="a list of clips of your own, .jsonl or .csv")
-    parser.add_argument("--media", metavar="FOLDER", help="folder with the clips of AudioCaps")
+    parser.add_argument("--media", metavar="FOLDER", help="folder with the clips of the CSV file")
     parser.add_argument(
         "--output", required=True, metavar="FOLDER", help="the prepared folder; each split is added to it"
     )
     parser.add_argument(
-        "--split", help="name of the split (default: train, validation or test, from the name of the list)"
+        "--split", help="name of the split (default: train, validation or test, from the name of the list or folder)"
     )
     processing = parser.add_mutually_exclusive_group()
     processing.add_argument("--model", metavar="FOLDER", help="a model folder or Hub name with the processor to use")
@@ -65,18 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..training.data.audiocaps import read_audiocaps
-    from ..training.data.manifest import read_manifest
     from ..training.data.prepare import prepare
 
-    if (arguments.audiocaps is None) != (arguments.media is None):
-        raise ValueError("--audiocaps and --media belong together: the captions, and the folder with the clips")
-    source = arguments.audiocaps or arguments.manifest
-    if arguments.audiocaps is not None:
-        entries = read_audiocaps(arguments.audiocaps, arguments.media)
-    else:
-        entries = read_manifest(arguments.manifest)
-    split = arguments.split or split_of(source)
+    entries, split = read_clips(arguments)
     try:
         counts = prepare(
             entries[: arguments.max_clips],
@@ -101,6 +110,34 @@ def run(arguments: argparse.Namespace) -> int:
     if counts["clips"] < counts["rows"] or counts["damaged"]:
         print(printable(f"why: {Path(arguments.output) / 'report.jsonl'}"))
     return 0
+
+
+def read_clips(arguments: argparse.Namespace) -> tuple[list["Entry"], str]:
+    """The clips that the options name, and their split."""
+    from ..training.data.audiocaps import read_audiocaps
+    from ..training.data.clotho import read_clotho
+    from ..training.data.manifest import read_manifest
+    from ..training.data.media_folder import read_folder
+    from ..training.data.vggsound import read_vggsound
+    from ..training.data.webdataset import read_webdataset
+
+    with_media = next((name for name in WITH_MEDIA if getattr(arguments, name) is not None), None)
+    if with_media and arguments.media is None:
+        raise ValueError(f"--{with_media} needs --media, the folder with the clips")
+    if not with_media and arguments.media is not None:
+        raise ValueError(f"--media belongs to --{', --'.join(WITH_MEDIA)}, which are lists without their clips")
+    shards = arguments.webdataset
+    source = getattr(arguments, with_media) if with_media else arguments.manifest or arguments.folder or shards[0]
+    split = arguments.split or split_of(source)
+    if arguments.audiocaps:
+        return read_audiocaps(source, arguments.media), split
+    if arguments.clotho:
+        return read_clotho(source, arguments.media), split
+    if arguments.vggsound:
+        return read_vggsound(source, arguments.media, split), split
+    if arguments.folder:
+        return read_folder(source), split
+    return (read_webdataset(shards) if shards else read_manifest(source)), split
 
 
 def split_of(source: str) -> str:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -219,6 +220,26 @@ def test_finer_windows_and_a_part(folder, capsys):
     ):
         assert main(["caption", "clips/a.mp4", *options]) == 1
         assert reason in capsys.readouterr().err
+
+
+def test_shards_of_webdataset(folder, capsys):
+    with tarfile.open(folder / "shard.tar", "w") as shard:
+        for name, file in (("x/1.mp4", "a.mp4"), ("x/2.mp4", "b.mp4"), ("3.mp4", "c.MP4")):
+            shard.add(folder / file, name)
+    call = ["caption", "clips/shard.tar", "--output", "all.jsonl", "--output", "subs", "--format", "srt"]
+    for workers in ("0", "2"):
+        assert main([*call, "--workers", workers]) == 1
+        lines = read("all.jsonl")
+        assert [line["file"] for line in lines] == [
+            f"clips/shard.tar/{name}" for name in ("x/1.mp4", "x/2.mp4", "3.mp4")
+        ]
+        assert lines[0]["text"] == lines[2]["text"] and "clips/shard.tar/x/2.mp4: " in lines[1]["error"]
+        assert sorted(map(str, Path("subs").rglob("*.srt"))) == ["subs/shard.tar/3.srt", "subs/shard.tar/x/1.srt"]
+        Path("all.jsonl").unlink()
+    assert len(find_media(["clips", "clips/shard.tar"])) == len(NAMES) + 3
+    (folder / "shard.tar").write_bytes((folder / "shard.tar").read_bytes()[:2000])
+    assert main(call) == 1
+    assert "clips/shard.tar: cannot be read as an uncompressed .tar archive" in capsys.readouterr().err
 
 
 def test_names_are_paths_if_they_are_there(clip, tmp_path, monkeypatch, capsys):

@@ -94,9 +94,9 @@ def test_a_file_that_is_away_for_a_moment(clips, tmp_path, capsys):
 def test_wrong_calls(clips, tmp_path, capsys):
     output = ["--output", str(tmp_path / "out")]
     for call, expected in (
-        (["--audiocaps", "train.csv"], "--audiocaps and --media belong together"),
-        (["--manifest", str(clips), "--media", "clips"], "--audiocaps and --media belong together"),
-        (["--manifest", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--audiocaps", "train.csv"], "--audiocaps needs --media, the folder with the clips"),
+        (["--manifest", str(clips), "--media", "clips"], "--media belongs to --audiocaps, --clotho, --vggsound"),
+        (["--manifest", "nowhere.jsonl"], "evacap prepare: nowhere.jsonl: no such file or directory"),
         (["--manifest", str(clips), "--model", str(tmp_path / "nowhere")], "nowhere"),
         (["--manifest", str(clips), "--fps", "0"], "`fps` is 0.0"),
     ):

@@ -4,10 +4,12 @@ import importlib
 import re
 import shlex
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+from small_clips import write_sound
 
 import evacap
 from evacap import cli
@@ -16,7 +18,7 @@ from evacap.training.procedural.scenes import make_scene, write_clip
 
 README = Path(__file__).parents[2] / "README.md"
 GUIDES = [README, *sorted(README.parent.glob("docs/*.md"))]
-RUN_AS_A_WHOLE = ("captions",)
+RUN_AS_A_WHOLE = ("captions", "datasets")
 """Guides whose commands run, too."""
 BLOCKS = [
     pytest.param(block, id=f"{guide.stem}-{number}")
@@ -55,8 +57,42 @@ def test_python_examples_run(folder, block, request, capsys):
     exec(compile(block, "example", "exec"), {})
 
 
+@pytest.fixture
+def data_sets(folder):
+    """What the guide to data sets has downloaded before, with the real columns and the usual names of files."""
+    files = {
+        "audiocaps/train.csv": "audiocap_id,youtube_id,start_time,caption\n91139,r1nicOVtvkQ,130,A woman talks\n",
+        "audiocaps/val.csv": "audiocap_id,youtube_id,start_time,caption\n97151,vfY_TJq7n_U,130,Rustling occurs\n"
+        "97155,vfY_TJq7n_U,130,Wind blows\n",
+        "clotho/clotho_captions_development.csv": "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n"
+        "Distorted AM Radio noise.wav,A muddled noise,A radio,Static plays,A radio tunes,Noise is heard\n",
+        "clotho/clotho_captions_evaluation.csv": "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n"
+        "Santa Motor.wav,A machine,A motor,It whines,A saw,A drill\n",
+        "vggsound/vggsound.csv": "---g-f_I2yQ,1,people marching,test\n--0PQM4-hqg,30,waterfall burbling,train\n",
+        "mine/metadata.csv": "file_name,caption\nclip.mp4,a dog barks\n",
+        "mine/list.csv": "id,media,caption,start,duration\na,clip.mp4,a dog barks,0,2.5\nb,clip.mp4,a dog barks,2.5,2.5\n",
+    }
+    for name, content in files.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(content)
+    clips = ("audiocaps/clips/r1nicOVtvkQ_130", "audiocaps/clips/vfY_TJq7n_U", "mine/clip")
+    for name in (*clips, "vggsound/video/---g-f_I2yQ_000001", "vggsound/video/--0PQM4-hqg_000030"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy("sample.mp4", f"{name}.mp4")
+    write_sound(Path("clotho/development/Distorted AM Radio noise.wav"), 0, seconds=15.0)
+    write_sound(Path("clotho/evaluation/Santa Motor.wav"), 1, seconds=15.0)
+    Path("shards").mkdir()
+    Path("caption.txt").write_text("a dog barks\n")
+    for number in range(2):
+        with tarfile.open(f"shards/train-00{number}.tar", "w") as shard:
+            shard.add("sample.mp4", f"{number}.mp4")
+            shard.add("caption.txt", f"{number}.txt")
+
+
 @pytest.mark.parametrize("name", RUN_AS_A_WHOLE)
-def test_the_examples_and_commands_of_a_guide_run_in_their_order(folder, name, capsys):
+def test_the_examples_and_commands_of_a_guide_run_in_their_order(folder, name, request, capsys):
+    if name == "datasets":
+        request.getfixturevalue("data_sets")
     shutil.copy("sample.mp4", "clip.mp4")
     shutil.copytree(".", "clips")
     Path("clips/broken.mp4").unlink()
@@ -72,6 +108,16 @@ def test_the_examples_and_commands_of_a_guide_run_in_their_order(folder, name, c
             assert cli.main(words) == 0, line
             commands += 1
     assert commands > 5
+    if name == "datasets":
+        splits = {
+            path.parent.parent.name + "/" + path.name.split("-")[0] for path in Path("prepared").rglob("*.parquet")
+        }
+        assert splits == {
+            *("audiocaps/train", "audiocaps/validation", "clotho/train", "clotho/test", "vggsound/train"),
+            *("vggsound/test", "mine/train", "mine/list", "shards/train"),
+        }
+        printed = capsys.readouterr().out
+        assert printed.count("1 of 1 clips") == 7 and printed.count("2 of 2 clips") == 2
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)

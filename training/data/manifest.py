@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .tar_members import TarMember
+
 
 SOURCES = ("media", "audio", "video", "frames")
 
@@ -19,7 +21,7 @@ class Entry:
     Args:
         id (`str`): Its name, unique in the manifest.
         captions (`tuple[str, ...]`): One or more captions.
-        media (`str`, *optional*): File with sound and picture.
+        media (`str` or `TarMember`, *optional*): File with sound and picture.
         audio (`str`, *optional*): File with the sound, instead of `media`.
         video (`str`, *optional*): File with the picture, with `audio`.
         frames (`str`, *optional*): Pictures, in the order of the numbers in their names, with `audio`: a folder of
@@ -36,7 +38,7 @@ class Entry:
 
     id: str
     captions: tuple[str, ...]
-    media: str | None = None
+    media: "str | TarMember | None" = None
     audio: str | None = None
     video: str | None = None
     frames: str | None = None
@@ -58,7 +60,8 @@ class Entry:
     @property
     def path(self) -> str | None:
         """The file to name in messages about the clip."""
-        return self.media or self.audio or self.video or self.frames
+        source = self.media or self.audio or self.video or self.frames
+        return None if source is None else str(source)
 
 
 def read_manifest(path: str | os.PathLike) -> list[Entry]:

@@ -33,9 +33,9 @@ from ...processing.media_evacap import MEMORY_A_PROCESS, probe_media
 from ...processing.processing_evacap import EVACapProcessor
 from ..cores import usable_cores
 from ..files import JsonLines, check_settings, locked, remove_leftovers, whole_file, write_json
-from .audiocaps import CLIP_SECONDS, EXTENSIONS
 from .manifest import Entry
 from .worker_pool import Lost, WorkerPool
+from .youtube_clips import CLIP_SECONDS, EXTENSIONS
 
 
 VERSION = 1
@@ -251,7 +251,7 @@ def _rows_left(shard: Path, entries: list[Entry], rows: range) -> list[int]:
         problem = problems.get(entries[row].id)
         if problem is None:
             continue
-        has_come = problem["path"] is None and not problem["usable"] and entries[row].path is not None
+        has_come = problem["file"] is None and not problem["usable"] and entries[row].path is not None
         if has_come or (problem.get("passing") and source != shard):
             left.append(row)
     return left
@@ -453,7 +453,7 @@ def _write_shard(
                 rows.append((entry, features))
             if features.problem is not None:
                 account["passing"] += features.passing
-                problem = {"split": split, "id": entry.id, "path": entry.path, "reason": features.problem}
+                problem = {"split": split, "id": entry.id, "file": entry.path, "reason": features.problem}
                 account["report"].append(problem | {"usable": features.usable, "passing": features.passing})
             if len(rows) == ROWS_AT_ONCE:
                 writer.write_table(_table(rows))

@@ -164,8 +164,6 @@ def test_a_folder_that_cannot_be_read_is_an_error(read, tmp_path):
 
 
 def test_errors_name_what_is_wrong(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: there is no such folder"):
-        read_audiocaps(tmp_path / "train.csv", tmp_path / "nowhere")
     for content, expected in (
         ("youtube_id,start_time,caption\na,1,x\n", "train.csv: has no column audiocap_id"),
         (f"{HEADER}1,{ID},soon,x\n", "train.csv, line 2: `start_time` is 'soon', expected seconds"),
@@ -177,3 +175,6 @@ def test_errors_name_what_is_wrong(tmp_path):
         (tmp_path / "train.csv").write_text(content)
         with pytest.raises(ValueError, match=expected):
             read_audiocaps(tmp_path / "train.csv", tmp_path)
+    (tmp_path / "train.csv").write_text(f"{HEADER}1,{ID},1,x\n")
+    with pytest.raises(FileNotFoundError, match="nowhere: there is no such folder"):
+        read_audiocaps(tmp_path / "train.csv", tmp_path / "nowhere")

@@ -186,7 +186,7 @@ def test_clips_that_cannot_be_used_are_reported(processor, tmp_path):
     counts = prepare(entries, tmp_path / "out", processor, shard_size=3, num_workers=2, accept_failures=True)
     assert counts == {"rows": 8, "clips": 2, "without_picture": 2, "damaged": 1}
     problems = report(tmp_path / "out")
-    assert [(p["id"], p["path"], p["usable"]) for p in problems] == [
+    assert [(p["id"], p["file"], p["usable"]) for p in problems] == [
         ("dead", None, False),
         ("missing", str(tmp_path / "missing.mp4"), False),
         ("text", str(tmp_path / "text.mp4"), False),
