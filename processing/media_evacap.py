@@ -701,7 +701,10 @@ class _Track:
 
     def pull_back(self, time: float):
         """Move what waits behind a leap ahead to where it ends at `time`, as the clock is back there."""
-        shift = max(time - self.next, self.before_leap - self.landed)
+        shift, most = time - self.next, self.before_leap - self.landed
+        if shift < most - _LEAP:
+            return  # This is where nothing leapt from: it is wrong itself.
+        shift = max(shift, most)
         for packet in self.queue:
             # Of a picture, the decoding time alone may have been wrong.
             if packet.order >= self.landed and packet.time >= self.landed:
