@@ -966,7 +966,7 @@ class _Demuxer:
         if order < track.order - _LEAP and track.landed < math.inf:
             self.note("some time stamps damaged")
             track.pull_back(order)
-        if order > max(track.next, track.since) + _LEAP:
+        if order > max(due, track.since) + _LEAP:
             track.before_leap = max(track.order, track.since)
             track.landed = order if track.is_sound or data.dts is not None else math.inf  # else it goes up and down
         elif order > track.landed + _RUN:
