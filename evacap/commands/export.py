@@ -132,29 +132,40 @@ def export(model: str | os.PathLike, form: str, output: str | os.PathLike) -> di
         captioner = AutoModel.from_pretrained(model, dtype=torch.float32, trust_remote_code=False).eval()
 
     with whole_folder(output) as partial:
-        differences = {}
-        samples, others = (_prefill_inputs(captioner, *sizes) for sizes in ((3, 4), (2, 2)))
-        for name, module in (("prefill", Prefill(captioner)), ("step", Step(captioner))):
-            program = torch.export.export(
-                module, (), samples, dynamic_shapes=_dynamic_shapes(name, samples), strict=False
-            )
-            path = partial / f"{name}{FORMATS[form]}"
-            _save(program, form, path, list(samples), OUTPUTS[name])
-            expected = module(**others)
-            differences[name] = (_run(form, path, others) - expected[0]).abs().max().item()
-            if not differences[name] <= TOLERANCE:
-                raise RuntimeError(
-                    f"The logits of {path.name} differ by {differences[name]:.1e} from the model's, {TOLERANCE:.0e} at "
-                    "most is expected: nothing was written."
-                )
-            if name == "prefill":
-                samples, others = (_step_inputs(module(**inputs)) for inputs in (samples, others))
+        differences = write_graphs(captioner, form, partial)
         captioner.config.save_pretrained(partial)
         captioner.generation_config.save_pretrained(partial)
         processor.save_pretrained(partial)
         write_json(
             partial / "export.json", {"format": form, "inputs": processor.model_input_names, "outputs": OUTPUTS}
         )
+    return differences
+
+
+@torch.no_grad()
+def write_graphs(model: EVACapForConditionalGeneration, form: str, folder: Path) -> dict[str, float]:
+    """Writes the two graphs of [`export`], and checks them; its arguments and what it returns are those of `export`.
+
+    Args:
+        model ([`EVACapForConditionalGeneration`]): A model in float32, in evaluation mode.
+        form (`str`): `"onnx"` or `"torch"`.
+        folder (`Path`): A folder that exists.
+    """
+    differences = {}
+    samples, others = (_prefill_inputs(model, *sizes) for sizes in ((3, 4), (2, 2)))
+    for name, module in (("prefill", Prefill(model)), ("step", Step(model))):
+        program = torch.export.export(module, (), samples, dynamic_shapes=_dynamic_shapes(name, samples), strict=False)
+        path = folder / f"{name}{FORMATS[form]}"
+        _save(program, form, path, list(samples), OUTPUTS[name])
+        expected = module(**others)
+        differences[name] = (_run(form, path, others) - expected[0]).abs().max().item()
+        if not differences[name] <= TOLERANCE:
+            raise RuntimeError(
+                f"The logits of {path.name} differ by {differences[name]:.1e} from the model's, {TOLERANCE:.0e} at "
+                "most is expected: nothing was written."
+            )
+        if name == "prefill":
+            samples, others = (_step_inputs(module(**inputs)) for inputs in (samples, others))
     return differences
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import agreement, beams, compiling, fusion, latency, training, video_tower
+from benchmarks import agreement, beams, compiling, exported, fusion, latency, quantization, training, video_tower
 from benchmarks.models import make_config, make_inputs, make_model
 
 
@@ -115,3 +115,16 @@ def test_training(tmp_path):
     assert [row["checkpointing"] for row in rows] == [False, True]
     assert all(row["part"] == 2 and row["step_seconds"]["median"] > 0 and row["flops"] > 0 for row in rows)
     assert all(0 <= row["wait_share"] < 1 for row in rows)
+
+
+@pytest.mark.slow
+def test_quantization(tmp_path):
+    rows = run(quantization, tmp_path, "--frames", "4", "--batch", "2", "--clips", "4", "--repeats", "1")
+    assert {row["way"] for row in rows} == set(quantization.WAYS)
+    assert all(row["weight_bytes"] < rows[0]["weight_bytes"] and row["equal_captions"] >= 2 for row in rows[1:])
+
+
+@pytest.mark.slow
+def test_exported(tmp_path):
+    rows = run(exported, tmp_path, "--frames", "4", "--batch", "2", "--repeats", "1")
+    assert len(rows) == 3 and all(row["seconds"]["median"] > 0 for row in rows)

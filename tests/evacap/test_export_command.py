@@ -100,6 +100,20 @@ def test_onnx_runtime_captions_as_the_model(tmp_path):
     assert found == processor.batch_decode(tokens, skip_special_tokens=True)
 
 
+@torch.no_grad()
+def test_the_exporter_of_transformers():
+    exporters = pytest.importorskip("transformers.exporters", reason="Transformers has no exporters before 5.20")
+    from transformers.exporters.utils import decompose_for_generation
+
+    model = make_model().eval()
+    clips = make_clips(model.config, 2, 3 * model.config.video_config.tubelet_size)
+    exported = exporters.DynamoExporter().export_for_generation(model, clips, exporters.DynamoConfig())
+    for name, (part, inputs) in decompose_for_generation(model, clips).items():
+        streams = {key: value for key, value in inputs.items() if not isinstance(value, bool)}
+        found = exported.components[name].program.module()(**streams)
+        torch.testing.assert_close(found["logits"], part(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_a_folder_that_exists_stays(tmp_path, capsys):
     assert main(["export", evacap.TINY, "--to", "torch", "--output", str(tmp_path)]) == 1
     assert "exists already" in capsys.readouterr().err
