@@ -24,9 +24,12 @@ from .versions_evacap import warn_if_untested
 # Every way to load a saved folder imports this module.
 warn_if_untested()
 
-FUSION_TYPES = ("gated_cross_attention", "concat", "audio_only", "video_only")
+FUSION_TYPES = ("gated_cross_attention", "concat", "optimal_transport", "audio_only", "video_only")
 GATE_TYPES = ("entropy", "agreement", "learned", "none")
 VIDEO_ATTENTION_TYPES = ("full", "frame")
+AUDIO_POOLINGS = (None, "frequency")
+VIDEO_POOLINGS = (None, "frame")
+TRANSPORT_CONTEXTS = ("mass", "mean")
 
 # The Auto class, besides `AutoModel`, and the pipeline of a saved folder with code. Not `AutoModelForMultimodalLM`, with
 # which `pipeline("any-to-any")` would load the model and fail at every call.
@@ -245,12 +248,28 @@ class EVACapConfig(PreTrainedConfig):
         video_config (`dict` or [`EVACapVideoConfig`], *optional*): The video tower.
         text_config (`dict` or [`EVACapTextConfig`], *optional*): The decoder.
         fusion_type (`str`, defaults to `"gated_cross_attention"`): `"gated_cross_attention"` (EVACap), `"concat"`
-            (AVCap: the joint block and the decoder see audio and video tokens), `"audio_only"` or `"video_only"`.
+            (AVCap: the joint block and the decoder see audio and video tokens), `"optimal_transport"` (LAVCap: they see
+            the tokens of both, aligned by optimal transport), `"audio_only"` or `"video_only"`.
         gate_type (`str`, defaults to `"entropy"`): The gate of `"gated_cross_attention"`: `"entropy"` (paper,
             equations 2 and 3), `"agreement"` (the entropy's where a matching head says that the picture belongs to the
             sound, else exactly 0: ours), `"learned"` (a linear gate on audio and context: the paper's "w/o E") or
             `"none"` (the context replaces the audio: the paper's "w/o G").
-        num_joint_layers (`int`, defaults to 1): Blocks after the fusion (AVCap: 12 - 11).
+        num_joint_layers (`int`, defaults to 1): Blocks after the fusion (AVCap: 12 - 11). With `"optimal_transport"`, 0
+            also leaves out the norm behind them (LAVCap).
+        audio_pooling (`str`, *optional*): `"frequency"` averages the audio tokens of each time step over its mel rows
+            before the fusion (LAVCap). By default all tokens are kept.
+        video_pooling (`str`, *optional*): `"frame"` averages the video tokens of each tubelet before the fusion. By
+            default all tokens are kept.
+        ot_epsilon (`float`, defaults to 0.1): Entropic regularisation of `"optimal_transport"` (LAVCap).
+        ot_iterations (`int`, defaults to 50): Rounds of Sinkhorn's algorithm (LAVCap).
+        ot_attention (`bool`, defaults to `True`): Whether tokens take over what the transport plan assigns to them
+            (LAVCap's OT-Att). Without it the plan serves the loss alone.
+        ot_context (`str`, defaults to `"mass"`): `"mass"`: by the mass of the plan, so that a token changes by at most
+            one part in the number of tokens of its stream (as published). `"mean"`: by a mean over the other stream
+            (ours).
+        ot_loss_weight (`float`, defaults to 1.0): Weight of [`transport_loss`] (LAVCap). 0 costs nothing.
+        ot_use_log (`bool`, defaults to `True`): Whether that loss reads the logarithm of the plan (as published) or the
+            plan.
         gate_weight_init (`float`, defaults to -4.0): Initial weight w_g of the entropy gate (ours: negative, because
             high entropy should close the gate).
         gate_bias_init (`float`, defaults to 4.0): Initial bias b_g of the entropy gate (ours: the gate is half open for
@@ -301,6 +320,7 @@ class EVACapConfig(PreTrainedConfig):
         "semantic_consistency",
         "matching_loss",
         "heard_words",
+        "transport_loss",
     ]
 
     audio_config: dict | PreTrainedConfig | None = None
@@ -309,6 +329,14 @@ class EVACapConfig(PreTrainedConfig):
     fusion_type: str = "gated_cross_attention"
     gate_type: str = "entropy"
     num_joint_layers: int = 1
+    audio_pooling: str | None = None
+    video_pooling: str | None = None
+    ot_epsilon: float = 0.1
+    ot_iterations: int = 50
+    ot_attention: bool = True
+    ot_context: str = "mass"
+    ot_loss_weight: float = 1.0
+    ot_use_log: bool = True
     gate_weight_init: float = -4.0
     gate_bias_init: float = 4.0
     label_smoothing: float = 0.1
@@ -352,10 +380,19 @@ class EVACapConfig(PreTrainedConfig):
         _require_choice("gate_type", self.gate_type, GATE_TYPES)
         layers = self.num_joint_layers
         _require(_is_whole(layers) and layers >= 0, "num_joint_layers", layers, "a whole number from 0 up")
+        _require_choice("audio_pooling", self.audio_pooling, AUDIO_POOLINGS)
+        _require_choice("video_pooling", self.video_pooling, VIDEO_POOLINGS)
+        _require_choice("ot_context", self.ot_context, TRANSPORT_CONTEXTS)
+        for field in ("ot_attention", "ot_use_log"):
+            _require(isinstance(getattr(self, field), bool), field, getattr(self, field), "True or False")
+        epsilon, iterations = self.ot_epsilon, self.ot_iterations
+        _require(_is_number(epsilon) and epsilon > 0, "ot_epsilon", epsilon, "a number above 0")
+        _require(_is_whole(iterations) and iterations > 0, "ot_iterations", iterations, "a whole number above 0")
         for field in ("gate_weight_init", "gate_bias_init", "label_smoothing"):
             _require(_is_number(getattr(self, field)), field, getattr(self, field), "a number")
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "at least 0 and below 1")
-        for field in ("gate_stability_weight", "semantic_consistency_weight", "matching_weight", "hearing_weight"):
+        weights = ("gate_stability_weight", "semantic_consistency_weight", "matching_weight", "hearing_weight")
+        for field in (*weights, "ot_loss_weight"):
             value = getattr(self, field)
             _require(_is_number(value) and value >= 0, field, value, "a number from 0 up")
         width, temperature, threshold = (
@@ -386,12 +423,15 @@ class EVACapConfig(PreTrainedConfig):
                 self.semantic_consistency_weight,
                 f"0 with `fusion_type={self.fusion_type!r}`, which has no picture to swap beside a sound",
             )
-        if self.fusion_type == "concat":
+        for field, missing in (("audio_pooling", "video_only"), ("video_pooling", "audio_only")):
+            value = getattr(self, field)
+            _require(value is None or self.fusion_type != missing, field, value, f"None with `fusion_type={missing!r}`")
+        if self.fusion_type in ("concat", "optimal_transport"):
             _require(
                 self.video_config.hidden_size == self.audio_config.hidden_size,
                 "video_config.hidden_size",
                 self.video_config.hidden_size,
-                f"`audio_config.hidden_size` ({self.audio_config.hidden_size}) with `fusion_type='concat'`",
+                f"`audio_config.hidden_size` ({self.audio_config.hidden_size}) with `fusion_type={self.fusion_type!r}`",
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -407,6 +447,28 @@ class EVACapConfig(PreTrainedConfig):
     def has_matching_head(self) -> bool:
         """Whether the fusion says how far the picture belongs to the sound."""
         return self.fusion_type == "gated_cross_attention" and self.gate_type == "agreement"
+
+    @property
+    def has_joint_encoder(self) -> bool:
+        """Whether there are joint blocks, or at least their norm, after the fusion."""
+        return self.fusion_type != "optimal_transport" or self.num_joint_layers > 0
+
+    @property
+    def has_transport_loss(self) -> bool:
+        """Whether the loss of optimal transport is one of the terms."""
+        return self.fusion_type == "optimal_transport" and self.ot_loss_weight > 0
+
+    @property
+    def audio_rows(self) -> int:
+        """Audio tokens of a time step, after pooling."""
+        audio = self.audio_config
+        return 1 if self.audio_pooling == "frequency" else audio.num_mel_bins // audio.patch_size
+
+    @property
+    def tokens_per_picture(self) -> int:
+        """Video tokens of a tubelet, after pooling."""
+        video = self.video_config
+        return 1 if self.video_pooling == "frame" else (video.image_size // video.patch_size) ** 2
 
     @property
     def encoder_config(self) -> PreTrainedConfig:

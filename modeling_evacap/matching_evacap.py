@@ -48,8 +48,8 @@ class EVACapMatchingHead(nn.Module):
             config.video_config.hidden_size,
             config.matching_hidden_size,
         )
-        self.num_rows = config.audio_config.num_mel_bins // config.audio_config.patch_size
-        self.tokens_per_picture = (config.video_config.image_size // config.video_config.patch_size) ** 2
+        self.num_rows = config.audio_rows
+        self.tokens_per_picture = config.tokens_per_picture
         self.scaling = width**-0.5
         self.q_proj = nn.Linear(audio, width)
         self.k_proj = nn.Linear(video, width)

@@ -44,6 +44,7 @@ from .configuration_evacap import EVACapAudioConfig, EVACapConfig, EVACapTextCon
 from .fusion_evacap import EVACapGatedCrossAttention
 from .loss_evacap import gate_stability, heard_words, label_smoothed_kl, semantic_consistency
 from .matching_evacap import EVACapMatchingHead, match_in_batch, mean_and_max, picture_of_step
+from .transport_evacap import INITIAL_SCALE, EVACapOptimalTransport, unit_length
 from .versions_evacap import tested_versions
 
 
@@ -106,6 +107,9 @@ class EVACapEncoderOutput(BaseModelOutput):
             head.
         audio_summary (`torch.FloatTensor` of shape `(batch_size, 2 * hidden_size)`, *optional*): In training with a
             `hearing_weight`: mean and maximum over the audio tower's tokens.
+        transport_map (`torch.FloatTensor` of shape `(batch_size, T_a, T_v)`, *optional*): With `"optimal_transport"`:
+            the transport plan of audio and video tokens, which sums to 1; zeros for a clip without a picture.
+        transport_loss (`torch.FloatTensor` of shape `(1,)`, *optional*): With `"optimal_transport"`: its loss.
     """
 
     cross_attentions: torch.FloatTensor | None = None
@@ -118,6 +122,8 @@ class EVACapEncoderOutput(BaseModelOutput):
     agreement_by_step: torch.FloatTensor | None = None
     matching_loss: torch.FloatTensor | None = None
     audio_summary: torch.FloatTensor | None = None
+    transport_map: torch.FloatTensor | None = None
+    transport_loss: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -142,8 +148,9 @@ class EVACapSeq2SeqModelOutput(Seq2SeqModelOutput):
         fusion_gate, attention_entropy (`torch.FloatTensor` of shape `(batch_size, T_a)`, *optional*), agreement
             (`torch.FloatTensor` of shape `(batch_size,)`, *optional*), agreement_by_step (`torch.FloatTensor` of shape
             `(batch_size, time_steps)`, *optional*), matching_loss (`torch.FloatTensor` of shape `(1,)`, *optional*),
-            audio_summary (`torch.FloatTensor` of shape `(batch_size, 2 * hidden_size)`, *optional*): As in
-            [`EVACapEncoderOutput`].
+            audio_summary (`torch.FloatTensor` of shape `(batch_size, 2 * hidden_size)`, *optional*), transport_map
+            (`torch.FloatTensor` of shape `(batch_size, T_a, T_v)`, *optional*), transport_loss (`torch.FloatTensor` of
+            shape `(1,)`, *optional*): As in [`EVACapEncoderOutput`].
     """
 
     encoder_attention_mask: torch.Tensor | None = None
@@ -153,6 +160,8 @@ class EVACapSeq2SeqModelOutput(Seq2SeqModelOutput):
     agreement_by_step: torch.FloatTensor | None = None
     matching_loss: torch.FloatTensor | None = None
     audio_summary: torch.FloatTensor | None = None
+    transport_map: torch.FloatTensor | None = None
+    transport_loss: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -170,6 +179,8 @@ class EVACapSeq2SeqLMOutput(Seq2SeqLMOutput):
         matching_loss (`torch.FloatTensor` of shape `(1,)`, *optional*): [`matching_loss`] of the clips and of their time
             steps, where its weight is above 0 and there are pictures.
         heard_words (`torch.FloatTensor` of shape `(1,)`, *optional*): [`heard_words`], where its weight is above 0.
+        transport_loss (`torch.FloatTensor` of shape `(1,)`, *optional*): [`transport_loss`], where its weight is above 0
+            and there are pictures.
     """
 
     caption_loss: torch.FloatTensor | None = None
@@ -177,6 +188,7 @@ class EVACapSeq2SeqLMOutput(Seq2SeqLMOutput):
     semantic_consistency: torch.FloatTensor | None = None
     matching_loss: torch.FloatTensor | None = None
     heard_words: torch.FloatTensor | None = None
+    transport_loss: torch.FloatTensor | None = None
 
 
 def _sincos(positions: torch.Tensor, dim: int) -> torch.Tensor:
@@ -451,6 +463,8 @@ class EVACapPreTrainedModel(PreTrainedModel):
             # Its products of three small numbers would hardly move from 0.
             for layer in module.children():
                 init.normal_(layer.weight, std=layer.in_features**-0.5)
+        elif isinstance(module, EVACapOptimalTransport) and hasattr(module, "logit_scale"):
+            init.constant_(module.logit_scale, INITIAL_SCALE)
 
 
 class EVACapTower(EVACapPreTrainedModel):
@@ -571,9 +585,12 @@ class EVACapEncoder(EVACapPreTrainedModel):
             self.video_tower = EVACapVideoTower(config.video_config)
         if config.fusion_type == "gated_cross_attention":
             self.fusion = EVACapGatedCrossAttention(config)
+        elif config.fusion_type == "optimal_transport":
+            self.fusion = EVACapOptimalTransport(config)
         if config.has_matching_head:
             self.matching_head = EVACapMatchingHead(config)
-        self.joint = EVACapJointEncoder(config.encoder_config, config.num_joint_layers)
+        if config.has_joint_encoder:
+            self.joint = EVACapJointEncoder(config.encoder_config, config.num_joint_layers)
         self.post_init()
 
     @can_return_tuple
@@ -595,8 +612,8 @@ class EVACapEncoder(EVACapPreTrainedModel):
             input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`): The sound. Every
                 `fusion_type` but `"video_only"` needs it.
             pixel_values_videos (`torch.FloatTensor` of shape `(batch_size, frames, channels, height, width)`,
-                *optional*): The picture. Without it the gate of a gated model is exactly 0, and `"concat"` reads the
-                audio alone. `"audio_only"` ignores it.
+                *optional*): The picture. Without it the gate of a gated model is exactly 0, and `"concat"` and
+                `"optimal_transport"` read the audio alone. `"audio_only"` ignores it.
             input_features_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): The filterbank frames
                 that exist; all by default (AVCap).
             pixel_values_videos_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): The video frames
@@ -621,7 +638,7 @@ class EVACapEncoder(EVACapPreTrainedModel):
         if fusion_type != "video_only":
             if input_features is None:
                 raise ValueError(_missing_stream(self.config))
-            audio = self.audio_tower(input_features, input_features_mask, **outputs)
+            audio = self.hear(input_features, input_features_mask, **outputs)
             _select_rows(audio, audio_index)
         if fusion_type != "audio_only" and pixel_values_videos is not None:
             video = self.see(pixel_values_videos, pixel_values_videos_mask, **outputs)
@@ -637,19 +654,24 @@ class EVACapEncoder(EVACapPreTrainedModel):
         if fusion_type == "gated_cross_attention":
             fused = self.fuse(audio, video, audio_index, picture_index, outputs["output_attentions"])
             hidden_states = fused.last_hidden_state
+        elif fusion_type == "optimal_transport":
+            fused = self.transport(audio, video)
+            hidden_states, token_mask = fused.last_hidden_state, fused.attention_mask
         elif fusion_type == "concat" and video is not None:
             masks = _fill_in_masks(
                 (audio.last_hidden_state, audio.attention_mask), (video.last_hidden_state, video.attention_mask)
             )
             token_mask = None if masks[0] is None else torch.cat(masks, dim=1)
             hidden_states = torch.cat([hidden_states, video.last_hidden_state], dim=1)
-        joint = self.joint(hidden_states, token_mask, **outputs)
+        joint = BaseModelOutput(last_hidden_state=hidden_states)
+        if self.config.has_joint_encoder:
+            joint = self.joint(hidden_states, token_mask, **outputs)
 
         beside = video if audio is not None and video is not None else BaseModelOutput()
         return EVACapEncoderOutput(
             last_hidden_state=joint.last_hidden_state,
-            hidden_states=None if joint.hidden_states is None else main.hidden_states + joint.hidden_states[1:],
-            attentions=None if joint.attentions is None else main.attentions + joint.attentions,
+            hidden_states=_chain(main.hidden_states, joint.hidden_states and joint.hidden_states[1:]),
+            attentions=_chain(main.attentions, joint.attentions),
             cross_attentions=fused.cross_attentions,
             video_hidden_states=beside.hidden_states,
             video_attentions=beside.attentions,
@@ -664,6 +686,29 @@ class EVACapEncoder(EVACapPreTrainedModel):
                 if self.training and self.config.hearing_weight > 0
                 else None
             ),
+            transport_map=fused.transport_map,
+            transport_loss=fused.transport_loss,
+        )
+
+    def transport(self, audio: EVACapEncoderOutput, video: EVACapEncoderOutput | None) -> EVACapEncoderOutput:
+        """Fuses the tokens of the towers by optimal transport.
+
+        Args:
+            audio, video ([`EVACapEncoderOutput`]): As in [`~EVACapEncoder.fuse`].
+        """
+        if video is None:
+            sound = audio.last_hidden_state
+            return EVACapEncoderOutput(
+                last_hidden_state=unit_length(sound).to(sound.dtype), attention_mask=audio.attention_mask
+            )
+        output = self.fusion(
+            audio.last_hidden_state, video.last_hidden_state, audio.attention_mask, video.attention_mask
+        )
+        return EVACapEncoderOutput(
+            last_hidden_state=output.fused,
+            attention_mask=output.mask,
+            transport_map=output.transport_map,
+            transport_loss=output.loss,
         )
 
     def fuse(
@@ -703,10 +748,27 @@ class EVACapEncoder(EVACapPreTrainedModel):
             **matched,
         )
 
+    def hear(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **outputs
+    ) -> EVACapEncoderOutput:
+        """Runs the audio tower, and pools its tokens if `audio_pooling` says so.
+
+        Args:
+            input_features, input_features_mask, outputs: Arguments of [`EVACapAudioTower`].
+        """
+        audio = self.audio_tower(input_features, input_features_mask, **outputs)
+        if self.config.audio_pooling == "frequency":
+            rows = audio.last_hidden_state.unflatten(1, (self.audio_tower.embeddings.num_rows, -1))
+            audio.last_hidden_state = rows.mean(1)
+            if audio.attention_mask is not None:
+                # A time step exists in all of its mel rows or in none.
+                audio.attention_mask = audio.attention_mask[:, : rows.shape[2]]
+        return audio
+
     def see(
         self, pixel_values_videos: torch.Tensor, pixel_values_videos_mask: torch.Tensor | None = None, **outputs
     ) -> EVACapEncoderOutput:
-        """Runs the video tower.
+        """Runs the video tower, and pools its tokens if `video_pooling` says so.
 
         With `gate_type="agreement"`, uniform tubelets, as of a black screen, are removed from its mask, because nothing in
         them could agree or disagree with a sound (ours).
@@ -723,6 +785,11 @@ class EVACapEncoder(EVACapPreTrainedModel):
                 (pixels.std((-2, -1)) > UNIFORM_PICTURE).any(-1).any(-1).repeat_interleave(embeddings.grid_size**2, 1)
             )
             video.attention_mask = seen if video.attention_mask is None else video.attention_mask & seen
+        if self.config.video_pooling == "frame":
+            tokens_per_picture = self.video_tower.embeddings.grid_size**2
+            video.last_hidden_state = video.last_hidden_state.unflatten(1, (-1, tokens_per_picture)).mean(2)
+            if video.attention_mask is not None:
+                video.attention_mask = video.attention_mask[:, ::tokens_per_picture]
         return video
 
     def _match(
@@ -734,7 +801,7 @@ class EVACapEncoder(EVACapPreTrainedModel):
     ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
         """How far the gate of each audio token may open (pairs, T_a), and the outputs of the matching head."""
         config, sound = self.config, audio.last_hidden_state
-        num_rows = self.audio_tower.embeddings.num_rows
+        num_rows = config.audio_rows
         if video is None:
             nothing = sound.new_full((len(sound), sound.shape[1] // num_rows), torch.nan, dtype=torch.float32)
             return None, {"agreement": nothing[:, 0], "agreement_by_step": nothing}
@@ -766,6 +833,11 @@ class EVACapEncoder(EVACapPreTrainedModel):
             known = known & audio.attention_mask.unflatten(1, (num_rows, -1))[:, 0]
         outputs["agreement_by_step"] = step.masked_fill(~known, torch.nan)
         return opening.repeat(1, num_rows), outputs
+
+
+def _chain(first: tuple | None, second: tuple | None) -> tuple | None:
+    """The recorded states of a tower and of the joint blocks, as far as there are any."""
+    return first if first is None or second is None else first + second
 
 
 def _select_rows(output: EVACapEncoderOutput, index: torch.Tensor | None) -> None:
@@ -1251,6 +1323,8 @@ class EVACapModel(EVACapPreTrainedModel):
                     ("agreement_by_step", "agreement_by_step"),
                     ("matching_loss", "matching_loss"),
                     ("audio_summary", "audio_summary"),
+                    ("transport_map", "transport_map"),
+                    ("transport_loss", "transport_loss"),
                 )
             },
         )
@@ -1503,8 +1577,7 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         if self.config.gate_stability_weight > 0 and outputs.fusion_gate is not None:
             gate, mask = outputs.fusion_gate[: len(labels)], outputs.encoder_attention_mask
             mask = None if mask is None else mask[: len(labels)].to(gate.device)
-            num_rows = self.model.encoder.audio_tower.embeddings.num_rows
-            terms["gate_stability"] = gate_stability(gate, num_rows, mask).to(loss.device)
+            terms["gate_stability"] = gate_stability(gate, self.config.audio_rows, mask).to(loss.device)
             loss = loss + share * self.config.gate_stability_weight * terms["gate_stability"]
         if outputs.audio_summary is not None:
             # The words' vectors are left to the captions.
@@ -1515,6 +1588,9 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         if outputs.matching_loss is not None:
             terms["matching_loss"] = outputs.matching_loss.to(loss.device)
             loss = loss + share * self.config.matching_weight * terms["matching_loss"]
+        if outputs.transport_loss is not None:
+            terms["transport_loss"] = outputs.transport_loss.to(loss.device)
+            loss = loss + share * self.config.ot_loss_weight * terms["transport_loss"]
         if swapped is not None:
             rows = swapped.to(logits.device)
             terms["semantic_consistency"] = semantic_consistency(matched_logits, logits[rows], labels[rows])
@@ -1597,6 +1673,7 @@ __all__ = [
     "EVACapGatedCrossAttention",
     "EVACapMatchingHead",
     "EVACapModel",
+    "EVACapOptimalTransport",
     "EVACapPreTrainedModel",
     "EVACapSeq2SeqLMOutput",
     "EVACapVideoTower",

@@ -13,6 +13,9 @@ PAPER_PROCESSING = {"window_type": "hamming", "channels": "average", "frame_samp
 AVCAP_PROCESSING = {"window_type": "hanning", "channels": "first", "frame_sampling": "middle", "fps": 2}
 """Hann window, first channel, and the middle run of the frames of a clip sampled twice a second (AVCap)."""
 
+LAVCAP_PROCESSING = {"window_type": "hanning", "channels": "first", "frame_sampling": "uniform", "fps": 2}
+"""Hann window, first channel, and frames uniformly over a clip sampled twice a second (LAVCap; the instants are ours)."""
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -50,6 +53,16 @@ PRESETS = {
     ),
     "evacap-ungated": Preset(
         "cross-attention without a gate (the paper's w/o G)", {"gate_type": "none"}, PAPER_PROCESSING
+    ),
+    "lavcap": Preset(
+        "LAVCap's fusion: one token a time step and one a picture, aligned by optimal transport",
+        {
+            "fusion_type": "optimal_transport",
+            "audio_pooling": "frequency",
+            "video_pooling": "frame",
+            "num_joint_layers": 0,
+        },
+        LAVCAP_PROCESSING,
     ),
     "video-only": Preset(
         "the picture alone (AVCap's `video_captioning`, not in the paper)",

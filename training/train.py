@@ -270,6 +270,7 @@ class TrainingRun:
             "gate_stability": self.model_config.gate_stability_weight,
             "matching_loss": self.model_config.matching_weight,
             "heard_words": self.model_config.hearing_weight,
+            "transport_loss": self.model_config.has_transport_loss,
             "semantic_consistency": self.model_config.semantic_consistency_weight,
         }
         terms = [name for name, weight in weights.items() if weight > 0]

@@ -8,7 +8,7 @@ from evacap.modeling_evacap.configuration_evacap import EVACapConfig, EVACapText
 @pytest.mark.parametrize(
     ("kwargs", "field", "legal"),
     [
-        ({"fusion_type": "late"}, "fusion_type", "'gated_cross_attention', 'concat', 'audio_only', 'video_only'"),
+        ({"fusion_type": "late"}, "fusion_type", "'gated_cross_attention', 'concat', 'optimal_transport'"),
         ({"gate_type": "soft"}, "gate_type", "'entropy', 'agreement', 'learned', 'none'"),
         ({"label_smoothing": 1.0}, "label_smoothing", "below 1"),
         ({"semantic_consistency_weight": -1.0}, "semantic_consistency_weight", "from 0 up"),

@@ -32,7 +32,7 @@ from evacap.modeling_evacap.versions_evacap import TESTED_TRANSFORMERS, UNTESTED
 from evacap.training.components import enable_checkpointing
 
 
-FUSION_TYPES = ["gated_cross_attention", "concat", "audio_only", "video_only"]
+FUSION_TYPES = ["gated_cross_attention", "concat", "optimal_transport", "audio_only", "video_only"]
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 AUDIO_TOKENS = 8  # 2 mel rows x 4 time steps
 VIDEO_TOKENS = 8  # 2 tubelets x 4 patches
@@ -72,7 +72,8 @@ def test_parameter_counts_are_the_papers(fusion_type, low, high):
 def test_encoder_output_shapes(fusion_type, attention):
     model = build(fusion_type=fusion_type, attention=attention, attn_implementation="eager")
     output = model.get_encoder()(**tiny_inputs(), output_hidden_states=True, output_attentions=True)
-    length = {"concat": AUDIO_TOKENS + VIDEO_TOKENS, "video_only": VIDEO_TOKENS}.get(fusion_type, AUDIO_TOKENS)
+    both = dict.fromkeys(("concat", "optimal_transport"), AUDIO_TOKENS + VIDEO_TOKENS)
+    length = {**both, "video_only": VIDEO_TOKENS}.get(fusion_type, AUDIO_TOKENS)
     assert output.last_hidden_state.shape == (BATCH_SIZE, length, 32)
     assert len(output.hidden_states) == 2 + 1 + 1
     assert len(output.attentions) == 2 + 1
@@ -254,7 +255,7 @@ def test_entropy_gate_gradients_stay_finite_with_masks_and_sharp_attention():
         assert tensor.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("fusion_type", ["gated_cross_attention", "concat"])
+@pytest.mark.parametrize("fusion_type", ["gated_cross_attention", "concat", "optimal_transport"])
 @pytest.mark.parametrize("attention", ["full", "frame"])
 def test_rows_of_a_mixed_batch_equal_what_they_give_alone(fusion_type, attention):
     model = build(fusion_type=fusion_type, attention=attention)

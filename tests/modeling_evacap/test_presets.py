@@ -10,6 +10,7 @@ from evacap.modeling_evacap.presets import PRESETS, get_preset
         ("avcap", "concat", None),
         ("evacap", "gated_cross_attention", "entropy"),
         ("evacap-learned-gate", "gated_cross_attention", "learned"),
+        ("lavcap", "optimal_transport", None),
         ("evacap-ungated", "gated_cross_attention", "none"),
         ("video-only", "video_only", None),
     ],
