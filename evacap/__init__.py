@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         EVACapTextConfig,
         EVACapVideoConfig,
     )
+    from .modeling_evacap.language_model_evacap import EVACapForCausalLM
     from .modeling_evacap.modeling_evacap import EVACapForConditionalGeneration, EVACapModel, EVACapPreTrainedModel
     from .processing.feature_extraction_evacap import EVACapFeatureExtractor
     from .processing.pipeline_evacap import AudioVisualCaptioningPipeline
@@ -45,6 +46,7 @@ _MODULES = {
         "EVACapTextConfig",
         "EVACapVideoConfig",
     ],
+    "modeling_evacap.language_model_evacap": ["EVACapForCausalLM"],
     "modeling_evacap.modeling_evacap": ["EVACapForConditionalGeneration", "EVACapModel", "EVACapPreTrainedModel"],
     "processing.feature_extraction_evacap": ["EVACapFeatureExtractor"],
     "processing.pipeline_evacap": ["AudioVisualCaptioningPipeline"],
@@ -62,6 +64,7 @@ __all__ = [
     "EVACapConfig",
     "EVACapDataCollator",
     "EVACapFeatureExtractor",
+    "EVACapForCausalLM",
     "EVACapForConditionalGeneration",
     "EVACapModel",
     "EVACapPreTrainedModel",

@@ -37,6 +37,7 @@ def register() -> None:
 
     from . import TASK
     from .modeling_evacap.configuration_evacap import EVACapConfig
+    from .modeling_evacap.language_model_evacap import EVACapForCausalLM
     from .modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
     from .processing.feature_extraction_evacap import EVACapFeatureExtractor
     from .processing.pipeline_evacap import AudioVisualCaptioningPipeline
@@ -44,8 +45,9 @@ def register() -> None:
     from .processing.video_processing_evacap import EVACapVideoProcessor
 
     AutoConfig.register(EVACapConfig.model_type, EVACapConfig, exist_ok=True)
-    for auto_class in (AutoModel, AutoModelForSeq2SeqLM):
-        auto_class.register(EVACapConfig, EVACapForConditionalGeneration, exist_ok=True)
+    # Of several classes the one that `architectures` names, or else the first.
+    AutoModel.register(EVACapConfig, (EVACapForConditionalGeneration, EVACapForCausalLM), exist_ok=True)
+    AutoModelForSeq2SeqLM.register(EVACapConfig, EVACapForConditionalGeneration, exist_ok=True)
     AutoProcessor.register(EVACapConfig, EVACapProcessor, exist_ok=True)
     AutoFeatureExtractor.register(EVACapConfig, EVACapFeatureExtractor, exist_ok=True)
     AutoVideoProcessor.register(EVACapConfig, EVACapVideoProcessor, exist_ok=True)
@@ -57,6 +59,7 @@ def register() -> None:
     # Saved folders carry their code, so that they load without this package.
     EVACapConfig.register_for_auto_class()
     EVACapForConditionalGeneration.register_for_auto_class("AutoModel")
+    EVACapForCausalLM.register_for_auto_class("AutoModel")
     EVACapProcessor.register_for_auto_class("AutoProcessor")
     EVACapFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
     EVACapVideoProcessor.register_for_auto_class("AutoVideoProcessor")

@@ -31,6 +31,9 @@ AUDIO_POOLINGS = (None, "frequency")
 VIDEO_POOLINGS = (None, "frame")
 TRANSPORT_CONTEXTS = ("mass", "mean")
 
+# The classes of captioners, by their decoder: the one of GIT, or a language model.
+SEQ2SEQ_CLASS, CAUSAL_CLASS = "EVACapForConditionalGeneration", "EVACapForCausalLM"
+
 # The Auto class, besides `AutoModel`, and the pipeline of a saved folder with code. Not `AutoModelForMultimodalLM`, with
 # which `pipeline("any-to-any")` would load the model and fail at every call.
 GENERATION_AUTO_CLASSES = ("AutoModelForSeq2SeqLM",)
@@ -240,13 +243,44 @@ class EVACapTextConfig(_TransformerConfig):
         )
 
 
+def _sub_config(key: str, value: Any, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """The configuration of a part, from a dict, from `None`, or as it is."""
+    if value is None:
+        return config_class()
+    if not isinstance(value, dict):
+        is_one = isinstance(value, PreTrainedConfig)
+        known = is_one and (value.model_type == config_class.model_type or key == "text_config" and _is_causal(value))
+        _require(known, key, value, f"a dict or an {config_class.__name__}")
+        return value
+    model_type = value.get("model_type", config_class.model_type)
+    if model_type == config_class.model_type:
+        return config_class(**value)
+    expected = repr(config_class.model_type)
+    if key == "text_config":
+        # Imported here because it takes time, and most models have no language model.
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            return CONFIG_MAPPING[model_type](**value)
+        expected += ", or that of a model that AutoModelForCausalLM loads, such as 'llama'"
+    return _require(False, f"{key}.model_type", model_type, expected)
+
+
+def _is_causal(config: PreTrainedConfig) -> bool:
+    """Whether a configuration belongs to a language model, and not to a part of EVACap."""
+    return not isinstance(config, (EVACapAudioConfig, EVACapVideoConfig))
+
+
 class EVACapConfig(PreTrainedConfig):
-    r"""Configuration of [`EVACapModel`] and [`EVACapForConditionalGeneration`]. The defaults are the paper's EVACap.
+    r"""Configuration of [`EVACapForConditionalGeneration`] and [`EVACapForCausalLM`]. The defaults are the paper's EVACap.
 
     Args:
         audio_config (`dict` or [`EVACapAudioConfig`], *optional*): The audio tower.
         video_config (`dict` or [`EVACapVideoConfig`], *optional*): The video tower.
-        text_config (`dict` or [`EVACapTextConfig`], *optional*): The decoder.
+        text_config (`dict` or [`PreTrainedConfig`], *optional*): The decoder: an [`EVACapTextConfig`], or the
+            configuration of any model that `AutoModelForCausalLM` loads, such as `{"model_type": "llama", …}`. The model
+            is then an [`EVACapForCausalLM`].
         fusion_type (`str`, defaults to `"gated_cross_attention"`): `"gated_cross_attention"` (EVACap), `"concat"`
             (AVCap: the joint block and the decoder see audio and video tokens), `"optimal_transport"` (LAVCap: they see
             the tokens of both, aligned by optimal transport), `"audio_only"` or `"video_only"`.
@@ -291,6 +325,11 @@ class EVACapConfig(PreTrainedConfig):
         pad_token_id (`int`, *optional*), bos_token_id (`int`, *optional*), eos_token_id (`int`, *optional*):
             `text_config`'s by default.
         decoder_start_token_id (`int`, *optional*): The token before a caption; `bos_token_id` by default.
+        prompt_ids (`list[int]`, *optional*): With a language model: the token ids of its prompt, among them
+            `clip_token_id` once, in whose place it reads the fused tokens. By default it reads `bos_token_id`, if there
+            is one, and the fused tokens.
+        clip_token_id (`int`, *optional*): With a language model: the id that stands for the clip in a prompt, by
+            default the first one after the vocabulary.
         initializer_range (`float`, defaults to 0.02): Standard deviation of new weights outside the three parts.
 
     Raises:
@@ -351,6 +390,8 @@ class EVACapConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     decoder_start_token_id: int | None = None
+    prompt_ids: list[int] | None = None
+    clip_token_id: int | None = None
     initializer_range: float = 0.02
     is_encoder_decoder: bool = True
     tie_word_embeddings: bool = True
@@ -360,20 +401,34 @@ class EVACapConfig(PreTrainedConfig):
             # The installed package has registered its own pipeline, without `trust_remote_code`.
             kwargs.pop("custom_pipelines", None)
         for key, config_class in self.sub_configs.items():
-            value = getattr(self, key)
-            if value is None:
-                setattr(self, key, config_class())
-            elif isinstance(value, dict):
-                setattr(self, key, config_class(**value))
-            elif getattr(value, "model_type", None) != config_class.model_type:
-                _require(False, key, value, f"a dict or an {config_class.__name__}")
+            setattr(self, key, _sub_config(key, getattr(self, key), config_class))
         for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(self, field) is None:
-                setattr(self, field, getattr(self.text_config, field))
-        if self.decoder_start_token_id is None:
-            self.decoder_start_token_id = self.bos_token_id
+                setattr(self, field, getattr(self.text_config, field, None))
+        self.is_encoder_decoder = self.text_config.model_type == EVACapTextConfig.model_type
+        if self.is_encoder_decoder:
+            if self.decoder_start_token_id is None:
+                self.decoder_start_token_id = self.bos_token_id
+        else:
+            self._complete_prompt()
         super().__post_init__(**kwargs)
+        if self.architectures is None:
+            # By which `AutoModel` chooses.
+            self.architectures = [SEQ2SEQ_CLASS if self.is_encoder_decoder else CAUSAL_CLASS]
         self._validate()
+
+    def _complete_prompt(self) -> None:
+        if self.clip_token_id is None:
+            self.clip_token_id = self.text_config.get_text_config(decoder=True).vocab_size
+        if self.prompt_ids is None:
+            start = [] if self.bos_token_id is None else [self.bos_token_id]
+            self.prompt_ids = [*start, self.clip_token_id]
+        _require(
+            list(self.prompt_ids).count(self.clip_token_id) == 1,
+            "prompt_ids",
+            self.prompt_ids,
+            f"a list of token ids with `clip_token_id` ({self.clip_token_id}) in it once",
+        )
 
     def _validate(self) -> None:
         _require_choice("fusion_type", self.fusion_type, FUSION_TYPES)
@@ -405,6 +460,11 @@ class EVACapConfig(PreTrainedConfig):
         _require(
             _is_number(threshold) and 0 < threshold < 1, "agreement_threshold", threshold, "a number between 0 and 1"
         )
+        for field in ("prompt_ids", "clip_token_id"):
+            value = getattr(self, field)
+            _require(
+                value is None or not self.is_encoder_decoder, field, value, "None without a language model as decoder"
+            )
         if not self.has_matching_head:
             _require(
                 self.matching_weight == 0,
@@ -425,7 +485,9 @@ class EVACapConfig(PreTrainedConfig):
             )
         for field, missing in (("audio_pooling", "video_only"), ("video_pooling", "audio_only")):
             value = getattr(self, field)
-            _require(value is None or self.fusion_type != missing, field, value, f"None with `fusion_type={missing!r}`")
+            _require(
+                value is None or self.fusion_type != missing, field, value, f"None with `fusion_type={missing!r}`"
+            )
         if self.fusion_type in ("concat", "optimal_transport"):
             _require(
                 self.video_config.hidden_size == self.audio_config.hidden_size,
@@ -439,7 +501,8 @@ class EVACapConfig(PreTrainedConfig):
         output = super().to_dict()
         model = output.get("auto_map", {}).get("AutoModel")
         if model is not None:
-            output["auto_map"].update(dict.fromkeys(GENERATION_AUTO_CLASSES, model))
+            if self.is_encoder_decoder:
+                output["auto_map"].update(dict.fromkeys(GENERATION_AUTO_CLASSES, model))
             output["custom_pipelines"] = CUSTOM_PIPELINES
         return output
 

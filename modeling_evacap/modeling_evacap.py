@@ -506,7 +506,7 @@ class EVACapAudioTower(EVACapTower):
             input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`): Filterbank.
             input_features_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): The frames that exist.
         """
-        _refuse_unknown(self, kwargs)
+        refuse_unknown(self, kwargs)
         hidden_states, token_mask = self.embeddings(input_features, input_features_mask)
         attention_mask = _attention_mask(self.config, hidden_states, token_mask)
         for layer in self.layers:
@@ -534,7 +534,7 @@ class EVACapVideoTower(EVACapTower):
             pixel_values_videos_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): The frames that
                 exist; a tubelet exists if all of its frames do.
         """
-        _refuse_unknown(self, kwargs)
+        refuse_unknown(self, kwargs)
         hidden_states, token_mask = self.embeddings(pixel_values_videos, pixel_values_videos_mask)
         shape = hidden_states.shape
         if self.config.attention == "frame":
@@ -578,7 +578,7 @@ class EVACapEncoder(EVACapPreTrainedModel):
 
     def __init__(self, config: EVACapConfig):
         super().__init__(config)
-        self.main_input_name = _main_input_name(config)
+        self.main_input_name = main_input_name(config)
         if config.fusion_type != "video_only":
             self.audio_tower = EVACapAudioTower(config.audio_config)
         if config.fusion_type != "audio_only":
@@ -637,7 +637,7 @@ class EVACapEncoder(EVACapPreTrainedModel):
         audio = video = None
         if fusion_type != "video_only":
             if input_features is None:
-                raise ValueError(_missing_stream(self.config))
+                raise ValueError(missing_stream(self.config))
             audio = self.hear(input_features, input_features_mask, **outputs)
             _select_rows(audio, audio_index)
         if fusion_type != "audio_only" and pixel_values_videos is not None:
@@ -646,7 +646,7 @@ class EVACapEncoder(EVACapPreTrainedModel):
             if audio is not None:
                 _move(video, audio.last_hidden_state.device)
         if fusion_type == "video_only" and video is None:
-            raise ValueError(_missing_stream(self.config))
+            raise ValueError(missing_stream(self.config))
 
         main = video if audio is None else audio
         hidden_states, token_mask = main.last_hidden_state, main.attention_mask
@@ -854,7 +854,7 @@ def _move(output: EVACapEncoderOutput, device: torch.device) -> None:
         output.attention_mask = output.attention_mask.to(device)
 
 
-def _refuse_unknown(model: nn.Module, kwargs: dict[str, Any]) -> None:
+def refuse_unknown(model: nn.Module, kwargs: dict[str, Any]) -> None:
     """Refuses unknown keyword arguments.
 
     Otherwise a misspelt name, or one that Transformers has changed, would be ignored, and the caption would be of
@@ -868,11 +868,11 @@ def _refuse_unknown(model: nn.Module, kwargs: dict[str, Any]) -> None:
         )
 
 
-def _main_input_name(config: EVACapConfig) -> str:
+def main_input_name(config: EVACapConfig) -> str:
     return "pixel_values_videos" if config.fusion_type == "video_only" else "input_features"
 
 
-def _missing_stream(config: EVACapConfig) -> str:
+def missing_stream(config: EVACapConfig) -> str:
     if config.fusion_type == "video_only":
         return "`pixel_values_videos` is missing: a model with `fusion_type='video_only'` needs the picture."
     return (
@@ -1096,7 +1096,7 @@ class EVACapDecoder(EVACapPreTrainedModel):
         Raises:
             ValueError: If the text is missing or too long, or if the prefix is missing or does not fit the text.
         """
-        _refuse_unknown(self, kwargs)
+        refuse_unknown(self, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `decoder_input_ids` and `decoder_inputs_embeds`.")
         if inputs_embeds is None:
@@ -1177,7 +1177,7 @@ class EVACapModel(EVACapPreTrainedModel):
 
     def __init__(self, config: EVACapConfig):
         super().__init__(config)
-        self.main_input_name = _main_input_name(config)
+        self.main_input_name = main_input_name(config)
         self.encoder = EVACapEncoder(config)
         self.decoder = EVACapDecoder(config.text_config, config.encoder_config.hidden_size)
         self.post_init()
@@ -1310,24 +1310,29 @@ class EVACapModel(EVACapPreTrainedModel):
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
-            **{
-                name: getattr(encoder_outputs, field, None)
-                for name, field in (
-                    ("encoder_attention_mask", "attention_mask"),
-                    ("fusion_gate", "fusion_gate"),
-                    ("attention_entropy", "attention_entropy"),
-                    ("agreement", "agreement"),
-                    ("agreement_by_step", "agreement_by_step"),
-                    ("matching_loss", "matching_loss"),
-                    ("audio_summary", "audio_summary"),
-                    ("transport_map", "transport_map"),
-                    ("transport_loss", "transport_loss"),
-                )
-            },
+            **encoder_fields(encoder_outputs),
         )
+
+
+def encoder_fields(encoder_outputs: EVACapEncoderOutput) -> dict[str, Any]:
+    """The fields of [`EVACapSeq2SeqModelOutput`] that come from the encoder."""
+    copied = (
+        "fusion_gate",
+        "attention_entropy",
+        "agreement",
+        "agreement_by_step",
+        "matching_loss",
+        "audio_summary",
+        "transport_map",
+        "transport_loss",
+    )
+    return {
+        "encoder_last_hidden_state": encoder_outputs.last_hidden_state,
+        "encoder_hidden_states": encoder_outputs.hidden_states,
+        "encoder_attentions": encoder_outputs.attentions,
+        "encoder_attention_mask": getattr(encoder_outputs, "attention_mask", None),
+        **{name: getattr(encoder_outputs, name, None) for name in copied},
+    }
 
 
 def shift_tokens_right(labels: torch.Tensor, pad_token_id: int, decoder_start_token_id: int) -> torch.Tensor:
@@ -1336,11 +1341,121 @@ def shift_tokens_right(labels: torch.Tensor, pad_token_id: int, decoder_start_to
     return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
+class EVACapCaptioner(EVACapPreTrainedModel):
+    """What captioners have in common, whatever their decoder: the pairs of a training batch, and the loss."""
+
+    def _pair(
+        self,
+        pixel_values_videos: torch.Tensor | None,
+        pixel_values_videos_mask: torch.Tensor | None,
+        matched_videos: tuple[torch.Tensor | None, torch.Tensor | None],
+        shuffled: torch.Tensor | None,
+        video_index: torch.Tensor | None,
+        is_encoded: bool,
+    ) -> tuple[dict[str, torch.Tensor | None], torch.Tensor | None]:
+        """The videos of a batch and their pairs with the sounds, as arguments of the encoder, and the swapped samples.
+
+        `is_encoded` says that the encoder was run before. The samples are `None` where their own videos are not needed.
+        """
+        pairs = {"pixel_values_videos": pixel_values_videos, "pixel_values_videos_mask": pixel_values_videos_mask}
+        swapped = None
+        if (
+            self.training
+            and self.config.semantic_consistency_weight > 0
+            and matched_videos[0] is not None
+            and len(matched_videos[0]) > 0
+        ):
+            if shuffled is None or video_index is None or is_encoded:
+                raise ValueError(
+                    "The semantic-consistency term needs `shuffled`, `video_index`, and the streams instead of "
+                    "`encoder_outputs`."
+                )
+            swapped = shuffled.nonzero().squeeze(1)
+            pairs = self._add_matched_pairs(
+                **pairs, matched_videos=matched_videos, swapped=swapped, video_index=video_index
+            )
+        if self.training and self.config.matching_weight > 0 and pixel_values_videos is not None and not is_encoded:
+            own = torch.arange(len(pixel_values_videos), device=pixel_values_videos.device)
+            pairs["picture_index"] = pairs.get("video_index", own if video_index is None else video_index)
+        return pairs, swapped
+
+    @staticmethod
+    def _add_matched_pairs(
+        pixel_values_videos: torch.Tensor,
+        pixel_values_videos_mask: torch.Tensor | None,
+        matched_videos: tuple[torch.Tensor, torch.Tensor | None],
+        swapped: torch.Tensor,
+        video_index: torch.Tensor,
+    ) -> dict[str, torch.Tensor | None]:
+        """The videos and pairs of a batch in which the rows `swapped` occur twice.
+
+        In their place they have the other video, and in more rows behind the batch their own. The own video of every sample
+        passes the tower once.
+        """
+        videos, mask = matched_videos
+        if len(swapped) != len(videos):
+            raise ValueError(
+                f"`matched_pixel_values_videos` has {len(videos)} videos, but `shuffled` marks {len(swapped)} samples: "
+                "it must hold the own video of each of those, in their order."
+            )
+        masks = _fill_in_masks((pixel_values_videos, pixel_values_videos_mask), (videos, mask))
+        rows = torch.arange(len(pixel_values_videos), device=swapped.device)
+        return {
+            "pixel_values_videos": pixel_values_videos.index_copy(0, swapped, videos),
+            "pixel_values_videos_mask": None if masks[0] is None else masks[0].index_copy(0, swapped, masks[1]),
+            "audio_index": torch.cat([rows, swapped]),
+            "video_index": torch.cat([video_index, swapped]),
+        }
+
+    def _compute_loss(
+        self,
+        logits: torch.Tensor,
+        matched_logits: torch.Tensor,
+        labels: torch.Tensor,
+        outputs: EVACapSeq2SeqModelOutput,
+        swapped: torch.Tensor | None,
+        num_items_in_batch: int | torch.Tensor | None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss, and its terms by name if there are regularisers.
+
+        `matched_logits` belong to the samples `swapped` with their own video.
+        """
+        labels = labels.to(logits.device)
+        loss = label_smoothed_kl(logits, labels, self.config.label_smoothing, num_items_in_batch)
+        # The terms are means over this batch. If it is a part of a larger batch, they count for that part.
+        share = 1 if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
+        caption_loss, terms = loss / share, {}
+        if self.config.gate_stability_weight > 0 and outputs.fusion_gate is not None:
+            gate, mask = outputs.fusion_gate[: len(labels)], outputs.encoder_attention_mask
+            mask = None if mask is None else mask[: len(labels)].to(gate.device)
+            terms["gate_stability"] = gate_stability(gate, self.config.audio_rows, mask).to(loss.device)
+            loss = loss + share * self.config.gate_stability_weight * terms["gate_stability"]
+        if outputs.audio_summary is not None:
+            # The words' vectors are left to the captions.
+            words = self.get_output_embeddings().weight.detach()
+            summary = self.hearing_head(outputs.audio_summary[: len(labels)]).to(words.device)
+            terms["heard_words"] = heard_words(F.linear(summary, words), labels)
+            loss = loss + share * self.config.hearing_weight * terms["heard_words"]
+        if outputs.matching_loss is not None:
+            terms["matching_loss"] = outputs.matching_loss.to(loss.device)
+            loss = loss + share * self.config.matching_weight * terms["matching_loss"]
+        if outputs.transport_loss is not None:
+            terms["transport_loss"] = outputs.transport_loss.to(loss.device)
+            loss = loss + share * self.config.ot_loss_weight * terms["transport_loss"]
+        if swapped is not None:
+            rows = swapped.to(logits.device)
+            terms["semantic_consistency"] = semantic_consistency(matched_logits, logits[rows], labels[rows])
+            loss = loss + share * self.config.semantic_consistency_weight * terms["semantic_consistency"]
+        if terms:
+            terms = {name: term.detach() for name, term in {"caption_loss": caption_loss, **terms}.items()}
+        return loss, terms
+
+
 # Inputs of the decoder, with one row for each caption.
 TEXT_ARGUMENTS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "decoder_position_ids")
 
 
-class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
+class EVACapForConditionalGeneration(EVACapCaptioner, GenerationMixin):
     """The captioner: [`EVACapModel`] with a language head on tied word embeddings, the loss, and `generate`.
 
     `AutoModel` loads this class for the model type `"evacap"`, so that `AutoModel.from_pretrained(…).generate(…)`
@@ -1365,7 +1480,7 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: EVACapConfig):
         super().__init__(config)
-        self.main_input_name = _main_input_name(config)
+        self.main_input_name = main_input_name(config)
         self.model = EVACapModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size)
         if config.hearing_weight > 0:
@@ -1451,37 +1566,20 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         elif labels is None:
             self._check_without_labels(decoder_input_ids is not None or decoder_inputs_embeds is not None)
         text = [decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, decoder_position_ids]
-        pairs = {"pixel_values_videos": pixel_values_videos, "pixel_values_videos_mask": pixel_values_videos_mask}
-        swapped = None
-        if (
-            self.training
-            and labels is not None
-            and self.config.semantic_consistency_weight > 0
-            and matched_pixel_values_videos is not None
-            and len(matched_pixel_values_videos) > 0
-        ):
-            if shuffled is None or video_index is None or encoder_outputs is not None:
-                raise ValueError(
-                    "The semantic-consistency term needs `shuffled`, `video_index`, and the streams instead of "
-                    "`encoder_outputs`."
-                )
-            swapped = shuffled.nonzero().squeeze(1)
-            pairs = self._add_matched_pairs(
+        pairs, swapped = (
+            {"pixel_values_videos": pixel_values_videos, "pixel_values_videos_mask": pixel_values_videos_mask},
+            None,
+        )
+        if labels is not None:
+            pairs, swapped = self._pair(
                 **pairs,
                 matched_videos=(matched_pixel_values_videos, matched_pixel_values_videos_mask),
-                swapped=swapped,
+                shuffled=shuffled,
                 video_index=video_index,
+                is_encoded=encoder_outputs is not None,
             )
+        if swapped is not None:
             text = [None if rows is None else rows[pairs["audio_index"]] for rows in text]
-        if (
-            self.training
-            and labels is not None
-            and self.config.matching_weight > 0
-            and pixel_values_videos is not None
-            and encoder_outputs is None
-        ):
-            own = torch.arange(len(pixel_values_videos), device=pixel_values_videos.device)
-            pairs["picture_index"] = pairs.get("video_index", own if video_index is None else video_index)
         outputs = self.model(
             input_features=input_features,
             input_features_mask=input_features_mask,
@@ -1528,77 +1626,6 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
                 "left out of whatever is computed from its logits."
             )
 
-    @staticmethod
-    def _add_matched_pairs(
-        pixel_values_videos: torch.Tensor,
-        pixel_values_videos_mask: torch.Tensor | None,
-        matched_videos: tuple[torch.Tensor, torch.Tensor | None],
-        swapped: torch.Tensor,
-        video_index: torch.Tensor,
-    ) -> dict[str, torch.Tensor | None]:
-        """The videos and pairs of a batch in which the rows `swapped` occur twice.
-
-        In their place they have the other video, and in more rows behind the batch their own. The own video of every sample
-        passes the tower once.
-        """
-        videos, mask = matched_videos
-        if len(swapped) != len(videos):
-            raise ValueError(
-                f"`matched_pixel_values_videos` has {len(videos)} videos, but `shuffled` marks {len(swapped)} samples: "
-                "it must hold the own video of each of those, in their order."
-            )
-        masks = _fill_in_masks((pixel_values_videos, pixel_values_videos_mask), (videos, mask))
-        rows = torch.arange(len(pixel_values_videos), device=swapped.device)
-        return {
-            "pixel_values_videos": pixel_values_videos.index_copy(0, swapped, videos),
-            "pixel_values_videos_mask": None if masks[0] is None else masks[0].index_copy(0, swapped, masks[1]),
-            "audio_index": torch.cat([rows, swapped]),
-            "video_index": torch.cat([video_index, swapped]),
-        }
-
-    def _compute_loss(
-        self,
-        logits: torch.Tensor,
-        matched_logits: torch.Tensor,
-        labels: torch.Tensor,
-        outputs: EVACapSeq2SeqModelOutput,
-        swapped: torch.Tensor | None,
-        num_items_in_batch: int | torch.Tensor | None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss, and its terms by name if there are regularisers.
-
-        `matched_logits` belong to the samples `swapped` with their own video.
-        """
-        labels = labels.to(logits.device)
-        loss = label_smoothed_kl(logits, labels, self.config.label_smoothing, num_items_in_batch)
-        # The terms are means over this batch. If it is a part of a larger batch, they count for that part.
-        share = 1 if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
-        caption_loss, terms = loss / share, {}
-        if self.config.gate_stability_weight > 0 and outputs.fusion_gate is not None:
-            gate, mask = outputs.fusion_gate[: len(labels)], outputs.encoder_attention_mask
-            mask = None if mask is None else mask[: len(labels)].to(gate.device)
-            terms["gate_stability"] = gate_stability(gate, self.config.audio_rows, mask).to(loss.device)
-            loss = loss + share * self.config.gate_stability_weight * terms["gate_stability"]
-        if outputs.audio_summary is not None:
-            # The words' vectors are left to the captions.
-            words = self.lm_head.weight.detach()
-            summary = self.hearing_head(outputs.audio_summary[: len(labels)]).to(words.device)
-            terms["heard_words"] = heard_words(F.linear(summary, words), labels)
-            loss = loss + share * self.config.hearing_weight * terms["heard_words"]
-        if outputs.matching_loss is not None:
-            terms["matching_loss"] = outputs.matching_loss.to(loss.device)
-            loss = loss + share * self.config.matching_weight * terms["matching_loss"]
-        if outputs.transport_loss is not None:
-            terms["transport_loss"] = outputs.transport_loss.to(loss.device)
-            loss = loss + share * self.config.ot_loss_weight * terms["transport_loss"]
-        if swapped is not None:
-            rows = swapped.to(logits.device)
-            terms["semantic_consistency"] = semantic_consistency(matched_logits, logits[rows], labels[rows])
-            loss = loss + share * self.config.semantic_consistency_weight * terms["semantic_consistency"]
-        if terms:
-            terms = {name: term.detach() for name, term in {"caption_loss": caption_loss, **terms}.items()}
-        return loss, terms
-
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
         """The decoder's input (batch_size, length) for `labels`: the start token, then all labels but the last."""
         return shift_tokens_right(labels, self.config.text_config.pad_token_id, self.config.decoder_start_token_id)
@@ -1640,7 +1667,7 @@ class EVACapForConditionalGeneration(EVACapPreTrainedModel, GenerationMixin):
         if inputs is None and all(
             model_kwargs.get(name) is None for name in (self.main_input_name, "encoder_outputs")
         ):
-            raise ValueError(_missing_stream(self.config))
+            raise ValueError(missing_stream(self.config))
         return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any):

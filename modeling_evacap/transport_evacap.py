@@ -88,7 +88,9 @@ def sinkhorn(
     # A clip without one of the two has no plan, and potentials of 0.
     has_plan = row_mask.any(1, keepdim=True) & column_mask.any(1, keepdim=True)
     rows, columns = row_mask & has_plan, column_mask & has_plan
-    row_share, column_share = (-mask.sum(1, keepdim=True).clamp(min=1).to(scores.dtype).log() for mask in (rows, columns))
+    row_share, column_share = (
+        -mask.sum(1, keepdim=True).clamp(min=1).to(scores.dtype).log() for mask in (rows, columns)
+    )
     of_rows, of_columns = scores.new_zeros(batch_size, num_rows), scores.new_zeros(batch_size, num_columns)
     for _ in range(iterations):
         of_rows = (row_share - (scores + of_columns[:, None, :]).logsumexp(2)).masked_fill(~rows, 0.0)

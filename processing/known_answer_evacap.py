@@ -95,13 +95,14 @@ def answer(model, processor) -> dict[str, Any]:
     inputs = processor(**streams, return_tensors="pt").to(model.device)
     was_training = model.training
     model.eval()
-    encoder_outputs = model.get_encoder()(**inputs)
-    start = torch.full((1, 1), model.config.decoder_start_token_id, device=model.device)
-    logits = model(encoder_outputs=encoder_outputs, decoder_input_ids=start).logits[0, -1].float()
+    encoder_outputs = model.get_encoder()(**inputs, return_dict=True)
     tokens = model.generate(encoder_outputs=encoder_outputs, num_beams=1, do_sample=False)
+    # A decoder of its own gives its start token back, a language model the caption alone.
+    caption = tokens[:, 1:] if model.config.is_encoder_decoder else tokens
     # Without the cache, which breaks first when a library changes.
-    scores = model(encoder_outputs=encoder_outputs, decoder_input_ids=tokens[:, :-1], use_cache=False).logits.float()
-    scores = scores.log_softmax(-1).gather(-1, tokens[:, 1:, None])
+    scores = model(encoder_outputs=encoder_outputs, labels=caption, use_cache=False).logits.float()
+    logits = scores[0, 0]
+    scores = scores.log_softmax(-1).gather(-1, caption[..., None])
     model.train(was_training)
     highest = logits.topk(min(NUM_LOGITS, len(logits)))
     return {

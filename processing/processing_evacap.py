@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 logger = logging.get_logger(f"transformers.{__name__}")
 
 MODALITIES = ("audio_video", "audio", "video")
+CLIP_TOKEN = "<|clip|>"
+"""The token in a prompt in whose place a language model reads the clip."""
+CHAT = "chat"
+"""The `prompt_template` that stands for the chat template of the tokenizer."""
 # Containers round a stream's length up to whole codec frames: a shorter rest is not content to warn about.
 MODEL_OPTIONS = frozenset(
     "attn_implementation device_map device_mesh distributed_config dtype experts_implementation key_mapping "
@@ -81,15 +85,20 @@ class EVACapProcessor(ProcessorMixin):
     Args:
         feature_extractor ([`EVACapFeatureExtractor`]): Waveforms to `input_features`.
         video_processor ([`EVACapVideoProcessor`]): Frames to `pixel_values_videos`.
-        tokenizer ([`PreTrainedTokenizerBase`]): A WordPiece tokenizer with `[SEP]`.
+        tokenizer ([`PreTrainedTokenizerBase`]): A WordPiece tokenizer with `[SEP]`, or the tokenizer of a language model.
         modalities (`str`, *optional*, defaults to `"audio_video"`):
             What the model takes: `"audio_video"`, or `"audio"` or `"video"` alone. The other stream is neither decoded
             nor returned, so the checkpoint of an `audio_only` model stores `"audio"`.
         max_text_length (`int`, *optional*, defaults to 40): Longest caption in tokens, with `[CLS]` and `[SEP]`
             (AVCap).
+        prompt_template (`str`, *optional*): For a language model: what it reads, with `{clip}` once for the tokens of the
+            clip and `{prompt}` for the instruction, such as `"USER: <Speech>{clip}</Speech> {prompt}\nASSISTANT:"` (LAVCap);
+            or `"chat"`, the chat template of the tokenizer, with the clip before the instruction.
+        prompt (`str`, *optional*, defaults to `"Please describe the audio."`): The instruction (LAVCap).
 
     Raises:
-        ValueError: If `modalities` has another value or `max_text_length` is below 3.
+        ValueError: If `modalities` has another value, if `max_text_length` is below 3, or if `prompt_template` does not have
+            `{clip}` exactly once.
     """
 
     valid_processor_kwargs = EVACapProcessorKwargs
@@ -101,14 +110,22 @@ class EVACapProcessor(ProcessorMixin):
         tokenizer=None,
         modalities: str = "audio_video",
         max_text_length: int = 40,
+        prompt_template: str | None = None,
+        prompt: str = "Please describe the audio.",
         **kwargs,
     ):
         if modalities not in MODALITIES:
             raise ValueError(f"`modalities` must be one of {', '.join(map(repr, MODALITIES))}, got {modalities!r}.")
         if max_text_length < 3:
             raise ValueError(f"`max_text_length` must leave room for [CLS], a token and [SEP], got {max_text_length}.")
+        if prompt_template not in (None, CHAT) and prompt_template.count("{clip}") != 1:
+            raise ValueError(
+                f"`prompt_template` must have {{clip}} in it once, or be {CHAT!r}, got {prompt_template!r}."
+            )
         super().__init__(feature_extractor, video_processor, tokenizer, **kwargs)
         self.modalities = modalities
+        self.prompt_template = prompt_template
+        self.prompt = prompt
         self.max_text_length = max_text_length
         self._has_warned_of_length = False
 
@@ -133,6 +150,7 @@ class EVACapProcessor(ProcessorMixin):
         audio=None,
         videos=None,
         images=None,
+        prompt: str | list[str] | None = None,
         **kwargs: Unpack[EVACapProcessorKwargs],
     ) -> BatchFeature:
         r"""Makes the inputs of one clip, or of a batch of clips.
@@ -150,6 +168,8 @@ class EVACapProcessor(ProcessorMixin):
             videos: Files, or frames as [`EVACapVideoProcessor`] takes them. `None` is a clip without a picture.
             images: Stills beside a sound, as files, PIL images or arrays: videos of one repeated frame. A still has no
                 clock: it is on display whatever `start` is.
+            prompt (`str` or `list[str]`, *optional*): For a language model: instructions instead of the one that it was
+                saved with, one for all clips or one for each.
             start (`float`, *optional*, defaults to 0.0): Where the clip begins, in seconds.
             duration (`float`, *optional*):
                 Seconds to use, at most and by default `window_seconds`. `start` and `duration` apply to files and
@@ -173,6 +193,7 @@ class EVACapProcessor(ProcessorMixin):
               to return it;
             - `pixel_values_videos` (batch, frames, 3, height, width), unless no clip has a picture, and
               `pixel_values_videos_mask` (batch, frames) if some frames do not exist;
+            - `input_ids` and `attention_mask` (batch, length), if `prompt` is given: padded on the left;
             - `labels` (batch, length): the caption without `[CLS]`, with `[SEP]`, padded by -100. The model shifts
               them itself.
 
@@ -230,6 +251,8 @@ class EVACapProcessor(ProcessorMixin):
             data = {name: list(value.cpu().numpy()) for name, value in data.items()}
         if captions:
             data["labels"] = self._to_labels(captions, return_tensors is not None, options["text_kwargs"])
+        if prompt is not None:
+            data.update(self._to_prompts(prompt, sizes.pop()))
         return BatchFeature(data, tensor_type=return_tensors)
 
     def open(
@@ -441,12 +464,65 @@ class EVACapProcessor(ProcessorMixin):
             raise ValueError(f"`max_length` must leave room for [CLS], a token and [SEP], got {max_length}.")
         # [CLS] and [SEP] count, but the labels begin after [CLS]: it is the decoder's start token.
         encoded = self.tokenizer(captions, add_special_tokens=False, truncation=True, max_length=max_length - 2)
-        labels = [[*ids, self.tokenizer.sep_token_id] for ids in encoded["input_ids"]]
+        end = self.tokenizer.sep_token_id
+        # A language model has no [SEP].
+        end = self.tokenizer.eos_token_id if end is None else end
+        labels = [[*ids, end] for ids in encoded["input_ids"]]
         if pad:
             fixed = text_kwargs.get("padding") == "max_length"
             length = max_length if fixed else max(map(len, labels))
             labels = [ids + [-100] * (length - len(ids)) for ids in labels]
         return labels
+
+    def prompt_ids(self, prompt: str | None = None) -> list[int]:
+        """The token ids of a prompt, with that of `CLIP_TOKEN` in the place of the clip.
+
+        The parts before and after the clip are tokenised on their own (LAVCap).
+
+        Args:
+            prompt (`str`, *optional*): The instruction; by default the one that the processor was saved with.
+
+        Raises:
+            ValueError: If the processor has no `prompt_template`, or its tokenizer no chat template or no `CLIP_TOKEN`.
+        """
+        tokenizer, template = self.tokenizer, self.prompt_template
+        clip = tokenizer.convert_tokens_to_ids(CLIP_TOKEN)
+        if template is None or clip in (None, tokenizer.unk_token_id):
+            raise ValueError(
+                f"This processor makes no prompts: `prompt_template` is {template!r}, and the tokenizer has "
+                f"{'the' if clip not in (None, tokenizer.unk_token_id) else 'no'} token {CLIP_TOKEN}. Only a model with a "
+                "language model as decoder takes them."
+            )
+        prompt = self.prompt if prompt is None else prompt
+        if template == CHAT:
+            if not tokenizer.chat_template:
+                raise ValueError(f"`prompt_template` is {CHAT!r}, but the tokenizer has no chat template.")
+            messages = [{"role": "user", "content": f"{CLIP_TOKEN}\n{prompt}"}]
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+            start = []
+        else:
+            text = template.replace("{clip}", CLIP_TOKEN).replace("{prompt}", prompt)
+            start = [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
+        before, _, after = text.partition(CLIP_TOKEN)
+        before, after = (
+            tokenizer(part, add_special_tokens=False)["input_ids"] if part else [] for part in (before, after)
+        )
+        return [*start, *before, clip, *after]
+
+    def _to_prompts(self, prompt: str | list[str], batch_size: int) -> dict[str, list[list[int]]]:
+        prompts = [prompt] * batch_size if isinstance(prompt, str) else list(prompt)
+        if len(prompts) != batch_size:
+            raise ValueError(
+                f"`prompt` has {len(prompts)} instructions for {batch_size} clips: give one, or one for each."
+            )
+        rows = [self.prompt_ids(each) for each in prompts]
+        length, pad = max(map(len, rows)), self.tokenizer.pad_token_id or 0
+        return {
+            "input_ids": [[pad] * (length - len(row)) + row for row in rows],
+            "attention_mask": [[0] * (length - len(row)) + [1] * len(row) for row in rows],
+        }
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "EVACapProcessor":

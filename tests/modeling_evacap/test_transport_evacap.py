@@ -42,7 +42,9 @@ def make_fusion(known: dict[str, torch.Tensor] | None = None, **fields) -> EVACa
     config = tiny_config(fusion_type="optimal_transport", **fields)
     fusion = EVACapOptimalTransport(config)
     dtype = torch.float32 if known is None else known["audio"].dtype
-    scale = 2.6592600345611572 if known is None else known.get("logit_scale_before", known.get("weights/logit_scale", 0))
+    scale = (
+        2.6592600345611572 if known is None else known.get("logit_scale_before", known.get("weights/logit_scale", 0))
+    )
     if config.ot_loss_weight > 0:
         fusion.logit_scale.data.fill_(float(scale))
     return fusion.to(dtype)
@@ -245,7 +247,11 @@ def test_captions_are_generated_with_and_without_a_picture():
         ({"audio_pooling": "time"}, "audio_pooling", "'frequency'"),
         ({"video_pooling": "clip"}, "video_pooling", "'frame'"),
         ({"fusion_type": "video_only", "audio_pooling": "frequency"}, "audio_pooling", "video_only"),
-        ({"fusion_type": "optimal_transport", "video_config": {"hidden_size": 384}}, "video_config.hidden_size", "768"),
+        (
+            {"fusion_type": "optimal_transport", "video_config": {"hidden_size": 384}},
+            "video_config.hidden_size",
+            "768",
+        ),
     ],
 )
 def test_illegal_values_name_the_field_and_what_is_legal(kwargs, field, legal):
