@@ -50,6 +50,8 @@ from .modeling_evacap import (
 
 
 STREAMS = ("input_features", "pixel_values_videos", "input_features_mask", "pixel_values_videos_mask")
+# What a `quantization_config` leaves as it is: all but the language model, and of that the output layer, as usual.
+NOT_QUANTIZED = ("encoder", "multi_modal_projector", "hearing_head", "language_model.lm_head")
 # What batches of a training hold besides, and `generate` has no use for.
 ONLY_FOR_TRAINING = (
     "labels",
@@ -92,6 +94,19 @@ class EVACapForCausalLM(EVACapCaptioner, GenerationMixin):
         # A checkpoint's generation_config.json takes precedence.
         self.generation_config.max_new_tokens = MAX_CAPTION_LENGTH
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> "EVACapForCausalLM":
+        """As in every [`PreTrainedModel`]; a `quantization_config` that names no exceptions is for the language model alone.
+
+        Encoder and projector are small, and LAVCap's are trained.
+        """
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config = copy.deepcopy(quantization_config)
+            for name in ("modules_to_not_convert", "llm_int8_skip_modules"):
+                if getattr(quantization_config, name, "") is None:
+                    setattr(quantization_config, name, list(NOT_QUANTIZED))
+        return super().from_pretrained(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

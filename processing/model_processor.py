@@ -6,19 +6,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import BertTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, BertTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .feature_extraction_evacap import EVACapFeatureExtractor
-from .processing_evacap import EVACapProcessor
+from .processing_evacap import CHAT, CLIP_TOKEN, EVACapProcessor
 from .video_processing_evacap import EVACapVideoProcessor
 
+
+LAVCAP_PROMPT = "USER: <Speech>{clip}</Speech> {prompt}\nASSISTANT:"
+"""The prompt of LAVCap around Llama 2."""
 
 FUSION_MODALITIES = {"audio_only": "audio", "video_only": "video"}
 """The stream that a processor takes, by `fusion_type`; the others take both."""
 
 
 def make_processor(
-    config: PreTrainedConfig, processing: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+    config: PreTrainedConfig, processing: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, **prompt: str
 ) -> EVACapProcessor:
     """The processor of a model.
 
@@ -27,6 +30,7 @@ def make_processor(
         processing (`Mapping`): Options of the feature extractor, such as `window_type`, `channels` and
             `frame_shift_ms`, and `frame_sampling` and `fps` of the video processor, such as a preset's `processing`.
         tokenizer ([`PreTrainedTokenizerBase`]): The tokenizer of its decoder.
+        prompt: `prompt_template` and `prompt`, for a language model.
     """
     audio, video = config.audio_config, config.video_config
     sampling = {name: processing[name] for name in ("frame_sampling", "fps") if name in processing}
@@ -45,7 +49,27 @@ def make_processor(
         ),
         tokenizer,
         modalities=FUSION_MODALITIES.get(config.fusion_type, "audio_video"),
+        **prompt,
     )
+
+
+def load_language_tokenizer(name: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """The tokenizer of a language model, with `CLIP_TOKEN` as one more special token, and a token to pad with.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    with loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    tokenizer.add_tokens([AddedToken(CLIP_TOKEN, special=True)], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def default_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template where the tokenizer has one, and else LAVCap's prompt."""
+    return CHAT if tokenizer.chat_template else LAVCAP_PROMPT
 
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

@@ -51,6 +51,8 @@ def test_the_folder_names_its_classes_and_its_task(folder):
         path.name
         for name in ("modeling_evacap", "processing")
         for path in (Path(evacap.__file__).parents[1] / name).glob("*_evacap.py")
+        # The other class of captioners, of which `test_prompts.py` has a folder.
+        if path.name != "language_model_evacap.py"
     }
 
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import BATCH_SIZE, LANGUAGE_MODELS, VOCABULARY, tiny_inputs, tiny_labels, tiny_language_config
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, TorchAoConfig
 from transformers.generation import TextStreamer
 
 from evacap.modeling_evacap.configuration_evacap import EVACapConfig
 from evacap.modeling_evacap.language_model_evacap import EVACapForCausalLM
+from evacap.modeling_evacap.modeling_evacap import CACHE_FIELD
 from evacap.training.components import enable_checkpointing
 
 
@@ -93,6 +94,8 @@ def test_clip_and_prompt_are_read_once_whatever_the_beams():
 
 @pytest.mark.parametrize("model_type", LANGUAGE_MODELS)
 def test_assisted_decoding_gives_the_same_caption(model_type):
+    if model_type == "gemma3_text" and CACHE_FIELD != "cache":
+        pytest.skip("before 5.24 Transformers cannot take tokens back from a sliding window that is full")
     model, inputs = build(model_type), rows(tiny_inputs(), 0)
     assistant = build("gpt2" if model_type == "llama" else "llama", seed=1)
     expected = model.generate(**inputs, max_new_tokens=8)
@@ -193,6 +196,18 @@ def test_save_and_load_round_trip(model_type, tmp_path):
     placed = AutoModel.from_pretrained(tmp_path, device_map="auto", dtype=torch.bfloat16)
     assert placed.language_model.dtype == torch.bfloat16
     assert placed.generate(**inputs, max_new_tokens=4, num_beams=2).shape[0] == BATCH_SIZE
+
+
+def test_quantisation_is_for_the_language_model_alone(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not among the dependencies")
+    model = build()
+    model.save_pretrained(tmp_path)
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    loaded = AutoModel.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32)
+    changed = {name for name, value in loaded.named_parameters() if type(value) is not torch.nn.Parameter}
+    linear = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    assert changed == {name for name in linear if name.startswith("language_model.model.")}
+    assert loaded.generate(**tiny_inputs(), max_new_tokens=4).shape[0] == BATCH_SIZE
 
 
 def test_auto_model_chooses_by_the_decoder():
