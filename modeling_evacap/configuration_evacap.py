@@ -16,7 +16,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import CLIPVisionConfig, PreTrainedConfig
 
 from .versions_evacap import warn_if_untested
 
@@ -184,6 +184,80 @@ class EVACapVideoConfig(_TowerConfig):
         _require_choice("video_config.attention", self.attention, VIDEO_ATTENTION_TYPES)
 
 
+class EVACapCEDConfig(_TowerConfig):
+    r"""Configuration of CED as audio tower (Dinkel et al., 2023), with the names of its port to Transformers.
+
+    Args:
+        embed_dim (`int`, defaults to 768): Width of the tower; also `hidden_size`.
+        depth (`int`, defaults to 12): Blocks; also `num_hidden_layers`.
+        num_heads (`int`, defaults to 12): Heads of each attention; also `num_attention_heads`.
+        mlp_ratio (`float`, defaults to 4.0): Width of the MLP, relative to `embed_dim`.
+        n_mels (`int`, defaults to 64): Mel bins of the filterbank; also `num_mel_bins`.
+        target_length (`int`, defaults to 1012): Filterbank frames that the position table covers; also `max_frames`.
+            Shorter sounds use the beginning of the table.
+        patch_size (`int`, defaults to 16): Side of a square patch, in mel bins and in frames.
+        qkv_bias (`bool`, defaults to `True`): Whether queries, keys and values have a bias.
+        attn_drop_rate (`float`, defaults to 0.0): Dropout of the attention probabilities; also `attention_dropout`.
+        layer_norm_eps (`float`, defaults to 1e-6): Epsilon of the layer norms.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of new weights.
+        hidden_act (`str`, defaults to `"gelu"`): Activation of the MLP.
+
+    Raises:
+        ValueError: If a field has an illegal value; the message has the field, its value and what is legal.
+    """
+
+    model_type = "ced"
+    base_config_key = "audio_config"
+    attribute_map = {
+        "embed_dim": "hidden_size",
+        "depth": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "n_mels": "num_mel_bins",
+        "target_length": "max_frames",
+        "attn_drop_rate": "attention_dropout",
+    }
+
+    num_hidden_layers: int = 12
+    intermediate_size: int | None = None
+    mlp_ratio: float = 4.0
+    num_mel_bins: int = 64
+    max_frames: int = 1012
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.intermediate_size is None:
+            self.intermediate_size = int(self.mlp_ratio * self.hidden_size)
+        self.validate_sizes(*_TOWER_SIZES, "num_mel_bins", "max_frames")
+        self.validate_multiple("num_mel_bins", "patch_size")
+
+
+class EVACapCLIPConfig(CLIPVisionConfig):
+    r"""Configuration of a CLIP vision model as video tower, which gives one projected vector for each frame (LAVCap).
+
+    Args:
+        num_frames (`int`, defaults to 20): Frames of a clip; other numbers are as good.
+        kwargs: The fields of [`CLIPVisionConfig`], of which `projection_dim` is the width of the tokens.
+
+    Raises:
+        ValueError: If a field has an illegal value; the message has the field, its value and what is legal.
+    """
+
+    base_config_key = "video_config"
+
+    num_frames: int = 20
+    tubelet_size: int = 1
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        for field in ("num_frames", "projection_dim"):
+            value = getattr(self, field)
+            _require(_is_whole(value) and value > 0, f"video_config.{field}", value, "a whole number above 0")
+        _require(
+            self.tubelet_size == 1, "video_config.tubelet_size", self.tubelet_size, "1, as CLIP sees single frames"
+        )
+
+
 class EVACapTextConfig(_TransformerConfig):
     r"""Configuration of the decoder: a GIT-style prefix language model of post-norm BERT layers (AVCap, after GIT).
 
@@ -243,19 +317,24 @@ class EVACapTextConfig(_TransformerConfig):
         )
 
 
+# Towers of other projects, besides those of AVCap.
+OTHER_TOWERS = {"audio_config": (EVACapCEDConfig,), "video_config": (EVACapCLIPConfig,)}
+
+
 def _sub_config(key: str, value: Any, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     """The configuration of a part, from a dict, from `None`, or as it is."""
     if value is None:
         return config_class()
+    classes = {known.model_type: known for known in (config_class, *OTHER_TOWERS.get(key, ()))}
     if not isinstance(value, dict):
         is_one = isinstance(value, PreTrainedConfig)
-        known = is_one and (value.model_type == config_class.model_type or key == "text_config" and _is_causal(value))
+        known = is_one and (value.model_type in classes or key == "text_config" and _is_causal(value))
         _require(known, key, value, f"a dict or an {config_class.__name__}")
         return value
     model_type = value.get("model_type", config_class.model_type)
-    if model_type == config_class.model_type:
-        return config_class(**value)
-    expected = repr(config_class.model_type)
+    if model_type in classes:
+        return classes[model_type](**value)
+    expected = " or ".join(map(repr, classes))
     if key == "text_config":
         # Imported here because it takes time, and most models have no language model.
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -269,15 +348,17 @@ def _sub_config(key: str, value: Any, config_class: type[PreTrainedConfig]) -> P
 
 def _is_causal(config: PreTrainedConfig) -> bool:
     """Whether a configuration belongs to a language model, and not to a part of EVACap."""
-    return not isinstance(config, (EVACapAudioConfig, EVACapVideoConfig))
+    return not isinstance(config, (_TowerConfig, CLIPVisionConfig))
 
 
 class EVACapConfig(PreTrainedConfig):
     r"""Configuration of [`EVACapForConditionalGeneration`] and [`EVACapForCausalLM`]. The defaults are the paper's EVACap.
 
     Args:
-        audio_config (`dict` or [`EVACapAudioConfig`], *optional*): The audio tower.
-        video_config (`dict` or [`EVACapVideoConfig`], *optional*): The video tower.
+        audio_config (`dict`, [`EVACapAudioConfig`] or [`EVACapCEDConfig`], *optional*): The audio tower;
+            `{"model_type": "ced"}` is CED.
+        video_config (`dict`, [`EVACapVideoConfig`] or [`EVACapCLIPConfig`], *optional*): The video tower;
+            `{"model_type": "clip_vision_model"}` is a CLIP.
         text_config (`dict` or [`PreTrainedConfig`], *optional*): The decoder: an [`EVACapTextConfig`], or the
             configuration of any model that `AutoModelForCausalLM` loads, such as `{"model_type": "llama", …}`. The model
             is then an [`EVACapForCausalLM`].
@@ -435,6 +516,13 @@ class EVACapConfig(PreTrainedConfig):
         _require_choice("gate_type", self.gate_type, GATE_TYPES)
         layers = self.num_joint_layers
         _require(_is_whole(layers) and layers >= 0, "num_joint_layers", layers, "a whole number from 0 up")
+        if self.has_clip_tower:
+            _require(
+                self.fusion_type != "video_only",
+                "video_config.model_type",
+                self.video_config.model_type,
+                f"{EVACapVideoConfig.model_type!r} with `fusion_type='video_only'`",
+            )
         _require_choice("audio_pooling", self.audio_pooling, AUDIO_POOLINGS)
         _require_choice("video_pooling", self.video_pooling, VIDEO_POOLINGS)
         _require_choice("ot_context", self.ot_context, TRANSPORT_CONTEXTS)
@@ -490,9 +578,9 @@ class EVACapConfig(PreTrainedConfig):
             )
         if self.fusion_type in ("concat", "optimal_transport"):
             _require(
-                self.video_config.hidden_size == self.audio_config.hidden_size,
-                "video_config.hidden_size",
-                self.video_config.hidden_size,
+                self.video_width == self.audio_config.hidden_size,
+                "video_config.projection_dim" if self.has_clip_tower else "video_config.hidden_size",
+                self.video_width,
                 f"`audio_config.hidden_size` ({self.audio_config.hidden_size}) with `fusion_type={self.fusion_type!r}`",
             )
 
@@ -531,7 +619,18 @@ class EVACapConfig(PreTrainedConfig):
     def tokens_per_picture(self) -> int:
         """Video tokens of a tubelet, after pooling."""
         video = self.video_config
-        return 1 if self.video_pooling == "frame" else (video.image_size // video.patch_size) ** 2
+        is_one = self.has_clip_tower or self.video_pooling == "frame"
+        return 1 if is_one else (video.image_size // video.patch_size) ** 2
+
+    @property
+    def has_clip_tower(self) -> bool:
+        """Whether the video tower is a CLIP, with one token a frame."""
+        return isinstance(self.video_config, CLIPVisionConfig)
+
+    @property
+    def video_width(self) -> int:
+        """Width of the video tokens."""
+        return self.video_config.projection_dim if self.has_clip_tower else self.video_config.hidden_size
 
     @property
     def encoder_config(self) -> PreTrainedConfig:
@@ -539,4 +638,11 @@ class EVACapConfig(PreTrainedConfig):
         return self.video_config if self.fusion_type == "video_only" else self.audio_config
 
 
-__all__ = ["EVACapAudioConfig", "EVACapConfig", "EVACapTextConfig", "EVACapVideoConfig"]
+__all__ = [
+    "EVACapAudioConfig",
+    "EVACapCEDConfig",
+    "EVACapCLIPConfig",
+    "EVACapConfig",
+    "EVACapTextConfig",
+    "EVACapVideoConfig",
+]

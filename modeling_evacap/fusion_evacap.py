@@ -167,8 +167,8 @@ class EVACapGatedCrossAttention(nn.Module):
         self.gate_bias_init = config.gate_bias_init
         width = config.audio_config.hidden_size
         self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(config.video_config.hidden_size, width)
-        self.v_proj = nn.Linear(config.video_config.hidden_size, width)
+        self.k_proj = nn.Linear(config.video_width, width)
+        self.v_proj = nn.Linear(config.video_width, width)
         if self.gate_type in ("entropy", "agreement"):
             self.gate_weight = nn.Parameter(torch.empty(1))
             self.gate_bias = nn.Parameter(torch.empty(1))

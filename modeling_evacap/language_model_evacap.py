@@ -49,7 +49,13 @@ from .modeling_evacap import (
 )
 
 
-STREAMS = ("input_features", "pixel_values_videos", "input_features_mask", "pixel_values_videos_mask")
+STREAMS = (
+    "input_features",
+    "pixel_values_videos",
+    "input_features_mask",
+    "pixel_values_videos_mask",
+    "video_features",
+)
 # What a `quantization_config` leaves as it is: all but the language model, and of that the output layer, as usual.
 NOT_QUANTIZED = ("encoder", "multi_modal_projector", "hearing_head", "language_model.lm_head")
 # What batches of a training hold besides, and `generate` has no use for.
@@ -198,6 +204,7 @@ class EVACapForCausalLM(EVACapCaptioner, GenerationMixin):
         video_index: torch.Tensor | None = None,
         matched_pixel_values_videos: torch.FloatTensor | None = None,
         matched_pixel_values_videos_mask: torch.Tensor | None = None,
+        video_features: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -220,7 +227,7 @@ class EVACapForCausalLM(EVACapCaptioner, GenerationMixin):
                 before.
             labels (`torch.LongTensor` of shape `(batch_size, caption_length)`, *optional*): The caption with its end token,
                 padded with -100. The loss is [`label_smoothed_kl`], of the caption alone.
-            shuffled, video_index, matched_pixel_values_videos, matched_pixel_values_videos_mask: See
+            shuffled, video_index, matched_pixel_values_videos, matched_pixel_values_videos_mask, video_features: See
                 [`EVACapForConditionalGeneration`].
 
         Returns:
@@ -254,6 +261,7 @@ class EVACapForCausalLM(EVACapCaptioner, GenerationMixin):
             encoder_outputs = self.encoder(
                 input_features,
                 input_features_mask=input_features_mask,
+                video_features=video_features,
                 **pairs,
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,

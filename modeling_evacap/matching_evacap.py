@@ -45,7 +45,7 @@ class EVACapMatchingHead(nn.Module):
         super().__init__()
         audio, video, width = (
             config.audio_config.hidden_size,
-            config.video_config.hidden_size,
+            config.video_width,
             config.matching_hidden_size,
         )
         self.num_rows = config.audio_rows

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import CLIPVisionModelWithProjection
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
@@ -40,7 +41,14 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_evacap import blockwise_attention_forward, eager_attention_forward
-from .configuration_evacap import EVACapAudioConfig, EVACapConfig, EVACapTextConfig, EVACapVideoConfig
+from .configuration_evacap import (
+    EVACapAudioConfig,
+    EVACapCEDConfig,
+    EVACapCLIPConfig,
+    EVACapConfig,
+    EVACapTextConfig,
+    EVACapVideoConfig,
+)
 from .fusion_evacap import EVACapGatedCrossAttention
 from .loss_evacap import gate_stability, heard_words, label_smoothed_kl, semantic_consistency
 from .matching_evacap import EVACapMatchingHead, match_in_batch, mean_and_max, picture_of_step
@@ -434,6 +442,7 @@ class EVACapPreTrainedModel(PreTrainedModel):
     _no_split_modules = [
         "EVACapAudioEmbeddings",
         "EVACapVideoEmbeddings",
+        "EVACapCEDEmbeddings",
         "EVACapEncoderLayer",
         "EVACapGatedCrossAttention",
         "EVACapMatchingHead",
@@ -456,6 +465,9 @@ class EVACapPreTrainedModel(PreTrainedModel):
                 table = sincos_position_table(module.grid_size, module.grid_size, dim).repeat(module.num_steps, 1)
             init.copy_(module.position_embeddings, table)
             init.normal_(module.modality_embedding, std=module.config.initializer_range)
+        elif isinstance(module, EVACapCEDEmbeddings):
+            init.normal_(module.time_embeddings, std=module.config.initializer_range)
+            init.normal_(module.frequency_embeddings, std=module.config.initializer_range)
         elif isinstance(module, EVACapGatedCrossAttention) and hasattr(module, "gate_weight"):
             init.constant_(module.gate_weight, module.gate_weight_init)
             init.constant_(module.gate_bias, module.gate_bias_init)
@@ -465,6 +477,41 @@ class EVACapPreTrainedModel(PreTrainedModel):
                 init.normal_(layer.weight, std=layer.in_features**-0.5)
         elif isinstance(module, EVACapOptimalTransport) and hasattr(module, "logit_scale"):
             init.constant_(module.logit_scale, INITIAL_SCALE)
+
+
+class EVACapCEDEmbeddings(nn.Module):
+    """Normalises each mel bin over the batch, cuts square patches, and adds a code of the time and one of the frequency."""
+
+    def __init__(self, config: EVACapCEDConfig):
+        super().__init__()
+        self.config = config
+        self.num_rows = config.num_mel_bins // config.patch_size
+        self.num_steps = config.max_frames // config.patch_size
+        # Its running statistics belong to the filterbank that it was trained with last.
+        self.input_norm = nn.BatchNorm1d(config.num_mel_bins, momentum=0.01)
+        self.patch_embeddings = nn.Conv2d(1, config.hidden_size, config.patch_size, stride=config.patch_size)
+        self.time_embeddings = nn.Parameter(torch.empty(self.num_steps, config.hidden_size))
+        self.frequency_embeddings = nn.Parameter(torch.empty(self.num_rows, config.hidden_size))
+
+    def forward(
+        self, input_features: torch.Tensor, frame_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        config = self.config
+        num_steps = input_features.shape[1] // config.patch_size if input_features.ndim == 3 else 0
+        if not 0 < num_steps <= self.num_steps or input_features.shape[2] != config.num_mel_bins:
+            raise ValueError(
+                f"`input_features` has shape {tuple(input_features.shape)}, but it must be (batch_size, frames, "
+                f"{config.num_mel_bins}) with {config.patch_size} to {self.num_steps * config.patch_size} frames."
+            )
+        # A remainder of frames is dropped (CED).
+        input_features = input_features[:, : num_steps * config.patch_size]
+        frame_mask = None if frame_mask is None else frame_mask[:, : input_features.shape[1]]
+        features = self.input_norm(input_features.to(self.input_norm.weight.dtype).transpose(1, 2)).transpose(1, 2)
+        features, step_mask = _mask_frames("input_features_mask", features, frame_mask, config.patch_size)
+        token_mask = None if step_mask is None else step_mask.repeat(1, self.num_rows)
+        patches = self.patch_embeddings(features.transpose(1, 2)[:, None]).permute(0, 2, 3, 1)
+        codes = self.frequency_embeddings[:, None] + self.time_embeddings[None, :num_steps]
+        return (patches + codes).flatten(1, 2), token_mask
 
 
 class EVACapTower(EVACapPreTrainedModel):
@@ -512,6 +559,70 @@ class EVACapAudioTower(EVACapTower):
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
         return EVACapEncoderOutput(last_hidden_state=hidden_states, attention_mask=token_mask)
+
+
+class EVACapCEDTower(EVACapAudioTower):
+    """CED, the audio tower of LAVCap: a pre-norm ViT with a batch norm before it and a layer norm behind it."""
+
+    config_class = EVACapCEDConfig
+    embeddings_class = EVACapCEDEmbeddings
+
+    def __init__(self, config: EVACapCEDConfig):
+        super().__init__(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def forward(self, *args: Any, **kwargs: Any) -> EVACapEncoderOutput:
+        """As in [`EVACapAudioTower`]."""
+        output = super().forward(*args, **kwargs)
+        output.last_hidden_state = self.layernorm(output.last_hidden_state)
+        return output
+
+
+class EVACapCLIPTower(EVACapPreTrainedModel):
+    """A CLIP vision model as the video tower of LAVCap: one projected vector for each frame."""
+
+    config_class = EVACapCLIPConfig
+    main_input_name = "pixel_values_videos"
+    input_modalities = ("video",)
+
+    def __init__(self, config: EVACapCLIPConfig):
+        super().__init__(config)
+        self.clip = CLIPVisionModelWithProjection(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.clip.get_input_embeddings()
+
+    def forward(
+        self, pixel_values_videos: torch.Tensor, pixel_values_videos_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> EVACapEncoderOutput:
+        r"""Encodes the picture, frame by frame.
+
+        Args:
+            pixel_values_videos (`torch.FloatTensor` of shape `(batch_size, frames, channels, height, width)`): Frames.
+            pixel_values_videos_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): The frames that exist.
+        """
+        size = self.config.image_size
+        frame = (self.config.num_channels, size, size)
+        if pixel_values_videos.ndim != 5 or pixel_values_videos.shape[2:] != frame:
+            raise ValueError(
+                f"`pixel_values_videos` has shape {tuple(pixel_values_videos.shape)}, but it must be (batch_size, frames, "
+                f"{frame[0]}, {frame[1]}, {frame[2]})."
+            )
+        frames, mask = _mask_frames("pixel_values_videos_mask", pixel_values_videos, pixel_values_videos_mask, 1)
+        dtype = self.clip.visual_projection.weight.dtype
+        output = self.clip(frames.flatten(0, 1).to(dtype), **{**kwargs, "return_dict": True})
+
+        def by_clip(states: tuple | None) -> tuple | None:
+            return None if states is None else tuple(state.unflatten(0, frames.shape[:2]) for state in states)
+
+        return EVACapEncoderOutput(
+            last_hidden_state=output.image_embeds.unflatten(0, frames.shape[:2]),
+            hidden_states=by_clip(output.hidden_states),
+            attentions=by_clip(output.attentions),
+            attention_mask=mask,
+        )
 
 
 class EVACapVideoTower(EVACapTower):
@@ -580,9 +691,11 @@ class EVACapEncoder(EVACapPreTrainedModel):
         super().__init__(config)
         self.main_input_name = main_input_name(config)
         if config.fusion_type != "video_only":
-            self.audio_tower = EVACapAudioTower(config.audio_config)
+            audio_class = EVACapCEDTower if isinstance(config.audio_config, EVACapCEDConfig) else EVACapAudioTower
+            self.audio_tower = audio_class(config.audio_config)
         if config.fusion_type != "audio_only":
-            self.video_tower = EVACapVideoTower(config.video_config)
+            video_class = EVACapCLIPTower if config.has_clip_tower else EVACapVideoTower
+            self.video_tower = video_class(config.video_config)
         if config.fusion_type == "gated_cross_attention":
             self.fusion = EVACapGatedCrossAttention(config)
         elif config.fusion_type == "optimal_transport":
@@ -600,6 +713,7 @@ class EVACapEncoder(EVACapPreTrainedModel):
         pixel_values_videos: torch.Tensor | None = None,
         input_features_mask: torch.Tensor | None = None,
         pixel_values_videos_mask: torch.Tensor | None = None,
+        video_features: torch.Tensor | None = None,
         audio_index: torch.Tensor | None = None,
         video_index: torch.Tensor | None = None,
         picture_index: torch.Tensor | None = None,
@@ -618,6 +732,9 @@ class EVACapEncoder(EVACapPreTrainedModel):
                 that exist; all by default (AVCap).
             pixel_values_videos_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): The video frames
                 that exist; all by default. A row of zeros is a clip without a picture.
+            video_features (`torch.FloatTensor` of shape `(batch_size, frames, video_width)`, *optional*): What the video
+                tower would give for each frame, computed before (LAVCap), instead of `pixel_values_videos`; with the same
+                mask.
             audio_index, video_index (`torch.LongTensor` of shape `(pairs,)`, *optional*): The rows of `input_features`
                 and of `pixel_values_videos` that make each pair, for several pictures to one sound or several sounds
                 to one picture; each row passes its tower once. By default row n goes with row n.
@@ -640,8 +757,11 @@ class EVACapEncoder(EVACapPreTrainedModel):
                 raise ValueError(missing_stream(self.config))
             audio = self.hear(input_features, input_features_mask, **outputs)
             _select_rows(audio, audio_index)
-        if fusion_type != "audio_only" and pixel_values_videos is not None:
-            video = self.see(pixel_values_videos, pixel_values_videos_mask, **outputs)
+        if fusion_type != "audio_only" and (pixel_values_videos is not None or video_features is not None):
+            if video_features is None:
+                video = self.see(pixel_values_videos, pixel_values_videos_mask, **outputs)
+            else:
+                video = self._read_features(video_features, pixel_values_videos, pixel_values_videos_mask)
             _select_rows(video, video_index)
             if audio is not None:
                 _move(video, audio.last_hidden_state.device)
@@ -777,20 +897,36 @@ class EVACapEncoder(EVACapPreTrainedModel):
             pixel_values_videos, pixel_values_videos_mask, outputs: Arguments of [`EVACapVideoTower`].
         """
         video = self.video_tower(pixel_values_videos, pixel_values_videos_mask, **outputs)
+        tokens_per_picture = video.last_hidden_state.shape[1]
+        tokens_per_picture //= pixel_values_videos.shape[1] // self.config.video_config.tubelet_size
         if self.config.has_matching_head:
-            embeddings = self.video_tower.embeddings
             pixels = pixel_values_videos.to(video.last_hidden_state.device).float()
-            pixels = pixels.unflatten(1, (-1, embeddings.config.tubelet_size))
-            seen = (
-                (pixels.std((-2, -1)) > UNIFORM_PICTURE).any(-1).any(-1).repeat_interleave(embeddings.grid_size**2, 1)
-            )
+            pixels = pixels.unflatten(1, (-1, self.config.video_config.tubelet_size))
+            seen = (pixels.std((-2, -1)) > UNIFORM_PICTURE).any(-1).any(-1).repeat_interleave(tokens_per_picture, 1)
             video.attention_mask = seen if video.attention_mask is None else video.attention_mask & seen
         if self.config.video_pooling == "frame":
-            tokens_per_picture = self.video_tower.embeddings.grid_size**2
             video.last_hidden_state = video.last_hidden_state.unflatten(1, (-1, tokens_per_picture)).mean(2)
             if video.attention_mask is not None:
                 video.attention_mask = video.attention_mask[:, ::tokens_per_picture]
         return video
+
+    def _read_features(
+        self, features: torch.Tensor, pixels: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> EVACapEncoderOutput:
+        """The output of a video tower that ran before."""
+        width = self.config.video_width
+        if pixels is not None or self.config.tokens_per_picture > 1 or self.config.has_matching_head:
+            raise ValueError(
+                "`video_features` are for models with one token a frame (`video_pooling='frame'`, or CLIP as video tower), "
+                "without `gate_type='agreement'`, and stand instead of `pixel_values_videos`."
+            )
+        if features.ndim != 3 or features.shape[2] != width or (mask is not None and mask.shape != features.shape[:2]):
+            raise ValueError(
+                f"`video_features` has shape {tuple(features.shape)}, but it must be (batch_size, frames, {width}), and "
+                "`pixel_values_videos_mask`, if there is one, (batch_size, frames)."
+            )
+        features, mask = _mask_frames("pixel_values_videos_mask", features, mask, 1)
+        return EVACapEncoderOutput(last_hidden_state=features, attention_mask=mask)
 
     def _match(
         self,
@@ -1246,6 +1382,7 @@ class EVACapModel(EVACapPreTrainedModel):
         cache: Cache | None = None,
         decoder_inputs_embeds: torch.FloatTensor | None = None,
         decoder_position_ids: torch.LongTensor | None = None,
+        video_features: torch.FloatTensor | None = None,
         audio_index: torch.LongTensor | None = None,
         video_index: torch.LongTensor | None = None,
         picture_index: torch.LongTensor | None = None,
@@ -1268,6 +1405,8 @@ class EVACapModel(EVACapPreTrainedModel):
             cache ([`EncoderDecoderCache`], *optional*): See [`EVACapDecoder`].
             decoder_position_ids (`torch.LongTensor` of shape `(text_batch_size, length)`, *optional*): Text positions,
                 from 0.
+            video_features (`torch.FloatTensor` of shape `(batch_size, frames, video_width)`, *optional*): See
+                [`EVACapEncoder`].
             audio_index (`torch.LongTensor` of shape `(pairs,)`, *optional*): See [`EVACapEncoder`].
             video_index (`torch.LongTensor` of shape `(pairs,)`, *optional*): See [`EVACapEncoder`].
             picture_index (`torch.LongTensor` of shape `(pairs,)`, *optional*): See [`EVACapEncoder`].
@@ -1281,6 +1420,7 @@ class EVACapModel(EVACapPreTrainedModel):
                 pixel_values_videos,
                 input_features_mask,
                 pixel_values_videos_mask,
+                video_features=video_features,
                 audio_index=audio_index,
                 video_index=video_index,
                 picture_index=picture_index,
@@ -1529,6 +1669,7 @@ class EVACapForConditionalGeneration(EVACapCaptioner, GenerationMixin):
         video_index: torch.Tensor | None = None,
         matched_pixel_values_videos: torch.FloatTensor | None = None,
         matched_pixel_values_videos_mask: torch.Tensor | None = None,
+        video_features: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -1559,6 +1700,8 @@ class EVACapForConditionalGeneration(EVACapCaptioner, GenerationMixin):
                 *optional*): The matched videos of the swapped samples, in their order, for the semantic-consistency term.
             matched_pixel_values_videos_mask (`torch.Tensor` of shape `(swapped, frames)`, *optional*): The frames of
                 the matched videos that exist.
+            video_features (`torch.FloatTensor` of shape `(batch_size, frames, video_width)`, *optional*): See
+                [`EVACapEncoder`].
         """
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -1583,6 +1726,7 @@ class EVACapForConditionalGeneration(EVACapCaptioner, GenerationMixin):
         outputs = self.model(
             input_features=input_features,
             input_features_mask=input_features_mask,
+            video_features=video_features,
             **pairs,
             **dict(zip(TEXT_ARGUMENTS, text, strict=True)),
             encoder_outputs=encoder_outputs,
@@ -1693,6 +1837,8 @@ class EVACapForConditionalGeneration(EVACapCaptioner, GenerationMixin):
 
 __all__ = [
     "EVACapAudioTower",
+    "EVACapCEDTower",
+    "EVACapCLIPTower",
     "EVACapDecoder",
     "EVACapEncoder",
     "EVACapEncoderOutput",
