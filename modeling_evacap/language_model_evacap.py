@@ -138,6 +138,7 @@ class EVACapForCausalLM(EVACapCaptioner, GenerationMixin):
         encoder_outputs: EVACapEncoderOutput,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        padding_to_left: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         r"""The embeddings of the prompt, with the tokens of the clip in the place of `clip_token_id`.
 
@@ -147,10 +148,11 @@ class EVACapForCausalLM(EVACapCaptioner, GenerationMixin):
                 each row; `prompt_ids` of the configuration by default.
             attention_mask (`torch.Tensor` of shape `(batch_size, length)`, *optional*): The tokens of the prompts that
                 exist; all by default.
+            padding_to_left (`bool`, *optional*, defaults to `True`): Whether what is missing of prompt or clip goes to the
+                left, so that nothing is missing within a row.
 
         Returns:
-            The embeddings (batch_size, length - 1 + T, hidden_size) and their mask (batch_size, length - 1 + T), long. What
-            is missing, of the prompt or of the clip, is on the left.
+            The embeddings (batch_size, length - 1 + T, hidden_size) and their mask (batch_size, length - 1 + T), long.
 
         Raises:
             ValueError: If a prompt does not have `clip_token_id` exactly once, or if there is another number of prompts than
@@ -184,7 +186,9 @@ class EVACapForCausalLM(EVACapCaptioner, GenerationMixin):
         rows = torch.arange(batch_size, device=device)[:, None]
         embeds = torch.where(from_clip[..., None], clip[rows, clip_index], text[rows, text_index])
         mask = torch.where(from_clip, clip_mask[rows, clip_index], text_mask[rows, text_index])
-        # What is missing goes to the left: within a row it would shift the window of sliding attention.
+        if not padding_to_left:
+            return embeds, mask
+        # Within a row it would shift the window of sliding attention.
         order = mask.argsort(dim=1, stable=True)
         return embeds[rows, order], mask[rows, order]
 
@@ -222,7 +226,8 @@ class EVACapForCausalLM(EVACapCaptioner, GenerationMixin):
             input_ids (`torch.LongTensor` of shape `(batch_size, length)`, *optional*), attention_mask (`torch.Tensor` of
                 shape `(batch_size, length)`, *optional*): See [`~EVACapForCausalLM.embed_prompt`].
             position_ids (`torch.LongTensor` of shape `(batch_size, total_length)`, *optional*): Positions of the prompt with
-                the tokens of the clip, and of the caption without its last token; by default they count what exists.
+                the tokens of the clip, and of the caption without its last token; by default they count what exists. With
+                them padding within a row stays in its place, where LAVCap's training has it.
             encoder_outputs ([`EVACapEncoderOutput`] or `tuple`, *optional*): The output of the encoder, if it was run
                 before.
             labels (`torch.LongTensor` of shape `(batch_size, caption_length)`, *optional*): The caption with its end token,
@@ -270,7 +275,7 @@ class EVACapForCausalLM(EVACapCaptioner, GenerationMixin):
         elif isinstance(encoder_outputs, tuple):
             encoder_outputs = EVACapEncoderOutput(last_hidden_state=encoder_outputs[0])
 
-        embeds, mask = self.embed_prompt(encoder_outputs, input_ids, attention_mask)
+        embeds, mask = self.embed_prompt(encoder_outputs, input_ids, attention_mask, position_ids is None)
         num_logits = 1
         if captions is not None:
             captions, num_logits = captions.to(embeds.device), captions.shape[1]

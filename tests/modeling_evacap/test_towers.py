@@ -54,9 +54,7 @@ def test_ced_is_the_references(known, dtype, share):
     with torch.no_grad():
         assert_equal(tower(case["features"]).last_hidden_state, case["tokens_eval"])
         for frames in (96, 100):
-            assert_equal(
-                tower(case["features"][:, :frames]).last_hidden_state, case[f"tokens_eval_{frames}_frames"]
-            )
+            assert_equal(tower(case["features"][:, :frames]).last_hidden_state, case[f"tokens_eval_{frames}_frames"])
         assert_equal(tower.train()(case["features"]).last_hidden_state, case["tokens_train"])
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert_equal(getattr(tower.embeddings.input_norm, name), case[f"{name}_after"])
