@@ -5,7 +5,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,10 @@ def module_of(name: str) -> str:
     parts = name.split(".")
     if parts[0] == "model":
         return ".".join(parts[1:3])
-    if parts[0] == "lm_head":
-        return "lm_head"
+    if parts[0] in ("lm_head", "multi_modal_projector", "language_model"):
+        return parts[0]
+    if parts[0] == "encoder":
+        return ".".join(parts[:2])
     return "file: " + (".".join(parts[:2]) if parts[0] in ("av_encoder", "textual") else parts[0])
 
 
@@ -169,13 +172,20 @@ def model_from_weights(
 
 def _build(config: EVACapConfig, state: dict[str, torch.Tensor]) -> EVACapForConditionalGeneration:
     """The model with the tensors of `state` (not copies); Transformers initialises what `state` lacks."""
-    verbosity = logging.get_verbosity()
     # Its own report of new parameters would come before ours and say less.
-    logging.set_verbosity_error()
-    try:
+    with errors_alone():
         return EVACapForConditionalGeneration.from_pretrained(
             None, config=config, state_dict=state, dtype=torch.float32
         )
+
+
+@contextmanager
+def errors_alone() -> Iterator[None]:
+    """Keeps the warnings of Transformers to itself."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
     finally:
         logging.set_verbosity(verbosity)
 

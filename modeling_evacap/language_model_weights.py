@@ -1,4 +1,4 @@
-"""A captioner from the encoder of another one and a pretrained language model."""
+"""A captioner from pretrained parts: an encoder or its towers, and a language model."""
 
 import os
 from typing import Any
@@ -8,8 +8,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from .configuration_evacap import EVACapConfig
+from .import_weights import ImportReport, model_from_weights
 from .language_model_evacap import EVACapForCausalLM
 from .modeling_evacap import EVACapEncoder
+from .presets import get_preset
+from .tower_weights import load_ced, load_clip
 
 
 # Fields of a configuration that belong to the decoder it had before.
@@ -60,3 +63,49 @@ def with_language_model(
     model.encoder, model.language_model = encoder, decoder
     model.multi_modal_projector = nn.Linear(*reversed(model.multi_modal_projector.weight.shape))
     return model.eval()
+
+
+def encoder_from_weights(
+    ced: str | os.PathLike | None = None,
+    clip: str | os.PathLike | None = None,
+    preset: str | None = None,
+    num_frames: int | None = None,
+    **sources: Any,
+) -> tuple[EVACapEncoder, ImportReport]:
+    """The encoder of a captioner with a language model.
+
+    Args:
+        ced (`str` or `os.PathLike`, *optional*), clip (`str` or `os.PathLike`, *optional*): See [`load_ced`] and
+            [`load_clip`]; both, instead of `sources`.
+        preset (`str`, *optional*, defaults to `"lavcap"`): A key of [`PRESETS`].
+        num_frames (`int`, *optional*): Frames of a clip.
+        sources: `avcap` or `cav_mae`, and other arguments of [`model_from_weights`].
+
+    Returns:
+        The encoder, and an [`ImportReport`] on it.
+
+    Raises:
+        ValueError: If the sources do not go together.
+    """
+    preset = preset or "lavcap"
+    others = [name for name in ("avcap", "cav_mae") if sources.get(name) is not None]
+    if sources.get("git") is not None or (ced is None) != (clip is None) or (ced is None) != bool(others):
+        raise ValueError(
+            "A captioner with a language model takes its encoder from `ced` and `clip`, or from `cav_mae` or `avcap`, and "
+            "no `git`."
+        )
+    if ced is None:
+        model, report = model_from_weights(preset=preset, num_frames=num_frames, **sources)
+        for kind in ("loaded", "reshaped", "new"):
+            names = getattr(report, kind)
+            setattr(report, kind, [name.removeprefix("model.") for name in names if name.startswith("model.encoder.")])
+        return model.get_encoder(), report
+    audio, video = load_ced(ced), load_clip(clip, **({} if num_frames is None else {"num_frames": num_frames}))
+    # One token a frame needs no pooling.
+    config = get_preset(preset).config(audio_config=audio.config, video_config=video.config, video_pooling=None)
+    encoder = EVACapEncoder(config)
+    encoder.audio_tower, encoder.video_tower = audio, video
+    report = ImportReport()
+    for name, _ in encoder.named_parameters():
+        (report.loaded if "_tower." in name else report.new).append(f"encoder.{name}")
+    return encoder, report

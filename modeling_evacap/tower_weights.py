@@ -15,6 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from .checkpoint_reader import read_checkpoint
 from .configuration_evacap import EVACapCEDConfig, EVACapCLIPConfig
+from .import_weights import errors_alone
 from .modeling_evacap import EVACapCEDTower, EVACapCLIPTower
 
 
@@ -118,9 +119,11 @@ def load_clip(name: str | os.PathLike, num_frames: int = 20) -> EVACapCLIPTower:
         ValueError: If weights are missing.
     """
     values: dict[str, Any] = CLIPVisionConfig.from_pretrained(name).to_dict()
-    vision, loading = CLIPVisionModelWithProjection.from_pretrained(
-        name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-    )
+    # It would warn of the text model, which is not needed.
+    with errors_alone():
+        vision, loading = CLIPVisionModelWithProjection.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
     if loading["missing_keys"]:
         raise ValueError(f"{name}: not a whole CLIP: it lacks {', '.join(sorted(loading['missing_keys'])[:5])}.")
     values |= {"projection_dim": vision.config.projection_dim, "num_frames": num_frames}

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.video_utils import VideoMetadata
 
 
 KNOWN_ANSWER_FILE = "known_answer.json"
@@ -91,7 +92,9 @@ def answer(model, processor) -> dict[str, Any]:
     if processor.modalities != "video":
         streams |= {"audio": [waveform], "sampling_rate": rate}
     if processor.modalities != "audio":
-        streams |= {"videos": [frames]}
+        # Some processors sample so many frames a second.
+        metadata = VideoMetadata(total_num_frames=len(frames), fps=FRAMES_PER_SECOND)
+        streams |= {"videos": [frames], "video_metadata": [metadata]}
     inputs = processor(**streams, return_tensors="pt").to(model.device)
     was_training = model.training
     model.eval()

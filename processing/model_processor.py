@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from transformers import AddedToken, AutoTokenizer, BertTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .feature_extraction_evacap import EVACapFeatureExtractor
 from .processing_evacap import CHAT, CLIP_TOKEN, EVACapProcessor
@@ -15,6 +16,8 @@ from .video_processing_evacap import EVACapVideoProcessor
 
 LAVCAP_PROMPT = "USER: <Speech>{clip}</Speech> {prompt}\nASSISTANT:"
 """The prompt of LAVCap around Llama 2."""
+
+CLIP_NORMALISATION = {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
 
 FUSION_MODALITIES = {"audio_only": "audio", "video_only": "video"}
 """The stream that a processor takes, by `fusion_type`; the others take both."""
@@ -45,6 +48,7 @@ def make_processor(
             tubelet_size=video.tubelet_size,
             size={"shortest_edge": video.image_size},
             crop_size={"height": video.image_size, "width": video.image_size},
+            **(CLIP_NORMALISATION if video.model_type == "clip_vision_model" else {}),
             **sampling,
         ),
         tokenizer,

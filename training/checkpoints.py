@@ -20,9 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from ..modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from ..processing.known_answer_evacap import write_known_answer
 from ..processing.processing_evacap import EVACapProcessor
+from .adapters import has_adapters, merged
 from .files import files_in, remove_folder, replace_folder, write_json
 
 
@@ -77,7 +77,7 @@ class Checkpoints:
     """The folder `checkpoints` of a run. A checkpoint gets its name only when it is complete.
 
     It has tensors (safetensors) and JSON, so loading it runs no code. It is the same for a model that is whole in each
-    process and for one that is sharded (FSDP).
+    process and for one that is sharded (FSDP). Of a model with adapters it has what is trained, and the buffers.
 
     Args:
         folder (`Path`): The folder of the run.
@@ -102,6 +102,7 @@ class Checkpoints:
         self.optimizer = optimizer.optimizer
         self.parts = parts if accelerator.scaler is None else {**parts, "scaler": accelerator.scaler}
         self.keep = keep
+        self.only_trained = has_adapters(model)
 
     def list(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
@@ -123,7 +124,7 @@ class Checkpoints:
         weights, states = get_state_dict(
             self.model,
             self.optimizer,
-            options=StateDictOptions(full_state_dict=True, cpu_offload=True),
+            options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=self.only_trained),
         )
         save_states(random_states(accelerator.device), folder / RANDOM_STATES.format(accelerator.process_index))
         if accelerator.is_main_process:
@@ -167,7 +168,7 @@ class Checkpoints:
             self.optimizer,
             model_state_dict=load_states(newest / MODEL),
             optim_state_dict=states,
-            options=StateDictOptions(full_state_dict=True),
+            options=StateDictOptions(full_state_dict=True, strict=not self.only_trained),
         )
         states = load_states(newest / RANDOM_STATES.format(self.accelerator.process_index))
         set_random_states(states, self.accelerator.device)
@@ -319,14 +320,17 @@ class Models:
         self._write(folder)
         if self.accelerator.is_main_process:
             # Loaded from the folder, because this process may have only a shard of the weights.
-            saved = EVACapForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+            model_class = type(self.accelerator.unwrap_model(self.model))
+            saved = model_class.from_pretrained(folder, dtype=torch.float32)
             write_known_answer(folder, saved, self.processor)
 
     def _write(self, folder: Path) -> None:
         accelerator = self.accelerator
         weights = accelerator.get_state_dict(self.model)
         if accelerator.is_main_process:
-            accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=weights)
+            model = accelerator.unwrap_model(self.model)
+            weights = merged(model, weights) if has_adapters(model) else weights
+            model.save_pretrained(folder, state_dict=weights)
             self.processor.save_pretrained(folder)
             write_json(folder / "training.json", self.training)
             if not self.code:

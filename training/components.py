@@ -10,10 +10,12 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from ..modeling_evacap.configuration_evacap import EVACapConfig
-from ..modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
+from ..modeling_evacap.language_model_evacap import EVACapForCausalLM
+from ..modeling_evacap.modeling_evacap import EVACapCaptioner, EVACapForConditionalGeneration
 from ..modeling_evacap.presets import get_preset
 from ..processing.model_processor import load_processor, load_tokenizer, loading, make_processor
 from ..processing.processing_evacap import EVACapProcessor
+from .adapters import add_adapters
 from .cores import usable_cores
 from .data.augmentation import Augmentation
 from .data.collator import EVACapDataCollator
@@ -63,14 +65,22 @@ def make_processor_and_config(section: ModelSection) -> tuple[EVACapProcessor, E
     return make_processor(config, {**preset.processing, **section.processing}, tokenizer), config
 
 
-def make_model(section: ModelSection, config: EVACapConfig) -> EVACapForConditionalGeneration:
-    """The model to train, with weights in float32: those of `model.start`, or random ones."""
+def captioner_class(config: EVACapConfig) -> type[EVACapCaptioner]:
+    """The class of the captioner with this configuration, which depends on its decoder."""
+    return EVACapForConditionalGeneration if config.is_encoder_decoder else EVACapForCausalLM
+
+
+def make_model(section: ModelSection, config: EVACapConfig) -> EVACapCaptioner:
+    """The model to train, with weights in float32: those of `model.start`, or random ones; with adapters by `model.lora`."""
+    model_class = captioner_class(config)
     options = {"attn_implementation": section.attn_implementation, "dtype": torch.float32}
     if section.start is not None:
         with loading(section.start):
-            model = EVACapForConditionalGeneration.from_pretrained(section.start, config=config, **options)
+            model = model_class.from_pretrained(section.start, config=config, **options)
     else:
-        model = EVACapForConditionalGeneration._from_config(config, **options)
+        model = model_class._from_config(config, **options)
+    if section.lora is not None:
+        add_adapters(model, section.lora)
     if section.gradient_checkpointing:
         enable_checkpointing(model)
     return model

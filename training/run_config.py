@@ -18,6 +18,24 @@ CONFIGS = Path(__file__).with_name("configs")
 
 
 @dataclass
+class LoraSection:
+    """Low-rank adapters. The defaults are LAVCap's.
+
+    Args:
+        r (`int`, defaults to 8): Rank.
+        alpha (`float`, defaults to 32.0): Their products are scaled by `alpha / r`.
+        dropout (`float`, defaults to 0.1): Dropout of their inputs.
+        target_modules (`str`): Regular expression of the names of linear layers that get one; by default queries and
+            values of the audio tower and of the language model.
+    """
+
+    r: int = 8
+    alpha: float = 32.0
+    dropout: float = 0.1
+    target_modules: str = r".*(audio_tower|language_model)\..*\.(q_proj|v_proj)"
+
+
+@dataclass
 class ModelSection:
     """The model to train.
 
@@ -33,6 +51,8 @@ class ModelSection:
         attn_implementation (`str`, defaults to `"sdpa"`): Attention implementation of the towers and of the prefix.
         freeze (`list[str]`): Shell patterns of the names of parameters that are frozen.
         freeze_except (`list[str]`): Shell patterns of exceptions, which are trained.
+        lora ([`LoraSection`], *optional*): Adapters; `{}` is LAVCap's. Checkpoints then hold only what is trained, and the
+            saved models have the adapters merged into their weights.
         gradient_checkpointing (`bool`, defaults to `False`): Saves memory and takes a third more time.
     """
 
@@ -44,6 +64,7 @@ class ModelSection:
     attn_implementation: str = "sdpa"
     freeze: list[str] = field(default_factory=list)
     freeze_except: list[str] = field(default_factory=list)
+    lora: LoraSection | None = None
     gradient_checkpointing: bool = False
 
 

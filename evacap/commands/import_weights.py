@@ -10,8 +10,11 @@ from transformers import BertTokenizer, set_seed
 from ..model_card import TRAINING_FILE
 from ..modeling_evacap.configuration_evacap import EVACapConfig
 from ..modeling_evacap.import_weights import VIDEO_EMBEDDINGS, ImportReport, model_from_weights, module_of
+from ..modeling_evacap.language_model_evacap import EVACapForCausalLM
+from ..modeling_evacap.language_model_weights import encoder_from_weights, with_language_model
 from ..modeling_evacap.presets import PRESETS
-from ..processing.model_processor import load_tokenizer, make_processor
+from ..processing.model_processor import default_template, load_language_tokenizer, load_tokenizer, make_processor
+from ..processing.processing_evacap import CLIP_TOKEN, EVACapProcessor
 from ..training.files import whole_folder, write_json
 from ..training.terminal import printable
 
@@ -20,25 +23,38 @@ BERT_TOKENIZER = "google-bert/bert-base-uncased"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    sources = parser.add_argument_group("weights", "either AVCap's, or CAV-MAE's, GIT's or both")
+    sources = parser.add_argument_group("weights", "either AVCap's, or CAV-MAE's, GIT's or both; or CED's and CLIP's")
     sources.add_argument("--avcap", metavar="FILE", help="a captioner of AVCap (.pth, .pt or .safetensors)")
     sources.add_argument("--cav-mae", metavar="FILE", help="a pretrained or fine-tuned CAV-MAE, for the encoder")
     sources.add_argument(
         "--git", metavar="NAME_OR_FOLDER", help="a GIT for Transformers, or GIT's original model.pt, for the decoder"
     )
+    sources.add_argument(
+        "--language-model",
+        metavar="NAME_OR_FOLDER",
+        help="any causal language model for Transformers as the decoder, behind CED and CLIP, CAV-MAE or AVCap",
+    )
+    sources.add_argument("--ced", metavar="FOLDER", help="a downloaded CED for Transformers, for the audio tower")
+    sources.add_argument("--clip", metavar="NAME_OR_FOLDER", help="a CLIP for Transformers, for the video tower")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="the model folder to write")
     parser.add_argument(
         "--as",
         dest="preset",
         choices=PRESETS,
-        help="the variant to make (default: avcap with --avcap, otherwise evacap)",
+        help="the variant to make (default: lavcap with --language-model, avcap with --avcap, otherwise evacap)",
     )
     parser.add_argument(
         "--tokenizer",
         metavar="NAME_OR_FOLDER",
-        default=BERT_TOKENIZER,
-        help="a BERT tokenizer, or a folder with its vocab.txt (default: %(default)s)",
+        help="a BERT tokenizer, or a folder with its vocab.txt (default: "
+        f"{BERT_TOKENIZER}); with --language-model its own",
     )
+    parser.add_argument(
+        "--prompt-template",
+        metavar="TEXT",
+        help="what a language model reads, with {clip} and {prompt}, or 'chat' (default: its chat template, or LAVCap's)",
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="the instruction (default: Please describe the audio.)")
     sizes = parser.add_argument_group("sizes", "sizes that the tensors may not show")
     sizes.add_argument(
         "--num-attention-heads",
@@ -89,15 +105,28 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def import_weights(
-    output: str | os.PathLike, *, tokenizer: str | os.PathLike = BERT_TOKENIZER, seed: int = 0, **sources: Any
+    output: str | os.PathLike,
+    *,
+    tokenizer: str | os.PathLike | None = None,
+    seed: int = 0,
+    language_model: str | os.PathLike | None = None,
+    prompt_template: str | None = None,
+    prompt: str | None = None,
+    **sources: Any,
 ) -> ImportReport:
     """Writes a model folder from published weights, with the processor of its variant.
 
     Args:
         output (`str` or `os.PathLike`): The folder, which must not exist. It appears when it is complete.
-        tokenizer (`str` or `os.PathLike`): A BERT tokenizer on the Hub, or a folder with at least `vocab.txt`.
+        tokenizer (`str` or `os.PathLike`, *optional*): A BERT tokenizer on the Hub, or a folder with at least `vocab.txt`;
+            with a language model another tokenizer of it.
         seed (`int`, defaults to 0): Seed of the weights that are initialised at random.
-        sources: `avcap`, `cav_mae`, `git`, `preset` and the other arguments of [`model_from_weights`].
+        language_model (`str` or `os.PathLike`, *optional*): A causal language model as decoder, see
+            [`with_language_model`].
+        prompt_template (`str`, *optional*), prompt (`str`, *optional*): See [`EVACapProcessor`]; by default the chat template
+            of its tokenizer, or LAVCap's prompt.
+        sources: `avcap`, `cav_mae`, `git`, `preset` and the other arguments of [`model_from_weights`]; with a language model
+            those of [`encoder_from_weights`].
 
     Returns:
         An [`ImportReport`] on every tensor.
@@ -110,18 +139,53 @@ def import_weights(
     output = Path(output)
     if output.exists():
         raise FileExistsError(f"{output}: it exists already. Give a new folder, or remove it first.")
-    text = load_tokenizer(tokenizer)
     set_seed(seed)
-    model, report = model_from_weights(**sources)
-    preset = sources.get("preset") or ("evacap" if sources.get("avcap") is None else "avcap")
-    _check_tokenizer(text, tokenizer, model.config)
-    processor = make_processor(model.config, PRESETS[preset].processing, text)
+    if language_model is not None:
+        prompts = {"prompt_template": prompt_template, "prompt": prompt}
+        model, processor, report = _with_language_model(language_model, tokenizer, prompts, sources)
+    else:
+        used = {"ced": sources.pop("ced", None), "clip": sources.pop("clip", None)}
+        used |= {"prompt_template": prompt_template, "prompt": prompt}
+        if any(value is not None for value in used.values()):
+            names = ", ".join(f"`{name}`" for name, value in used.items() if value is not None)
+            raise ValueError(f"{names}: only with a `language_model` as decoder.")
+        tokenizer = BERT_TOKENIZER if tokenizer is None else tokenizer
+        text = load_tokenizer(tokenizer)
+        set_seed(seed)
+        model, report = model_from_weights(**sources)
+        preset = sources.get("preset") or ("evacap" if sources.get("avcap") is None else "avcap")
+        _check_tokenizer(text, tokenizer, model.config)
+        processor = make_processor(model.config, PRESETS[preset].processing, text)
 
     with whole_folder(output) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
-        write_json(partial / TRAINING_FILE, {"data": _origin(report, sources), "datasets": []})
+        write_json(
+            partial / TRAINING_FILE,
+            {"data": _origin(report, sources | {"language_model": language_model}), "datasets": []},
+        )
     return report
+
+
+def _with_language_model(
+    name: str | os.PathLike,
+    tokenizer: str | os.PathLike | None,
+    prompts: dict[str, str | None],
+    sources: dict[str, Any],
+) -> tuple[EVACapForCausalLM, EVACapProcessor, ImportReport]:
+    """The captioner with a language model, its processor, and the report."""
+    encoder, report = encoder_from_weights(**sources)
+    text = load_language_tokenizer(name if tokenizer is None else tokenizer)
+    prompts = {"prompt_template": default_template(text)} | {key: value for key, value in prompts.items() if value}
+    preset = PRESETS[sources.get("preset") or "lavcap"]
+    processor = make_processor(encoder.config, preset.processing, text, **prompts)
+    clip = text.convert_tokens_to_ids(CLIP_TOKEN)
+    # Its loss is the cross-entropy of the caption (LAVCap).
+    model = with_language_model(encoder, name, processor.prompt_ids(), clip, label_smoothing=0.0)
+    report.loaded += [key for key, _ in model.named_parameters() if key.startswith("language_model.")]
+    report.new += [key for key, _ in model.named_parameters() if key.startswith("multi_modal_projector.")]
+    report.parameters = model.num_parameters()
+    return model, processor, report
 
 
 def _check_tokenizer(tokenizer: BertTokenizer, name: str | os.PathLike, config: EVACapConfig) -> None:
@@ -137,7 +201,14 @@ def _check_tokenizer(tokenizer: BertTokenizer, name: str | os.PathLike, config: 
 
 def _origin(report: ImportReport, sources: dict[str, Any]) -> str:
     """The sentence of the model card on the origin of the weights."""
-    titles = {"avcap": "AVCap", "cav_mae": "CAV-MAE", "git": "GIT"}
+    titles = {
+        "avcap": "AVCap",
+        "cav_mae": "CAV-MAE",
+        "git": "GIT",
+        "ced": "CED",
+        "clip": "CLIP",
+        "language_model": "language model",
+    }
     given = [
         f"{title} (`{Path(sources[name]).name}`)" for name, title in titles.items() if sources.get(name) is not None
     ]

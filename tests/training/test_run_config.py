@@ -23,6 +23,8 @@ def test_the_rows_of_the_paper():
     rows = {name: load_run_config(name, ["data.prepared=audiocaps"]) for name in shipped}
     agreement = rows.pop("evacap_agreement")
     assert (agreement.model.preset, agreement.data.p_mix) == ("evacap-agreement", 0.0)
+    lavcap = rows.pop("lavcap")
+    assert (lavcap.model.preset, lavcap.data.p_mix, lavcap.model.lora.r) == ("lavcap", 0.0, 8)
     assert {name: (config.model.preset, config.data.p_mix) for name, config in rows.items()} == {
         "audio_only": ("audio-only", 0.0),
         "avcap": ("avcap", 0.0),
