@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from language_models import save_ced, save_clip, save_language_model
 from small_clips import write_sound
 
 import evacap
@@ -47,10 +48,20 @@ def prepared(folder):
     assert cli.main(["prepare", "--manifest", "mine.jsonl", "--model", evacap.TINY, "--output", "prepared"]) == 0
 
 
+@pytest.fixture
+def parts(folder):
+    """What the guide to language models has downloaded before, at a tiny size."""
+    save_ced(folder / "ced-base")
+    save_clip(folder / "clip")
+    save_language_model(folder / "smollm2", chat=True)
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_python_examples_run(folder, block, request, capsys):
     if '"prepared"' in block:
         request.getfixturevalue("prepared")
+    if '"smollm2"' in block:
+        request.getfixturevalue("parts")
     if "http://127.0.0.1:7860" in block:
         block = block.replace("http://127.0.0.1:7860", request.getfixturevalue("demo"))
     torch.manual_seed(0)
