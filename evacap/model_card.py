@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import StrictUndefined, Template
 
 from .modeling_evacap.configuration_evacap import EVACapConfig
-from .modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
+from .modeling_evacap.language_model_evacap import captioner_class
 from .modeling_evacap.presets import PRESETS
 from .processing.model_processor import load_processor, loading
 from .processing.processing_evacap import EVACapProcessor
@@ -151,12 +151,15 @@ def _read(path: Path, extract: Callable[[Any], Any]) -> Any:
 
 def _describe(config: EVACapConfig, processor: EVACapProcessor) -> dict[str, Any]:
     with torch.device("meta"):
-        parameters = EVACapForConditionalGeneration(config).num_parameters()
+        parameters = captioner_class(config)(config).num_parameters()
     extractor, video = processor.feature_extractor, processor.video_processor
     fusion_type = config.fusion_type
     sampling = "uniformly over the clip" if video.frame_sampling == "uniform" else "from its middle"
     return {
         "variant": _variant(config),
+        "decoder": "EVACap's own"
+        if config.is_encoder_decoder
+        else f"a language model, `{config.text_config.model_type}`",
         "streams": _STREAMS[fusion_type],
         "parameters": f"{parameters / 1e6:.1f} M",
         "sound": (
@@ -172,7 +175,7 @@ def _describe(config: EVACapConfig, processor: EVACapProcessor) -> dict[str, Any
         ),
         "window": f"{processor.window_seconds:.2f}",
         "caption_length": processor.max_text_length,
-        "vocabulary_size": f"{config.text_config.vocab_size:,}",
+        "vocabulary_size": f"{config.text_config.get_text_config(decoder=True).vocab_size:,}",
         "gated": fusion_type == "gated_cross_attention" and config.gate_type != "none",
         "looks": fusion_type != "audio_only",
     }

@@ -491,10 +491,12 @@ class EVACapConfig(PreTrainedConfig):
             if self.decoder_start_token_id is None:
                 self.decoder_start_token_id = self.bos_token_id
         else:
+            self.decoder_start_token_id = None
+            self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
             self._complete_prompt()
         super().__post_init__(**kwargs)
-        if self.architectures is None:
-            # By which `AutoModel` chooses.
+        if set(self.architectures or ()) <= {SEQ2SEQ_CLASS, CAUSAL_CLASS}:
+            # By which `AutoModel` chooses. The decoder may have changed since.
             self.architectures = [SEQ2SEQ_CLASS if self.is_encoder_decoder else CAUSAL_CLASS]
         self._validate()
 

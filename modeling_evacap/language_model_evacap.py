@@ -40,6 +40,7 @@ from .modeling_evacap import (
     EVACapCaptioner,
     EVACapEncoder,
     EVACapEncoderOutput,
+    EVACapForConditionalGeneration,
     EVACapSeq2SeqLMOutput,
     EVACapSeq2SeqModelOutput,
     encoder_fields,
@@ -443,6 +444,11 @@ class EVACapForCausalLM(EVACapCaptioner, GenerationMixin):
             return output[:, length:]
         output.sequences = output.sequences[:, length:]
         return output
+
+
+def captioner_class(config: EVACapConfig) -> type[EVACapCaptioner]:
+    """The class of the captioner with this configuration, which depends on its decoder."""
+    return EVACapForConditionalGeneration if config.is_encoder_decoder else EVACapForCausalLM
 
 
 def count_positions(mask: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from ..modeling_evacap.configuration_evacap import EVACapConfig
-from ..modeling_evacap.language_model_evacap import EVACapForCausalLM
-from ..modeling_evacap.modeling_evacap import EVACapCaptioner, EVACapForConditionalGeneration
+from ..modeling_evacap.language_model_evacap import captioner_class
+from ..modeling_evacap.modeling_evacap import EVACapCaptioner
 from ..modeling_evacap.presets import get_preset
 from ..processing.model_processor import load_processor, load_tokenizer, loading, make_processor
 from ..processing.processing_evacap import EVACapProcessor
@@ -63,11 +63,6 @@ def make_processor_and_config(section: ModelSection) -> tuple[EVACapProcessor, E
         config.pop(name)
     config = EVACapConfig.from_dict(_with_fields(config, section.config, "model.config"))
     return make_processor(config, {**preset.processing, **section.processing}, tokenizer), config
-
-
-def captioner_class(config: EVACapConfig) -> type[EVACapCaptioner]:
-    """The class of the captioner with this configuration, which depends on its decoder."""
-    return EVACapForConditionalGeneration if config.is_encoder_decoder else EVACapForCausalLM
 
 
 def make_model(section: ModelSection, config: EVACapConfig) -> EVACapCaptioner:

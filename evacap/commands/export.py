@@ -130,6 +130,11 @@ def export(model: str | os.PathLike, form: str, output: str | os.PathLike) -> di
     processor = load_processor(model)
     with loading(model):
         captioner = AutoModel.from_pretrained(model, dtype=torch.float32, trust_remote_code=False).eval()
+    if not captioner.config.is_encoder_decoder:
+        raise ValueError(
+            f"{model}: its decoder is a language model ({captioner.config.text_config.model_type}), which is not exported here. "
+            "`optimum` exports language models."
+        )
 
     with whole_folder(output) as partial:
         differences = write_graphs(captioner, form, partial)

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ...modeling_evacap.configuration_evacap import EVACapConfig
-from ...modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
+from ...modeling_evacap.language_model_evacap import captioner_class
+from ...modeling_evacap.modeling_evacap import EVACapCaptioner
 from ...processing.captioning_evacap import CaptionedBatch, caption_batch, has_gate
 from ...processing.model_processor import load_processor, loading
 from ...processing.processing_evacap import EVACapProcessor
@@ -228,7 +229,7 @@ class Captioner:
             ValueError: If the folder holds captions of other settings, or if a clip cannot be read.
         """
         with loading(self.folder):
-            model = EVACapForConditionalGeneration.from_pretrained(self.folder)
+            model = captioner_class(self.config).from_pretrained(self.folder)
         self.parameters = model.num_parameters()
         self._settle(
             {
@@ -408,7 +409,7 @@ def _from_line(fields: dict[str, Any]) -> tuple[str, str | None, int, Caption]:
     return fields.pop("clip"), fields.pop("video"), fields.pop("frames"), Caption(**fields)
 
 
-def _fingerprint(model: EVACapForConditionalGeneration, processor: EVACapProcessor) -> str:
+def _fingerprint(model: EVACapCaptioner, processor: EVACapProcessor) -> str:
     """A hash of everything that a checkpoint computes with, independent of where it is stored."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("transformers_version", "auto_map")}
     digest = hashlib.sha256(json.dumps([config, processor.to_dict()], sort_keys=True, default=str).encode())

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
+from transformers import PreTrainedModel
 
 from ...modeling_evacap.configuration_evacap import EVACapConfig
 from ...modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
@@ -62,6 +63,11 @@ CONSTANT = (
     "model.freeze=[model.encoder.fusion.gate_weight]",
 )
 """An open gate is a number that is learned, and does not depend on the entropy."""
+LLAMA = (
+    "model.config.text_config.model_type=llama",
+    "model.config.text_config.intermediate_size=320",
+)
+"""A Llama as large as the decoder of the study's size, whose MLP has two matrices instead of three."""
 VARIANTS = {
     "audio-only": Variant(("model.preset=audio-only", "data.p_mix=0")),
     "avcap": Variant(("model.preset=avcap", "data.p_mix=0")),
@@ -85,6 +91,9 @@ EXTRA = {
     "agreement-without-hearing": Variant((AGREEMENT, "data.p_mix=0", "model.config.hearing_weight=0")),
     "agreement-without-e": Variant((AGREEMENT, "data.p_mix=0", *CONSTANT)),
     "agreement-without-loss": Variant((AGREEMENT, "data.p_mix=0", "model.config.matching_weight=0")),
+    "lavcap": Variant(("model.preset=lavcap", "data.p_mix=0")),
+    "lavcap-mean": Variant(("model.preset=lavcap", "data.p_mix=0", "model.config.ot_context=mean")),
+    "language-model": Variant(LLAMA),
 }
 """Variants that run only on request, which might make the entropy more informative (ours).
 
@@ -320,15 +329,17 @@ def make_start(config: RunConfig, pretrained: Path) -> str:
     processor, model_config = make_processor_and_config(section)
     model = make_model(section, model_config)
     known = towers(EVACapForConditionalGeneration.from_pretrained(pretrained))
-    model.load_state_dict({name: known[name] for name in towers(model)}, strict=False)
+    start = {name.removeprefix("model.encoder."): known[name] for name in towers(model)}
+    model.get_encoder().load_state_dict(start, strict=False)
     model.save_pretrained(config.model.start)
     processor.save_pretrained(config.model.start)
     return fingerprint(known)
 
 
-def towers(model: EVACapForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """The weights of the towers of a model."""
-    return {name: value for name, value in model.state_dict().items() if "_tower." in name}
+def towers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The weights of the towers of a model, by their names in an EVACap."""
+    encoder = model.get_encoder().state_dict()
+    return {f"model.encoder.{name}": value for name, value in encoder.items() if "_tower." in name}
 
 
 def fingerprint(weights: dict[str, torch.Tensor]) -> str:

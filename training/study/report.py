@@ -49,6 +49,9 @@ VARIANT_TITLES = {
     "agreement-without-hearing": "agreement gate w/o the hearing loss",
     "agreement-without-e": "agreement gate w/o E",
     "agreement-without-loss": "agreement gate w/o the matching loss",
+    "lavcap": "LAVCap's fusion and loss",
+    "lavcap-mean": "LAVCap's fusion with mean contexts",
+    "language-model": "EVACap with a Llama as decoder",
 }
 """The variants, in the order of the rows."""
 TABLES = {
@@ -65,9 +68,21 @@ TABLES = {
         "agreement-without-e",
         "agreement-without-loss",
     ),
+    "Optimal transport, and a language model as decoder": ("evacap", "lavcap", "lavcap-mean", "language-model"),
     "Further variants": ("evacap", "gate-stability", "semantic-consistency", "closed-gate"),
 }
-SHUFFLED = ("audio-only", "avcap", "evacap", "without-s", "without-e", "without-se", "without-g", "agreement")
+SHUFFLED = (
+    "audio-only",
+    "avcap",
+    "evacap",
+    "without-s",
+    "without-e",
+    "without-se",
+    "without-g",
+    "agreement",
+    "lavcap",
+    "lavcap-mean",
+)
 RIGHT = ("set", "sound-alikes", "off screen", "distinct")
 """The columns that should be high. The other ones count errors."""
 

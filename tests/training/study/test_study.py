@@ -14,7 +14,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from training_runs import SMALL
+from transformers import AutoModel
 
+from evacap.modeling_evacap.language_model_evacap import captioner_class
 from evacap.modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from evacap.training.components import make_processor_and_config
 from evacap.training.metrics.bootstrap import roc_auc
@@ -72,6 +74,15 @@ CHANGES = {
         "model.freeze": ["model.encoder.fusion.gate_weight"],
     },
     "agreement-without-loss": {"model.preset": "evacap-agreement", "data.p_mix": 0, "matching_weight": 0},
+    "lavcap": {"model.preset": "lavcap", "data.p_mix": 0},
+    "lavcap-mean": {"model.preset": "lavcap", "data.p_mix": 0, "ot_context": "mean"},
+    "language-model": {
+        "text_config": {
+            **load_run_config("study/tiny").model.config["text_config"],
+            "model_type": "llama",
+            "intermediate_size": 320,
+        }
+    },
 }
 """All that a variant's settings have other than EVACap's."""
 NETWORKS = {
@@ -81,6 +92,8 @@ NETWORKS = {
     "without-se": ("gated_cross_attention", "learned"),
     "without-g": ("gated_cross_attention", "none"),
     **{name: ("gated_cross_attention", "agreement") for name in CHANGES if name.startswith("agreement")},
+    "lavcap": ("optimal_transport", "entropy"),
+    "lavcap-mean": ("optimal_transport", "entropy"),
 }
 
 
@@ -111,9 +124,19 @@ def test_only_the_network_differs():
     assert {name for name, (processor, _) in built.items() if processor.modalities != "audio_video"} == {"audio-only"}
     parts = [
         [part.to_dict() for part in (config.audio_config, config.video_config, config.text_config)]
-        for _, config in built.values()
+        for name, (_, config) in built.items()
+        if name != "language-model"
     ]
     assert all(each == parts[0] for each in parts)
+
+
+def test_the_language_model_is_as_large_as_the_decoder():
+    sizes = {}
+    for name in ("evacap", "language-model"):
+        config = make_processor_and_config(load_section(name))[1]
+        with torch.device("meta"):
+            sizes[name] = captioner_class(config)(config).num_parameters()
+    assert sizes["language-model"] == pytest.approx(sizes["evacap"], rel=0.01)
 
 
 def load_section(name: str):
@@ -240,10 +263,17 @@ def test_variants_share_the_towers_and_nothing_that_a_seed_draws(small):
     assert pretrain(small.pretraining_config()) == 0
     pretrained = small.output / "pretraining" / "model"
     started = {}
-    for name, seed in (("evacap", 0), ("evacap", 1), ("avcap", 0), ("audio-only", 0)):
+    for name, seed in (
+        ("evacap", 0),
+        ("evacap", 1),
+        ("avcap", 0),
+        ("audio-only", 0),
+        ("lavcap", 0),
+        ("language-model", 0),
+    ):
         config = small.run_config(name, seed)
         mark = make_start(config, pretrained)
-        started[name, seed] = EVACapForConditionalGeneration.from_pretrained(config.model.start)
+        started[name, seed] = AutoModel.from_pretrained(config.model.start)
     known = towers(EVACapForConditionalGeneration.from_pretrained(pretrained))
     assert mark == fingerprint(known)
     for model in started.values():
