@@ -90,6 +90,11 @@ class EVACapForCausalLM(EVACapCaptioner, GenerationMixin):
     _can_compile_fullgraph = False
 
     def __init__(self, config: EVACapConfig):
+        if config.is_encoder_decoder:
+            raise ValueError(
+                "`text_config` is that of EVACap's own decoder, which is the one of EVACapForConditionalGeneration. "
+                "`AutoModel` chooses the right class."
+            )
         super().__init__(config)
         self.main_input_name = main_input_name(config)
         self.encoder = EVACapEncoder(config)

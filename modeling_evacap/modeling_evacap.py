@@ -1312,6 +1312,11 @@ class EVACapModel(EVACapPreTrainedModel):
     _supports_flex_attn = False
 
     def __init__(self, config: EVACapConfig):
+        if not config.is_encoder_decoder:
+            raise ValueError(
+                f"`text_config` is that of a language model ({config.text_config.model_type}), which is the decoder of "
+                "EVACapForCausalLM. `AutoModel` chooses the right class."
+            )
         super().__init__(config)
         self.main_input_name = main_input_name(config)
         self.encoder = EVACapEncoder(config)

@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import BATCH_SIZE, LANGUAGE_MODELS, VOCABULARY, tiny_inputs, tiny_labels, tiny_language_config
+from tiny import BATCH_SIZE, LANGUAGE_MODELS, VOCABULARY, tiny_config, tiny_inputs, tiny_labels, tiny_language_config
 from transformers import AutoModel, AutoModelForCausalLM, TorchAoConfig
 from transformers.generation import TextStreamer
 
 from evacap.modeling_evacap.configuration_evacap import EVACapConfig
 from evacap.modeling_evacap.language_model_evacap import EVACapForCausalLM
-from evacap.modeling_evacap.modeling_evacap import CACHE_FIELD
+from evacap.modeling_evacap.modeling_evacap import CACHE_FIELD, EVACapForConditionalGeneration
 from evacap.training.components import enable_checkpointing
 
 
@@ -212,6 +212,13 @@ def test_quantisation_is_for_the_language_model_alone(tmp_path):
 
 def test_auto_model_chooses_by_the_decoder():
     assert type(AutoModel.from_config(tiny_language_config())) is EVACapForCausalLM
+
+
+def test_a_class_refuses_the_decoder_of_the_other():
+    with pytest.raises(ValueError, match="decoder of EVACapForCausalLM"):
+        EVACapForConditionalGeneration(tiny_language_config())
+    with pytest.raises(ValueError, match="EVACap's own decoder"):
+        EVACapForCausalLM(tiny_config())
 
 
 def test_attention_implementations_reach_the_language_model():

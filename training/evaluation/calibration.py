@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
+from transformers import AutoModel
 
-from ...modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from ...processing.processing_evacap import EVACapProcessor
 from ..data.collator import EVACapDataCollator
 from ..data.prepared_clips import PreparedClips
@@ -49,7 +49,7 @@ def agreement_logits(
     Raises:
         ValueError: If the captioner has no matching head, or if fewer than two clips have a picture.
     """
-    model = EVACapForConditionalGeneration.from_pretrained(checkpoint)
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=False)
     if not model.config.has_matching_head:
         raise ValueError(
             f"{os.fspath(checkpoint)} has `gate_type={model.config.gate_type!r}`: only `'agreement'` has a matching head."

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers import AutoModel
 
-from ...modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from ...processing.captioning_evacap import require_agreement
 from ...processing.processing_evacap import EVACapProcessor
 from ..metrics.bootstrap import roc_auc
@@ -52,7 +52,7 @@ def judge_lies(
         picture against that with the lie, or `nothing to see`, the share of the clips of which it says so. Beside it
         `oracle`, the area for a judge who knows every kind that is heard and seen, and when it sounds and moves.
     """
-    model = EVACapForConditionalGeneration.from_pretrained(checkpoint).eval()
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=False).eval()
     require_agreement(model.config)
     processor = EVACapProcessor.from_pretrained(checkpoint)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

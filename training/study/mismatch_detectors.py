@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import AutoModel
 
 from ...modeling_evacap.fusion_evacap import EVACapGatedCrossAttention
-from ...modeling_evacap.modeling_evacap import EVACapEncoder, EVACapEncoderOutput, EVACapForConditionalGeneration
+from ...modeling_evacap.modeling_evacap import EVACapEncoder, EVACapEncoderOutput
 from ...processing.processing_evacap import EVACapProcessor
 from ..data.collator import EVACapDataCollator
 from ..evaluation.captioner import MakeClips, TestedClip, choose_videos, list_clips
@@ -76,7 +77,7 @@ def detect_mismatch(
     if processor.modalities != "audio_video":
         return None
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model = EVACapForConditionalGeneration.from_pretrained(checkpoint).to(device).eval()
+    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=False).to(device).eval()
     encoder = model.get_encoder()
     dataset = make_clips(processor)
     clips = list_clips(dataset)
