@@ -701,7 +701,10 @@ class _Track:
 
     def pull_back(self, time: float):
         """Move what waits behind a leap ahead to where it ends at `time`, as the clock is back there."""
-        shift = max(time - self.next, self.before_leap - self.landed)
+        shift, most = time - self.next, self.before_leap - self.landed
+        if shift < most - _LEAP:
+            return  # This is where nothing leapt from: it is wrong itself.
+        shift = max(shift, most)
         for packet in self.queue:
             # Of a picture, the decoding time alone may have been wrong.
             if packet.order >= self.landed and packet.time >= self.landed:
@@ -963,7 +966,7 @@ class _Demuxer:
         if order < track.order - _LEAP and track.landed < math.inf:
             self.note("some time stamps damaged")
             track.pull_back(order)
-        if order > max(track.next, track.since) + _LEAP:
+        if order > max(due, track.since) + _LEAP:
             track.before_leap = max(track.order, track.since)
             track.landed = order if track.is_sound or data.dts is not None else math.inf  # else it goes up and down
         elif order > track.landed + _RUN:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import long_files, startup, throughput, time_resolution
+from benchmarks import long_files, many_clips, startup, throughput, time_resolution
 from evacap.training.procedural.scenes import make_scene, write_clip
 
 
@@ -42,3 +42,10 @@ def test_startup(tmp_path):
 def test_time_resolution(tmp_path):
     rows = run(time_resolution, tmp_path, "--clips", "2")
     assert [row["windows"] for row in rows[:2]] == [3, 4] and all(0 <= row["right"] <= 1 for row in rows)
+
+
+@pytest.mark.slow
+def test_many_clips(tmp_path):
+    rows = run(many_clips, tmp_path, "--clips", "4", "--batch", "2")
+    assert [row["way"] for row in rows] == ["pipeline", "Captioner", "Ray Data"]
+    assert all(row["seconds"]["median"] > 0 for row in rows)

@@ -158,7 +158,10 @@ def reference(path: str, found: dict[str, Any], holds: bool = False) -> dict[str
                         kept = layout
                         resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
                     follows = moment + frame.samples / frame.sample_rate
-                    wild = frame.format.name.startswith("flt") and np.abs(frame.to_ndarray()).max() > LOUDEST
+                    # PyAV reads beyond the planes of a frame with more channels.
+                    wild = frame.layout.nb_channels > 8 or (
+                        frame.format.name.startswith("flt") and np.abs(frame.to_ndarray()).max() > LOUDEST
+                    )
                     for piece in resampler.resample(frame):
                         samples = piece.to_ndarray().reshape(-1)
                         first = round((moment - origin) * RATE)
@@ -245,10 +248,14 @@ def read_one(worker: list, path: Path) -> dict[str, Any]:
             outcome = record.pop("outcome", None)
             found = record.pop("found", None)
             if outcome is None:
-                # What is compared with may end the process, too.
-                outcome = "damaged"
+                # What is compared with may end the process, too, which the next file is not to blame for.
+                outcome = None
                 with contextlib.suppress(EOFError):
-                    outcome = pipe.recv() if pipe.poll(BUDGET_SECONDS + 60) else outcome
+                    outcome = pipe.recv() if pipe.poll(BUDGET_SECONDS + 60) else None
+                if outcome is None:
+                    outcome = "damaged"
+                    process.kill()
+                    worker.clear()
             if outcome in ("off", "lost"):
                 record["found"] = found
             if record.get("megabytes", 0) * 2**20 > BUDGET_BYTES:
