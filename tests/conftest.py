@@ -32,6 +32,24 @@ with pytest.MonkeyPatch.context() as patch:
     import evacap  # noqa: F401
 
 
+@pytest.fixture(scope="module", autouse=True)
+def verbosity() -> Iterator[None]:
+    """Benchmarks and `--quiet` silence Transformers, which other tests listen to."""
+    from transformers import logging
+
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
+
+
+@pytest.fixture(scope="session")
+def own_lines() -> Callable[[str], str]:
+    """Leaves out of what a process printed the lines that torchao 0.18 makes PyTorch print wherever it is installed."""
+    return lambda text: "".join(
+        line for line in text.splitlines(keepends=True) if "torch/utils/_pytree.py" not in line
+    )
+
+
 @pytest.fixture(scope="session")
 def shared() -> Callable[[str], Path]:
     """`shared(name)` is the path of a file or folder of known answers, kept in `shared/` in or beside the repository.

@@ -106,10 +106,10 @@ def test_a_folder_that_does_not_reproduce_its_known_answer_stays_here(folder, ca
     assert "does not reproduce its known answer" in capsys.readouterr().err
 
 
-def test_without_a_token_one_line_says_how_to_log_in(folder):
+def test_without_a_token_one_line_says_how_to_log_in(folder, own_lines):
     done = publish_alone(folder)
     assert done.returncode == 1
-    assert done.stderr == (
+    assert own_lines(done.stderr) == (
         "evacap publish: there is no token of the Hub. Log in with `hf auth login`, then publish again.\n"
     )
     assert not (folder / "README.md").exists()
