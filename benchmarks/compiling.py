@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch._dynamo.utils import counters
 
-from benchmarks.measure import DTYPES, Results, argument_parser, markdown, seconds, timed
+from benchmarks.measure import DTYPES, Results, argument_parser, markdown, seconds, spread, timed
 from benchmarks.models import SIZES, make_config, make_inputs, make_model
 from evacap.training.files import write_text
 
@@ -94,7 +94,7 @@ def table(results: Results) -> str:
         rows.append(
             [
                 *(row[name] for name in ("variant", "dtype", "batch", "beams", "part", "way")),
-                f"{time['median']:.3g} ({time['min']:.3g}–{time['max']:.3g}, {time['repeats']})",
+                spread(time),
                 f"{eager['seconds']['median'] / time['median']:.2f}",
                 f"{row['first_seconds']:.3g}",
                 row["graphs"],

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnxruntime
 import torch
 
-from benchmarks.measure import Results, argument_parser, markdown, timed
+from benchmarks.measure import Results, argument_parser, markdown, spread, timed
 from benchmarks.models import SIZES, make_config, make_inputs, make_model
 from evacap.commands.export import FORMATS, OUTPUTS, write_graphs
 from evacap.training.files import write_text
@@ -90,7 +90,7 @@ def table(results: Results) -> str:
             [
                 row["way"],
                 row["batch"],
-                f"{time['median']:.3g} ({time['min']:.3g}–{time['max']:.3g}, {time['repeats']})",
+                spread(time),
                 f"{ours['seconds']['median'] / time['median']:.2f}",
                 f"{row['bytes'] / 1e6:.0f}",
             ]

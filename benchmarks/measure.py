@@ -55,6 +55,11 @@ def summary(values: Iterable[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "repeats": len(values)}
 
 
+def spread(times: dict[str, float]) -> str:
+    """A [`summary`] for a table: the median, and in brackets the least, the greatest and the number of runs."""
+    return f"{times['median']:.3g} ({times['min']:.3g}–{times['max']:.3g}, {times['repeats']})"
+
+
 def interleave(
     runs: dict[str, Callable[[], Any]], repeats: int = 5, budget: float = 60.0, long_run: float = 20.0
 ) -> dict[str, list[Any]]:

@@ -16,7 +16,7 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Weig
 from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 import evacap
-from benchmarks.measure import Results, argument_parser, markdown, peak_memory, timed
+from benchmarks.measure import Results, argument_parser, markdown, peak_memory, spread, timed
 from benchmarks.models import SIZES, make_config, make_inputs, make_model
 from evacap.training.data.collator import EVACapDataCollator
 from evacap.training.files import write_text
@@ -79,7 +79,7 @@ def measure(options: dict[str, Any], results: Results) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = make_config("evacap", options["frames"], options["size"])
         make_model(config).save_pretrained(f"{folder}/source")
-        sizes, models = {}, {}
+        sizes = {}
         for way in WAYS:
             sizes[way] = quantise(f"{folder}/source", way, f"{folder}/{way}", device)
             gc.collect()
@@ -132,7 +132,7 @@ def table(results: Results) -> str:
             [
                 row["way"],
                 row["batch"],
-                f"{time['median']:.3g} ({time['min']:.3g}–{time['max']:.3g}, {time['repeats']})",
+                spread(time),
                 f"{reference['seconds']['median'] / time['median']:.2f}",
                 f"{row['weight_bytes'] / 1e6:.0f}",
                 "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",

@@ -27,6 +27,7 @@ from benchmarks.measure import (
     markdown,
     peak_bytes,
     product_seconds,
+    spread,
     summary,
     synchronize,
 )
@@ -195,7 +196,7 @@ def table(results: Results, device: str) -> str:
                 *("yes" if row[name] else "no" for name in ("checkpointing", "compiled")),
                 row["precision"],
                 row["part"],
-                f"{step['median']:.3g} ({step['min']:.3g}–{step['max']:.3g}, {step['repeats']})",
+                spread(step),
                 f"{row['batch'] / step['median']:.3g}",
                 "–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}",
                 f"{row['wait_share']:.1%}",

@@ -6,7 +6,7 @@ import itertools
 import torch
 
 from benchmarks import roofline
-from benchmarks.measure import DTYPES, Results, argument_parser, interleave, markdown, seconds, summary
+from benchmarks.measure import DTYPES, Results, argument_parser, interleave, markdown, seconds, spread, summary
 from benchmarks.models import SIZES, make_config, make_inputs, make_model
 from evacap.modeling_evacap.configuration_evacap import VIDEO_ATTENTION_TYPES
 from evacap.training.files import write_text
@@ -58,7 +58,7 @@ def table(results: Results) -> str:
                 row["dtype"],
                 row["attention"],
                 row["frames"],
-                f"{time['median']:.3g} ({time['min']:.3g}–{time['max']:.3g}, {time['repeats']})",
+                spread(time),
                 f"{time['median'] / base['median']:.2f}",
                 f"{row['flops'] / least['flops']:.2f}",
                 f"{row['flops'] / time['median'] / 1e9:.0f}",

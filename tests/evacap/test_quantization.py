@@ -2,35 +2,26 @@
 
 import pytest
 import torch
-from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModel, AutoProcessor
 
 import evacap
-from benchmarks.quantization import captions
+from benchmarks.quantization import WAYS, captions, load
 from evacap.training.data.collator import EVACapDataCollator
 from evacap.training.procedural.dataset import ProceduralClips
 
 
-pytest.importorskip("torchao")
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig  # noqa: E402
-
-
-CONFIGS = {
-    "torchao weights": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
-    "torchao weights and activations": lambda: TorchAoConfig(Int8DynamicActivationInt8WeightConfig()),
-    "bitsandbytes 8 bits": lambda: BitsAndBytesConfig(load_in_8bit=True),
-    "bitsandbytes 4 bits": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-}
+QUANTISED = [way for way, options in WAYS.items() if "quantization_config" in options]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_quantised_model_is_saved_and_says_the_same(name, tmp_path):
+@pytest.mark.parametrize("way", QUANTISED)
+def test_a_quantised_model_is_saved_and_says_the_same(way, tmp_path):
     processor = AutoProcessor.from_pretrained(evacap.TINY)
     clips = ProceduralClips(processor, 8, "test", seed=2)
     batch = EVACapDataCollator(p_mix=0.0)([clips[index] for index in range(len(clips))])
     streams = {key: batch[key] for key in ("input_features", "pixel_values_videos")}
     whole = AutoModel.from_pretrained(evacap.TINY)
-    quantised = AutoModel.from_pretrained(evacap.TINY, quantization_config=CONFIGS[name]())
+    quantised = load(evacap.TINY, way)
     linear = quantised.get_encoder().audio_tower.layers[0].mlp.fc1.weight
     assert type(linear) is not torch.nn.Parameter or linear.dtype in (torch.int8, torch.uint8)
     quantised.save_pretrained(tmp_path / "saved")
