@@ -30,6 +30,7 @@ VIDEO_ATTENTION_TYPES = ("full", "frame")
 AUDIO_POOLINGS = (None, "frequency")
 VIDEO_POOLINGS = (None, "frame")
 TRANSPORT_CONTEXTS = ("mass", "mean")
+TEXT_FUSIONS = ("prefix", "adaptive")
 
 # The classes of captioners, by their decoder: the one of GIT, or a language model.
 SEQ2SEQ_CLASS, CAUSAL_CLASS = "EVACapForConditionalGeneration", "EVACapForCausalLM"
@@ -385,6 +386,10 @@ class EVACapConfig(PreTrainedConfig):
         ot_loss_weight (`float`, defaults to 1.0): Weight of [`transport_loss`] (LAVCap). 0 costs nothing.
         ot_use_log (`bool`, defaults to `True`): Whether that loss reads the logarithm of the plan (as published) or the
             plan.
+        text_fusion (`str`, defaults to `"prefix"`): How the decoder reads the encoded clip. `"prefix"`: as a prefix of the
+            caption (GIT, AVCap). `"adaptive"`: sound and picture as two memories, each weighed for each text token by a
+            confidence that comes from the text ([`EVACapAdaptiveAttention`]: ours, after the idea of V-ACT); it needs
+            `fusion_type="concat"` and no joint blocks, which would mix the two.
         gate_weight_init (`float`, defaults to -4.0): Initial weight w_g of the entropy gate (ours: negative, because
             high entropy should close the gate).
         gate_bias_init (`float`, defaults to 4.0): Initial bias b_g of the entropy gate (ours: the gate is half open for
@@ -441,6 +446,7 @@ class EVACapConfig(PreTrainedConfig):
         "matching_loss",
         "heard_words",
         "transport_loss",
+        "confidence",
     ]
 
     audio_config: dict | PreTrainedConfig | None = None
@@ -457,6 +463,7 @@ class EVACapConfig(PreTrainedConfig):
     ot_context: str = "mass"
     ot_loss_weight: float = 1.0
     ot_use_log: bool = True
+    text_fusion: str = "prefix"
     gate_weight_init: float = -4.0
     gate_bias_init: float = 4.0
     label_smoothing: float = 0.1
@@ -528,6 +535,15 @@ class EVACapConfig(PreTrainedConfig):
         _require_choice("audio_pooling", self.audio_pooling, AUDIO_POOLINGS)
         _require_choice("video_pooling", self.video_pooling, VIDEO_POOLINGS)
         _require_choice("ot_context", self.ot_context, TRANSPORT_CONTEXTS)
+        _require_choice("text_fusion", self.text_fusion, TEXT_FUSIONS)
+        _require(
+            self.text_fusion == "prefix"
+            or (self.is_encoder_decoder and self.fusion_type == "concat" and self.num_joint_layers == 0),
+            "text_fusion",
+            self.text_fusion,
+            "'prefix' without `fusion_type='concat'`, `num_joint_layers=0` and EVACap's own decoder, which keep sound and "
+            "picture apart",
+        )
         for field in ("ot_attention", "ot_use_log"):
             _require(isinstance(getattr(self, field), bool), field, getattr(self, field), "True or False")
         epsilon, iterations = self.ot_epsilon, self.ot_iterations

@@ -40,6 +40,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .adaptive_evacap import CONFIDENCE_BIAS, EVACapAdaptiveAttention, EVACapTextSelfAttention
 from .attention_evacap import blockwise_attention_forward, eager_attention_forward
 from .configuration_evacap import (
     EVACapAudioConfig,
@@ -118,6 +119,8 @@ class EVACapEncoderOutput(BaseModelOutput):
         transport_map (`torch.FloatTensor` of shape `(batch_size, T_a, T_v)`, *optional*): With `"optimal_transport"`:
             the transport plan of audio and video tokens, which sums to 1; zeros for a clip without a picture.
         transport_loss (`torch.FloatTensor` of shape `(1,)`, *optional*): With `"optimal_transport"`: its loss.
+        video_token_mask (`torch.BoolTensor` of shape `(batch_size, T)`, *optional*): With `"concat"` and a picture: the
+            tokens of the picture that exist.
     """
 
     cross_attentions: torch.FloatTensor | None = None
@@ -132,6 +135,21 @@ class EVACapEncoderOutput(BaseModelOutput):
     audio_summary: torch.FloatTensor | None = None
     transport_map: torch.FloatTensor | None = None
     transport_loss: torch.FloatTensor | None = None
+    video_token_mask: torch.Tensor | None = None
+
+
+@dataclass
+class EVACapDecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
+    r"""Output of [`EVACapDecoder`].
+
+    Args:
+        confidence (`torch.FloatTensor` of shape `(text_batch_size, length, 2)`, *optional*): With
+            `text_fusion="adaptive"`: the confidence κ in sound and in picture, from 0 to 1, with which the state of each
+            text token predicts the next one; mean over the layers, in float32. That in the picture is exactly 0 for a
+            clip without one.
+    """
+
+    confidence: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -159,6 +177,8 @@ class EVACapSeq2SeqModelOutput(Seq2SeqModelOutput):
             audio_summary (`torch.FloatTensor` of shape `(batch_size, 2 * hidden_size)`, *optional*), transport_map
             (`torch.FloatTensor` of shape `(batch_size, T_a, T_v)`, *optional*), transport_loss (`torch.FloatTensor` of
             shape `(1,)`, *optional*): As in [`EVACapEncoderOutput`].
+        confidence (`torch.FloatTensor` of shape `(text_batch_size, length, 2)`, *optional*): As in
+            [`EVACapDecoderOutput`].
     """
 
     encoder_attention_mask: torch.Tensor | None = None
@@ -170,6 +190,7 @@ class EVACapSeq2SeqModelOutput(Seq2SeqModelOutput):
     audio_summary: torch.FloatTensor | None = None
     transport_map: torch.FloatTensor | None = None
     transport_loss: torch.FloatTensor | None = None
+    confidence: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -189,6 +210,8 @@ class EVACapSeq2SeqLMOutput(Seq2SeqLMOutput):
         heard_words (`torch.FloatTensor` of shape `(1,)`, *optional*): [`heard_words`], where its weight is above 0.
         transport_loss (`torch.FloatTensor` of shape `(1,)`, *optional*): [`transport_loss`], where its weight is above 0
             and there are pictures.
+        confidence (`torch.FloatTensor` of shape `(text_batch_size, length, 2)`, *optional*): As in
+            [`EVACapDecoderOutput`].
     """
 
     caption_loss: torch.FloatTensor | None = None
@@ -197,6 +220,7 @@ class EVACapSeq2SeqLMOutput(Seq2SeqLMOutput):
     matching_loss: torch.FloatTensor | None = None
     heard_words: torch.FloatTensor | None = None
     transport_loss: torch.FloatTensor | None = None
+    confidence: torch.FloatTensor | None = None
 
 
 def _sincos(positions: torch.Tensor, dim: int) -> torch.Tensor:
@@ -447,6 +471,7 @@ class EVACapPreTrainedModel(PreTrainedModel):
         "EVACapGatedCrossAttention",
         "EVACapMatchingHead",
         "EVACapDecoderLayer",
+        "EVACapAdaptiveDecoderLayer",
     ]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -477,6 +502,9 @@ class EVACapPreTrainedModel(PreTrainedModel):
                 init.normal_(layer.weight, std=layer.in_features**-0.5)
         elif isinstance(module, EVACapOptimalTransport) and hasattr(module, "logit_scale"):
             init.constant_(module.logit_scale, INITIAL_SCALE)
+        elif isinstance(module, EVACapAdaptiveAttention):
+            init.zeros_(module.confidence_weight)
+            init.copy_(module.confidence_bias, torch.tensor(CONFIDENCE_BIAS))
 
 
 class EVACapCEDEmbeddings(nn.Module):
@@ -783,6 +811,12 @@ class EVACapEncoder(EVACapPreTrainedModel):
             )
             token_mask = None if masks[0] is None else torch.cat(masks, dim=1)
             hidden_states = torch.cat([hidden_states, video.last_hidden_state], dim=1)
+            is_video = (
+                torch.arange(hidden_states.shape[1], device=hidden_states.device) >= audio.last_hidden_state.shape[1]
+            )
+            fused.video_token_mask = is_video.expand(len(hidden_states), -1)
+            if token_mask is not None:
+                fused.video_token_mask = fused.video_token_mask & token_mask
         joint = BaseModelOutput(last_hidden_state=hidden_states)
         if self.config.has_joint_encoder:
             joint = self.joint(hidden_states, token_mask, **outputs)
@@ -808,6 +842,7 @@ class EVACapEncoder(EVACapPreTrainedModel):
             ),
             transport_map=fused.transport_map,
             transport_loss=fused.transport_loss,
+            video_token_mask=fused.video_token_mask,
         )
 
     def transport(self, audio: EVACapEncoderOutput, video: EVACapEncoderOutput | None) -> EVACapEncoderOutput:
@@ -1134,6 +1169,9 @@ class EVACapDecoderLayer(GradientCheckpointingLayer):
 
     def _feed_forward(self, hidden_states: torch.Tensor, attention_output: torch.Tensor) -> torch.Tensor:
         hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(attention_output))
+        return self._mlp(hidden_states)
+
+    def _mlp(self, hidden_states: torch.Tensor) -> torch.Tensor:
         output = self.fc2(self.activation_fn(self.fc1(hidden_states)))
         return self.final_layer_norm(hidden_states + self.dropout(output))
 
@@ -1163,6 +1201,32 @@ class EVACapDecoderLayer(GradientCheckpointingLayer):
         return self._feed_forward(hidden_states, attention_output), prefix_states
 
 
+class EVACapAdaptiveDecoderLayer(EVACapDecoderLayer):
+    """A post-norm layer that reads sound and picture as two memories, which stay as they are ([`EVACapAdaptiveAttention`])."""
+
+    def __init__(self, config: EVACapTextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.self_attn = EVACapTextSelfAttention(config, layer_idx)
+        self.encoder_attn = EVACapAdaptiveAttention(config, layer_idx)
+        self.encoder_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    @takes_both_cache_names
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        memory: torch.Tensor | None,
+        attention_mask: torch.Tensor,
+        stream_masks: torch.Tensor,
+        cache: EncoderDecoderCache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        output, _ = self.self_attn(hidden_states, attention_mask, cache)
+        hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(output))
+        output, _, confidence = self.encoder_attn(hidden_states, memory, stream_masks, cache)
+        hidden_states = self.encoder_attn_layer_norm(hidden_states + self.dropout(output))
+        return self._mlp(hidden_states), memory, confidence
+
+
 class EVACapDecoder(EVACapPreTrainedModel):
     """The GIT-style prefix language model: the encoder's tokens are its prefix, the caption its text (AVCap)."""
 
@@ -1174,12 +1238,14 @@ class EVACapDecoder(EVACapPreTrainedModel):
     _supports_flex_attn = False
     _can_record_outputs = {
         "hidden_states": EVACapDecoderLayer,
-        "attentions": OutputRecorder(EVACapDecoderAttention, index=2),
-        "cross_attentions": OutputRecorder(EVACapDecoderAttention, index=3),
+        "attentions": [OutputRecorder(EVACapDecoderAttention, index=2), EVACapTextSelfAttention],
+        "cross_attentions": [OutputRecorder(EVACapDecoderAttention, index=3), EVACapAdaptiveAttention],
     }
 
-    def __init__(self, config: EVACapTextConfig, encoder_hidden_size: int | None = None):
+    def __init__(self, config: EVACapTextConfig, encoder_hidden_size: int | None = None, text_fusion: str = "prefix"):
         super().__init__(config)
+        self.text_fusion = text_fusion
+        layer_class = EVACapAdaptiveDecoderLayer if text_fusion == "adaptive" else EVACapDecoderLayer
         encoder_hidden_size = config.hidden_size if encoder_hidden_size is None else encoder_hidden_size
         self.prefix_projection = nn.Linear(encoder_hidden_size, config.hidden_size)
         self.prefix_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.prefix_layer_norm_eps)
@@ -1187,7 +1253,7 @@ class EVACapDecoder(EVACapPreTrainedModel):
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layernorm_embedding = nn.LayerNorm(config.hidden_size, eps=config.embedding_layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.layers = nn.ModuleList([EVACapDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([layer_class(config, index) for index in range(config.num_hidden_layers)])
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -1209,9 +1275,10 @@ class EVACapDecoder(EVACapPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         encoder_hidden_states: torch.FloatTensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
+        encoder_video_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+    ) -> EVACapDecoderOutput:
         r"""Decodes the text.
 
         Args:
@@ -1228,6 +1295,8 @@ class EVACapDecoder(EVACapPreTrainedModel):
                 sequence. It is read only if its keys and values are not in `cache`.
             encoder_attention_mask (`torch.Tensor` of shape `(batch_size, T)`, *optional*): The tokens of the fused
                 sequence that exist.
+            encoder_video_mask (`torch.Tensor` of shape `(batch_size, T)`, *optional*): Those among them that come from
+                the picture, for `text_fusion="adaptive"`; none by default.
 
         Raises:
             ValueError: If the text is missing or too long, or if the prefix is missing or does not fit the text.
@@ -1269,23 +1338,45 @@ class EVACapDecoder(EVACapPreTrainedModel):
                     "but it needs the same number for each clip."
                 )
             prefix_states = self.prefix_layer_norm(self.prefix_projection(encoder_hidden_states))
-            prefix_mask = _attention_mask(self.config, prefix_states, token_mask)
+            if self.text_fusion == "prefix":
+                prefix_mask = _attention_mask(self.config, prefix_states, token_mask)
 
         positions = self.embed_positions(position_ids).to(inputs_embeds.device)
         hidden_states = self.dropout(self.layernorm_embedding(inputs_embeds + positions))
+        if self.text_fusion == "adaptive":
+            masks = (self._stream_masks(prefix_states, cache, token_mask, encoder_video_mask),)
+        else:
+            masks = (prefix_mask, token_mask)
+        confidences = []
         for layer in self.layers:
-            hidden_states, prefix_states = layer(
+            hidden_states, prefix_states, *confidence = layer(
                 hidden_states,
                 prefix_states,
                 text_mask,
-                prefix_mask,
-                token_mask,
+                *masks,
                 cache=cache,
                 **kwargs,
             )
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states, **{CACHE_FIELD: cache if use_cache else None}
+            confidences += confidence
+        return EVACapDecoderOutput(
+            last_hidden_state=hidden_states,
+            **{CACHE_FIELD: cache if use_cache else None},
+            confidence=torch.stack(confidences).mean(0) if confidences else None,
         )
+
+    @staticmethod
+    def _stream_masks(
+        memory: torch.Tensor | None,
+        cache: EncoderDecoderCache | None,
+        token_mask: torch.Tensor | None,
+        video_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The tokens of the sound, and those of the picture (batch_size, 2, T)."""
+        if token_mask is None:
+            keys = cache.cross_attention_cache.layers[0].keys[:, 0] if memory is None else memory
+            token_mask = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
+        video_mask = torch.zeros_like(token_mask) if video_mask is None else video_mask.bool()
+        return torch.stack([token_mask & ~video_mask, token_mask & video_mask], dim=1)
 
 
 def _pooled(output: EVACapEncoderOutput) -> EVACapFeaturesOutput:
@@ -1320,7 +1411,7 @@ class EVACapModel(EVACapPreTrainedModel):
         super().__init__(config)
         self.main_input_name = main_input_name(config)
         self.encoder = EVACapEncoder(config)
-        self.decoder = EVACapDecoder(config.text_config, config.encoder_config.hidden_size)
+        self.decoder = EVACapDecoder(config.text_config, config.encoder_config.hidden_size, config.text_fusion)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -1443,6 +1534,7 @@ class EVACapModel(EVACapPreTrainedModel):
             inputs_embeds=decoder_inputs_embeds,
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=getattr(encoder_outputs, "attention_mask", None),
+            encoder_video_mask=getattr(encoder_outputs, "video_token_mask", None),
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
@@ -1455,6 +1547,7 @@ class EVACapModel(EVACapPreTrainedModel):
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
+            confidence=decoder_outputs.confidence,
             **encoder_fields(encoder_outputs),
         )
 
@@ -1757,6 +1850,7 @@ class EVACapForConditionalGeneration(EVACapCaptioner, GenerationMixin):
             encoder_last_hidden_state=outputs.encoder_last_hidden_state,
             encoder_hidden_states=outputs.encoder_hidden_states,
             encoder_attentions=outputs.encoder_attentions,
+            confidence=None if outputs.confidence is None else outputs.confidence[: len(logits)],
             **terms,
         )
 
@@ -1841,10 +1935,12 @@ class EVACapForConditionalGeneration(EVACapCaptioner, GenerationMixin):
 
 
 __all__ = [
+    "EVACapAdaptiveAttention",
     "EVACapAudioTower",
     "EVACapCEDTower",
     "EVACapCLIPTower",
     "EVACapDecoder",
+    "EVACapDecoderOutput",
     "EVACapEncoder",
     "EVACapEncoderOutput",
     "EVACapForConditionalGeneration",

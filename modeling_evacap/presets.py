@@ -64,6 +64,11 @@ PRESETS = {
         },
         LAVCAP_PROCESSING,
     ),
+    "vact": Preset(
+        "a decoder that weighs sound and picture for each word (ours, after the idea of V-ACT)",
+        {"fusion_type": "concat", "num_joint_layers": 0, "text_fusion": "adaptive"},
+        PAPER_PROCESSING,
+    ),
     "video-only": Preset(
         "the picture alone (AVCap's `video_captioning`, not in the paper)",
         {"fusion_type": "video_only"},

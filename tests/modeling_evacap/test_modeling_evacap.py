@@ -33,6 +33,8 @@ from evacap.training.components import enable_checkpointing
 
 
 FUSION_TYPES = ["gated_cross_attention", "concat", "optimal_transport", "audio_only", "video_only"]
+# With a decoder of another kind.
+VARIANTS = [*FUSION_TYPES, "adaptive"]
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 AUDIO_TOKENS = 8  # 2 mel rows x 4 time steps
 VIDEO_TOKENS = 8  # 2 tubelets x 4 patches
@@ -255,7 +257,7 @@ def test_entropy_gate_gradients_stay_finite_with_masks_and_sharp_attention():
         assert tensor.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("fusion_type", ["gated_cross_attention", "concat", "optimal_transport"])
+@pytest.mark.parametrize("fusion_type", ["gated_cross_attention", "concat", "optimal_transport", "adaptive"])
 @pytest.mark.parametrize("attention", ["full", "frame"])
 def test_rows_of_a_mixed_batch_equal_what_they_give_alone(fusion_type, attention):
     model = build(fusion_type=fusion_type, attention=attention)
@@ -270,7 +272,7 @@ def test_rows_of_a_mixed_batch_equal_what_they_give_alone(fusion_type, attention
         torch.testing.assert_close(batch[row : row + 1], alone, **TOLERANCE)
 
 
-@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+@pytest.mark.parametrize("fusion_type", VARIANTS)
 def test_what_a_masked_frame_holds_changes_nothing(fusion_type):
     model = build(fusion_type=fusion_type)
     inputs = {**tiny_inputs(), "decoder_input_ids": torch.tensor([[1, 5, 6]] * BATCH_SIZE)}
@@ -282,7 +284,7 @@ def test_what_a_masked_frame_holds_changes_nothing(fusion_type):
     torch.testing.assert_close(model(**inputs).logits, expected, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("fusion_type", ["gated_cross_attention", "concat", "audio_only"])
+@pytest.mark.parametrize("fusion_type", ["gated_cross_attention", "concat", "audio_only", "adaptive"])
 def test_padded_audio_equals_what_it_gives_alone(fusion_type):
     model = build(fusion_type=fusion_type)
     inputs = streams(fusion_type, tiny_inputs())
@@ -453,7 +455,7 @@ def test_gate_stability_does_not_see_padding():
     assert model(**inputs, labels=labels).loss.isfinite()
 
 
-@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+@pytest.mark.parametrize("fusion_type", VARIANTS)
 def test_cached_logits_equal_uncached(fusion_type):
     model = build(fusion_type=fusion_type)
     inputs = streams(fusion_type, tiny_inputs())
@@ -501,7 +503,7 @@ GENERATION = [
 
 
 @pytest.mark.parametrize("kwargs", GENERATION, ids=str)
-@pytest.mark.parametrize("fusion_type", ["gated_cross_attention", "concat"])
+@pytest.mark.parametrize("fusion_type", ["gated_cross_attention", "concat", "adaptive"])
 def test_generation_with_and_without_cache(fusion_type, kwargs):
     model = build(fusion_type=fusion_type)
     model.generation_config.eos_token_id = None
@@ -793,7 +795,7 @@ def test_half_precision_on_a_cpu_takes_the_blockwise_attention(monkeypatch):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+@pytest.mark.parametrize("fusion_type", VARIANTS)
 def test_gradient_checkpointing_gives_the_same_gradients(fusion_type, use_reentrant):
     gradients = []
     for checkpointing in (False, True):
@@ -852,7 +854,7 @@ def test_resizing_token_embeddings_keeps_the_tie():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+@pytest.mark.parametrize("fusion_type", VARIANTS)
 def test_compiled_forward_agrees(fusion_type):
     model = build(fusion_type=fusion_type)
     inputs = {**streams(fusion_type, tiny_inputs()), "labels": tiny_labels(), "use_cache": False}
@@ -870,7 +872,7 @@ def test_the_graph_of_a_compiled_forward_does_not_break():
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("fusion_type", FUSION_TYPES)
+@pytest.mark.parametrize("fusion_type", VARIANTS)
 def test_one_batch_can_be_learned_by_heart(fusion_type):
     model = EVACapForConditionalGeneration(tiny_config(fusion_type=fusion_type, label_smoothing=0.0)).train()
     inputs, labels = streams(fusion_type, tiny_inputs()), tiny_labels()

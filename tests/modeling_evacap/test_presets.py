@@ -12,6 +12,7 @@ from evacap.modeling_evacap.presets import PRESETS, get_preset
         ("evacap-learned-gate", "gated_cross_attention", "learned"),
         ("lavcap", "optimal_transport", None),
         ("evacap-ungated", "gated_cross_attention", "none"),
+        ("vact", "concat", None),
         ("video-only", "video_only", None),
     ],
 )

@@ -7,8 +7,12 @@ from evacap.modeling_evacap.configuration_evacap import EVACapConfig
 
 BATCH_SIZE, FRAMES, MEL_BINS, VIDEO_FRAMES, IMAGE_SIZE, VOCABULARY = 3, 64, 32, 4, 32, 99
 
+ADAPTIVE = {"fusion_type": "concat", "num_joint_layers": 0, "text_fusion": "adaptive"}
+
 
 def tiny_config(attention: str = "full", **kwargs) -> EVACapConfig:
+    if kwargs.get("fusion_type") == "adaptive":
+        kwargs |= ADAPTIVE
     tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     return EVACapConfig(
         audio_config={**tower, "num_mel_bins": MEL_BINS, "max_frames": FRAMES},

@@ -94,6 +94,7 @@ EXTRA = {
     "lavcap": Variant(("model.preset=lavcap", "data.p_mix=0")),
     "lavcap-mean": Variant(("model.preset=lavcap", "data.p_mix=0", "model.config.ot_context=mean")),
     "language-model": Variant(LLAMA),
+    "vact": Variant(("model.preset=vact", "data.p_mix=0")),
 }
 """Variants that run only on request, which might make the entropy more informative (ours).
 

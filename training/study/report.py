@@ -52,6 +52,7 @@ VARIANT_TITLES = {
     "lavcap": "LAVCap's fusion and loss",
     "lavcap-mean": "LAVCap's fusion with mean contexts",
     "language-model": "EVACap with a Llama as decoder",
+    "vact": "sound and picture weighed for each word",
 }
 """The variants, in the order of the rows."""
 TABLES = {
@@ -69,6 +70,7 @@ TABLES = {
         "agreement-without-loss",
     ),
     "Optimal transport, and a language model as decoder": ("evacap", "lavcap", "lavcap-mean", "language-model"),
+    "A decoder that weighs sound and picture for each word": ("avcap", "evacap", "vact"),
     "Further variants": ("evacap", "gate-stability", "semantic-consistency", "closed-gate"),
 }
 SHUFFLED = (
@@ -82,6 +84,7 @@ SHUFFLED = (
     "agreement",
     "lavcap",
     "lavcap-mean",
+    "vact",
 )
 RIGHT = ("set", "sound-alikes", "off screen", "distinct")
 """The columns that should be high. The other ones count errors."""

@@ -83,6 +83,7 @@ CHANGES = {
             "intermediate_size": 320,
         }
     },
+    "vact": {"model.preset": "vact", "data.p_mix": 0},
 }
 """All that a variant's settings have other than EVACap's."""
 NETWORKS = {
@@ -94,6 +95,7 @@ NETWORKS = {
     **{name: ("gated_cross_attention", "agreement") for name in CHANGES if name.startswith("agreement")},
     "lavcap": ("optimal_transport", "entropy"),
     "lavcap-mean": ("optimal_transport", "entropy"),
+    "vact": ("concat", "entropy"),
 }
 
 
@@ -270,6 +272,7 @@ def test_variants_share_the_towers_and_nothing_that_a_seed_draws(small):
         ("audio-only", 0),
         ("lavcap", 0),
         ("language-model", 0),
+        ("vact", 0),
     ):
         config = small.run_config(name, seed)
         mark = make_start(config, pretrained)
