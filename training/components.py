@@ -160,8 +160,9 @@ def describe_training(config: RunConfig, num_clips: int) -> dict[str, Any]:
 
 
 def _variant(config: EVACapConfig) -> str:
-    gated = config.fusion_type == "gated_cross_attention"
-    return f"{config.fusion_type} with gate {config.gate_type}" if gated else config.fusion_type
+    if config.fusion_type == "gated_cross_attention":
+        return f"{config.fusion_type} with gate {config.gate_type}"
+    return config.fusion_type + (f" with text fusion {config.text_fusion}" if config.text_fusion != "prefix" else "")
 
 
 def _with_fields(values: Mapping[str, Any], changes: Mapping[str, Any], key: str) -> dict[str, Any]:
