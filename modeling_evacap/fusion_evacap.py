@@ -153,8 +153,8 @@ class EVACapGatedCrossAttention(nn.Module):
 
         g · 1[σ((z + z_t) / 2τ) ≥ threshold]
 
-    with the logits z of the clip and z_t of the step, and the temperature τ of their calibration. In training it is known
-    which pictures are swapped, and the gate is g · 1[own picture].
+    with the logits z of the clip and z_t of the step, and the temperature τ of their calibration. In training the head only
+    learns, and the gate is g for every picture.
     """
 
     def __init__(self, config: EVACapConfig):

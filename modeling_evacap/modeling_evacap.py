@@ -982,20 +982,18 @@ class EVACapEncoder(EVACapPreTrainedModel):
         streams = (sound, pictures, audio.attention_mask, seen_tokens)
         clip, step = logits = self.matching_head(*streams)
         outputs = {}
-        told = None
         if picture_index is not None:
             sound_index = torch.arange(len(sound), device=sound.device) if audio_index is None else audio_index
-            told = (sound_index == picture_index)[:, None].expand_as(step)
             outputs["matching_loss"] = match_in_batch(
                 self.matching_head, *streams, *logits, sound_index, picture_index
             )
         both = (clip[:, None] + step) / 2
         if config.matching_weight == 0:
             opening = torch.sigmoid(both)
-        elif told is None:
+        elif picture_index is None:
             opening = (torch.sigmoid(both / config.agreement_temperature) >= config.agreement_threshold).to(step.dtype)
         else:
-            opening = told.to(step.dtype)
+            opening = torch.ones_like(step)
         clip, step = (torch.sigmoid(logit.detach() / config.agreement_temperature) for logit in logits)
         outputs["agreement"] = clip.masked_fill(~seen_tokens.any(1), torch.nan)
         seen = seen_tokens.unflatten(1, (-1, self.matching_head.tokens_per_picture)).any(2)

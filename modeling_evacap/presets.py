@@ -45,7 +45,7 @@ PRESETS = {
     "evacap": Preset("EVACap: entropy-gated cross-attention", {"gate_type": "entropy"}, PAPER_PROCESSING),
     "evacap-agreement": Preset(
         "EVACap whose gate is shut where a matching head finds that the picture does not belong to the sound (ours)",
-        {"gate_type": "agreement", "matching_weight": 1.0, "hearing_weight": 0.5},
+        {"gate_type": "agreement", "matching_weight": 0.25, "hearing_weight": 1.0},
         PAPER_PROCESSING,
     ),
     "evacap-learned-gate": Preset(

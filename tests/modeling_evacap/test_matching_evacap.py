@@ -184,13 +184,12 @@ def test_captions_do_not_bend_a_head_that_learns_from_pictures(weight):
     assert gradient is None if weight else gradient.abs().sum() > 0
 
 
-def test_in_training_the_gate_is_told():
-    """Open for own pictures and shut for others', whatever the head says."""
+def test_in_training_the_head_shuts_nothing():
     model = build().train()
-    for logit in (9.0, -9.0):
-        set_logit(model, logit)
-        gate = model.model.encoder(**tiny_inputs(), picture_index=torch.tensor([0, 2, 2])).fusion_gate
-        assert (gate > 0).all(1).tolist() == [True, False, True] and (gate[1] == 0).all()
+    set_logit(model, -9.0)
+    gate = model.model.encoder(**tiny_inputs(), picture_index=torch.tensor([0, 2, 2])).fusion_gate
+    assert (gate > 0).all()
+    assert (model.model.encoder(**tiny_inputs()).fusion_gate == 0).all()
 
 
 def test_what_the_sound_alone_tells_of_the_words():
