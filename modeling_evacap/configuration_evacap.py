@@ -31,6 +31,7 @@ AUDIO_POOLINGS = (None, "frequency")
 VIDEO_POOLINGS = (None, "frame")
 TRANSPORT_CONTEXTS = ("mass", "mean")
 TEXT_FUSIONS = ("prefix", "adaptive")
+ENRICHMENTS = (None, "caste")
 
 # The classes of captioners, by their decoder: the one of GIT, or a language model.
 SEQ2SEQ_CLASS, CAUSAL_CLASS = "EVACapForConditionalGeneration", "EVACapForCausalLM"
@@ -376,6 +377,9 @@ class EVACapConfig(PreTrainedConfig):
             before the fusion (LAVCap). By default all tokens are kept.
         video_pooling (`str`, *optional*): `"frame"` averages the video tokens of each tubelet before the fusion. By
             default all tokens are kept.
+        enrichment (`str`, *optional*): `"caste"` enriches the tokens of both streams before the fusion, guided by their
+            agreement (CAE-AV, [`EVACapEnrichment`]). It is initially without effect. By default they stay as they are.
+        enrichment_hidden_size (`int`, defaults to 128): Width in which it compares the streams (CAE-AV).
         ot_epsilon (`float`, defaults to 0.1): Entropic regularisation of `"optimal_transport"` (LAVCap).
         ot_iterations (`int`, defaults to 50): Rounds of Sinkhorn's algorithm (LAVCap).
         ot_attention (`bool`, defaults to `True`): Whether tokens take over what the transport plan assigns to them
@@ -405,6 +409,12 @@ class EVACapConfig(PreTrainedConfig):
         matching_hidden_size (`int`, defaults to 128): Width of that head.
         hearing_weight (`float`, defaults to 0.0): Weight of [`heard_words`], by which the audio tower learns to tell the
             words of the caption without the picture (ours). 0 costs nothing.
+        caption_contrast_weight (`float`, defaults to 0.0): Weight of [`caption_contrast`], by which the sound and the
+            picture of a clip are told from those of the other clips of a batch by its caption (CAE-AV names the term, the
+            formula is ours). 0 costs nothing.
+        entropy_weight (`float`, defaults to 0.0): Weight of [`picture_entropy`], by which the fusion's attention to own
+            pictures becomes sharp, and to swapped ones uniform (CAE-AV names the term, the formula is ours). 0 costs
+            nothing.
         agreement_temperature (`float`, defaults to 1.0): Divides the head's logits before they become probabilities;
             fitted on validation clips, it makes them frequencies.
         agreement_threshold (`float`, defaults to 0.5): The probability below which the gate of an audio time step is 0.
@@ -445,6 +455,8 @@ class EVACapConfig(PreTrainedConfig):
         "semantic_consistency",
         "matching_loss",
         "heard_words",
+        "caption_contrast",
+        "picture_entropy",
         "transport_loss",
         "confidence",
     ]
@@ -457,6 +469,8 @@ class EVACapConfig(PreTrainedConfig):
     num_joint_layers: int = 1
     audio_pooling: str | None = None
     video_pooling: str | None = None
+    enrichment: str | None = None
+    enrichment_hidden_size: int = 128
     ot_epsilon: float = 0.1
     ot_iterations: int = 50
     ot_attention: bool = True
@@ -472,6 +486,8 @@ class EVACapConfig(PreTrainedConfig):
     matching_weight: float = 0.0
     matching_hidden_size: int = 128
     hearing_weight: float = 0.0
+    caption_contrast_weight: float = 0.0
+    entropy_weight: float = 0.0
     agreement_temperature: float = 1.0
     agreement_threshold: float = 0.5
     pad_token_id: int | None = None
@@ -534,6 +550,23 @@ class EVACapConfig(PreTrainedConfig):
             )
         _require_choice("audio_pooling", self.audio_pooling, AUDIO_POOLINGS)
         _require_choice("video_pooling", self.video_pooling, VIDEO_POOLINGS)
+        _require_choice("enrichment", self.enrichment, ENRICHMENTS)
+        width = self.enrichment_hidden_size
+        _require(_is_whole(width) and width > 1, "enrichment_hidden_size", width, "a whole number above 1")
+        if self.fusion_type in ("audio_only", "video_only"):
+            _require(
+                self.enrichment is None,
+                "enrichment",
+                self.enrichment,
+                f"None with `fusion_type={self.fusion_type!r}`, which has one stream",
+            )
+        if self.fusion_type != "gated_cross_attention":
+            _require(
+                self.entropy_weight == 0,
+                "entropy_weight",
+                self.entropy_weight,
+                "0 without `fusion_type='gated_cross_attention'`, whose attention it is about",
+            )
         _require_choice("ot_context", self.ot_context, TRANSPORT_CONTEXTS)
         _require_choice("text_fusion", self.text_fusion, TEXT_FUSIONS)
         _require(
@@ -553,7 +586,7 @@ class EVACapConfig(PreTrainedConfig):
             _require(_is_number(getattr(self, field)), field, getattr(self, field), "a number")
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "at least 0 and below 1")
         weights = ("gate_stability_weight", "semantic_consistency_weight", "matching_weight", "hearing_weight")
-        for field in (*weights, "ot_loss_weight"):
+        for field in (*weights, "caption_contrast_weight", "entropy_weight", "ot_loss_weight"):
             value = getattr(self, field)
             _require(_is_number(value) and value >= 0, field, value, "a number from 0 up")
         width, temperature, threshold = (

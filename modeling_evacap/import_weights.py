@@ -153,7 +153,7 @@ def model_from_weights(
     )
     _untie_if_needed(config, tensors, report.notes)
 
-    expected_new = [r"model\.encoder\.(fusion|matching_head)\..+", r"hearing_head\..+"]
+    expected_new = [r"model\.encoder\.(fusion|enrichment|matching_head)\..+", r"(hearing|contrast)_head\..+"]
     if cav_mae is None and avcap is None:
         expected_new.append(r"model\.encoder\..+")
     if avcap is None:

@@ -34,6 +34,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_evacap import EVACapConfig
+from .contrast_evacap import EVACapContrastHead
 from .modeling_evacap import (
     CACHE_FIELD,
     MAX_CAPTION_LENGTH,
@@ -58,7 +59,7 @@ STREAMS = (
     "video_features",
 )
 # What a `quantization_config` leaves as it is: all but the language model, and of that the output layer, as usual.
-NOT_QUANTIZED = ("encoder", "multi_modal_projector", "hearing_head", "language_model.lm_head")
+NOT_QUANTIZED = ("encoder", "multi_modal_projector", "hearing_head", "contrast_head", "language_model.lm_head")
 # What batches of a training hold besides, and `generate` has no use for.
 ONLY_FOR_TRAINING = (
     "labels",
@@ -103,6 +104,8 @@ class EVACapForCausalLM(EVACapCaptioner, GenerationMixin):
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         if config.hearing_weight > 0:
             self.hearing_head = nn.Linear(2 * config.audio_config.hidden_size, text.hidden_size)
+        if config.caption_contrast_weight > 0:
+            self.contrast_head = EVACapContrastHead(config)
         # A checkpoint's generation_config.json takes precedence.
         self.generation_config.max_new_tokens = MAX_CAPTION_LENGTH
         self.post_init()
@@ -307,7 +310,9 @@ class EVACapForCausalLM(EVACapCaptioner, GenerationMixin):
         if labels is not None:
             fields = EVACapSeq2SeqModelOutput(**encoder_fields(encoder_outputs))
             logits, matched_logits = logits.split([len(labels), len(logits) - len(labels)])
-            loss, terms = self._compute_loss(logits, matched_logits, labels, fields, swapped, num_items_in_batch)
+            loss, terms = self._compute_loss(
+                logits, matched_logits, labels, fields, swapped, shuffled, num_items_in_batch
+            )
         return EVACapSeq2SeqLMOutput(
             loss=loss,
             logits=logits,

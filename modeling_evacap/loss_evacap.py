@@ -17,6 +17,9 @@ import math
 
 import torch
 import torch.nn.functional as F
+from transformers.utils.generic import maybe_autocast
+
+from .attention_evacap import at_least_float32
 
 
 def label_smoothed_kl(
@@ -109,3 +112,52 @@ def heard_words(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     counted = labels != -100
     log_probabilities = logits.float().log_softmax(-1).gather(1, labels.clamp(min=0))
     return -log_probabilities.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def caption_contrast(
+    streams: torch.Tensor, captions: torch.Tensor, temperature: torch.Tensor, counted: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Contrast of the clips of a batch with their captions (CAE-AV names the term, the formula is ours).
+
+    With s_ij = cos(stream_i, caption_j) / max(temperature, 0.01) it is the mean of the cross-entropies of the rows and of the
+    columns of s, in which row i and column i belong together (InfoNCE).
+
+    Args:
+        streams (`torch.Tensor` of shape `(batch_size, n)`): Sounds or pictures.
+        captions (`torch.Tensor` of shape `(batch_size, n)`): Captions.
+        temperature (`torch.Tensor` of shape `(1,)`): The temperature.
+        counted (`torch.BoolTensor` of shape `(batch_size,)`, *optional*): The clips that take part; all by default.
+    """
+    # Half precision would round the scores, which the temperature makes large.
+    with maybe_autocast(streams.device.type, enabled=False):
+        streams, captions = (F.normalize(at_least_float32(side), dim=-1) for side in (streams, captions))
+        scores = torch.matmul(streams, captions.mT) / at_least_float32(temperature).clamp(min=0.01)
+    if counted is None:
+        counted = torch.ones_like(scores[0], dtype=torch.bool)
+    scores = scores.masked_fill(~(counted[:, None] & counted), torch.finfo(scores.dtype).min)
+    losses = -(scores.log_softmax(0) + scores.log_softmax(1)).diagonal() / 2
+    return losses.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def picture_entropy(
+    entropy: torch.Tensor, swapped: torch.Tensor | None = None, token_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The mean entropy of the attention to own pictures, plus one minus that to swapped pictures (ours, after CAE-AV).
+
+    To minimise it makes the attention to own pictures sharp, and to swapped ones uniform. It is a mean over tokens, then over
+    clips; those without a picture, whose entropy is exactly 0, do not count.
+
+    Args:
+        entropy (`torch.Tensor` of shape `(batch_size, tokens)`): The normalised entropy of each audio token's attention.
+        swapped (`torch.BoolTensor` of shape `(batch_size,)`, *optional*): The clips with another's picture; none by default.
+        token_mask (`torch.BoolTensor` of shape `(batch_size, tokens)`, *optional*): The tokens that exist.
+    """
+    tokens = entropy.shape[1] if token_mask is None else token_mask.sum(1).clamp(min=1)
+    if token_mask is not None:
+        entropy = entropy.masked_fill(~token_mask, 0.0)
+    entropy, looks = entropy.sum(1) / tokens, (entropy > 0).any(1)
+    swapped = torch.zeros_like(looks) if swapped is None else swapped
+    terms = []
+    for values, counted in ((entropy, looks & ~swapped), (1 - entropy, looks & swapped)):
+        terms.append(values.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1))
+    return terms[0] + terms[1]

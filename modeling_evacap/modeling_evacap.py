@@ -50,8 +50,10 @@ from .configuration_evacap import (
     EVACapTextConfig,
     EVACapVideoConfig,
 )
+from .contrast_evacap import INITIAL_TEMPERATURE, EVACapContrastHead
+from .enrichment_evacap import EVACapCASTEBlock, EVACapEnrichment
 from .fusion_evacap import EVACapGatedCrossAttention
-from .loss_evacap import gate_stability, heard_words, label_smoothed_kl, semantic_consistency
+from .loss_evacap import gate_stability, heard_words, label_smoothed_kl, picture_entropy, semantic_consistency
 from .matching_evacap import EVACapMatchingHead, match_in_batch, mean_and_max, picture_of_step
 from .transport_evacap import INITIAL_SCALE, EVACapOptimalTransport, unit_length
 from .versions_evacap import tested_versions
@@ -115,7 +117,9 @@ class EVACapEncoderOutput(BaseModelOutput):
         matching_loss (`torch.FloatTensor` of shape `(1,)`, *optional*): With `picture_index`: the loss of the matching
             head.
         audio_summary (`torch.FloatTensor` of shape `(batch_size, 2 * hidden_size)`, *optional*): In training with a
-            `hearing_weight`: mean and maximum over the audio tower's tokens.
+            `hearing_weight` or a `caption_contrast_weight`: mean and maximum over the audio tower's tokens.
+        video_summary (`torch.FloatTensor` of shape `(batch_size, 2 * video_hidden_size)`, *optional*): In training with a
+            `caption_contrast_weight`: the same of the video tower; not a number for a clip without a picture.
         transport_map (`torch.FloatTensor` of shape `(batch_size, T_a, T_v)`, *optional*): With `"optimal_transport"`:
             the transport plan of audio and video tokens, which sums to 1; zeros for a clip without a picture.
         transport_loss (`torch.FloatTensor` of shape `(1,)`, *optional*): With `"optimal_transport"`: its loss.
@@ -133,6 +137,7 @@ class EVACapEncoderOutput(BaseModelOutput):
     agreement_by_step: torch.FloatTensor | None = None
     matching_loss: torch.FloatTensor | None = None
     audio_summary: torch.FloatTensor | None = None
+    video_summary: torch.FloatTensor | None = None
     transport_map: torch.FloatTensor | None = None
     transport_loss: torch.FloatTensor | None = None
     video_token_mask: torch.Tensor | None = None
@@ -174,7 +179,8 @@ class EVACapSeq2SeqModelOutput(Seq2SeqModelOutput):
         fusion_gate, attention_entropy (`torch.FloatTensor` of shape `(batch_size, T_a)`, *optional*), agreement
             (`torch.FloatTensor` of shape `(batch_size,)`, *optional*), agreement_by_step (`torch.FloatTensor` of shape
             `(batch_size, time_steps)`, *optional*), matching_loss (`torch.FloatTensor` of shape `(1,)`, *optional*),
-            audio_summary (`torch.FloatTensor` of shape `(batch_size, 2 * hidden_size)`, *optional*), transport_map
+            audio_summary (`torch.FloatTensor` of shape `(batch_size, 2 * hidden_size)`, *optional*), video_summary
+            (`torch.FloatTensor` of shape `(batch_size, 2 * video_hidden_size)`, *optional*), transport_map
             (`torch.FloatTensor` of shape `(batch_size, T_a, T_v)`, *optional*), transport_loss (`torch.FloatTensor` of
             shape `(1,)`, *optional*): As in [`EVACapEncoderOutput`].
         confidence (`torch.FloatTensor` of shape `(text_batch_size, length, 2)`, *optional*): As in
@@ -188,6 +194,7 @@ class EVACapSeq2SeqModelOutput(Seq2SeqModelOutput):
     agreement_by_step: torch.FloatTensor | None = None
     matching_loss: torch.FloatTensor | None = None
     audio_summary: torch.FloatTensor | None = None
+    video_summary: torch.FloatTensor | None = None
     transport_map: torch.FloatTensor | None = None
     transport_loss: torch.FloatTensor | None = None
     confidence: torch.FloatTensor | None = None
@@ -208,6 +215,9 @@ class EVACapSeq2SeqLMOutput(Seq2SeqLMOutput):
         matching_loss (`torch.FloatTensor` of shape `(1,)`, *optional*): [`matching_loss`] of the clips and of their time
             steps, where its weight is above 0 and there are pictures.
         heard_words (`torch.FloatTensor` of shape `(1,)`, *optional*): [`heard_words`], where its weight is above 0.
+        caption_contrast (`torch.FloatTensor` of shape `(1,)`, *optional*): [`caption_contrast`], where its weight is above 0.
+        picture_entropy (`torch.FloatTensor` of shape `(1,)`, *optional*): [`picture_entropy`], where its weight is above 0
+            and there are pictures.
         transport_loss (`torch.FloatTensor` of shape `(1,)`, *optional*): [`transport_loss`], where its weight is above 0
             and there are pictures.
         confidence (`torch.FloatTensor` of shape `(text_batch_size, length, 2)`, *optional*): As in
@@ -219,6 +229,8 @@ class EVACapSeq2SeqLMOutput(Seq2SeqLMOutput):
     semantic_consistency: torch.FloatTensor | None = None
     matching_loss: torch.FloatTensor | None = None
     heard_words: torch.FloatTensor | None = None
+    caption_contrast: torch.FloatTensor | None = None
+    picture_entropy: torch.FloatTensor | None = None
     transport_loss: torch.FloatTensor | None = None
     confidence: torch.FloatTensor | None = None
 
@@ -470,6 +482,7 @@ class EVACapPreTrainedModel(PreTrainedModel):
         "EVACapEncoderLayer",
         "EVACapGatedCrossAttention",
         "EVACapMatchingHead",
+        "EVACapCASTEBlock",
         "EVACapDecoderLayer",
         "EVACapAdaptiveDecoderLayer",
     ]
@@ -500,6 +513,12 @@ class EVACapPreTrainedModel(PreTrainedModel):
             # Its products of three small numbers would hardly move from 0.
             for layer in module.children():
                 init.normal_(layer.weight, std=layer.in_features**-0.5)
+        elif isinstance(module, EVACapCASTEBlock):
+            init.zeros_(module.scale)
+            init.ones_(module.spatial_scale)
+            init.ones_(module.temporal_scale)
+        elif isinstance(module, EVACapContrastHead):
+            init.constant_(module.temperature, INITIAL_TEMPERATURE)
         elif isinstance(module, EVACapOptimalTransport) and hasattr(module, "logit_scale"):
             init.constant_(module.logit_scale, INITIAL_SCALE)
         elif isinstance(module, EVACapAdaptiveAttention):
@@ -728,6 +747,8 @@ class EVACapEncoder(EVACapPreTrainedModel):
             self.fusion = EVACapGatedCrossAttention(config)
         elif config.fusion_type == "optimal_transport":
             self.fusion = EVACapOptimalTransport(config)
+        if config.enrichment is not None:
+            self.enrichment = EVACapEnrichment(config)
         if config.has_matching_head:
             self.matching_head = EVACapMatchingHead(config)
         if config.has_joint_encoder:
@@ -806,14 +827,11 @@ class EVACapEncoder(EVACapPreTrainedModel):
             fused = self.transport(audio, video)
             hidden_states, token_mask = fused.last_hidden_state, fused.attention_mask
         elif fusion_type == "concat" and video is not None:
-            masks = _fill_in_masks(
-                (audio.last_hidden_state, audio.attention_mask), (video.last_hidden_state, video.attention_mask)
-            )
+            sound, picture = self.enrich(audio, video)
+            masks = _fill_in_masks((sound, audio.attention_mask), (picture, video.attention_mask))
             token_mask = None if masks[0] is None else torch.cat(masks, dim=1)
-            hidden_states = torch.cat([hidden_states, video.last_hidden_state], dim=1)
-            is_video = (
-                torch.arange(hidden_states.shape[1], device=hidden_states.device) >= audio.last_hidden_state.shape[1]
-            )
+            hidden_states = torch.cat([sound, picture], dim=1)
+            is_video = torch.arange(hidden_states.shape[1], device=hidden_states.device) >= sound.shape[1]
             fused.video_token_mask = is_video.expand(len(hidden_states), -1)
             if token_mask is not None:
                 fused.video_token_mask = fused.video_token_mask & token_mask
@@ -835,15 +853,38 @@ class EVACapEncoder(EVACapPreTrainedModel):
             agreement=fused.agreement,
             agreement_by_step=fused.agreement_by_step,
             matching_loss=fused.matching_loss,
-            audio_summary=(
-                mean_and_max(audio.last_hidden_state, audio.attention_mask, 1)
-                if self.training and self.config.hearing_weight > 0
-                else None
-            ),
+            **self._summarise(audio, video),
             transport_map=fused.transport_map,
             transport_loss=fused.transport_loss,
             video_token_mask=fused.video_token_mask,
         )
+
+    def _summarise(
+        self, audio: EVACapEncoderOutput | None, video: EVACapEncoderOutput | None
+    ) -> dict[str, torch.Tensor]:
+        """The summaries of the towers that the losses of a training read."""
+        contrast, summaries = self.config.caption_contrast_weight > 0, {}
+        if self.training and audio is not None and (contrast or self.config.hearing_weight > 0):
+            summaries["audio_summary"] = mean_and_max(audio.last_hidden_state, audio.attention_mask, 1)
+        if self.training and video is not None and contrast:
+            tokens, mask = video.last_hidden_state, video.attention_mask
+            exists = tokens.new_ones(len(tokens), 1, dtype=torch.bool) if mask is None else mask.any(1, keepdim=True)
+            summary = mean_and_max(tokens, None if mask is None else mask | ~exists, 1)
+            summaries["video_summary"] = summary.masked_fill(~exists, torch.nan)
+        return summaries
+
+    def enrich(
+        self, audio: EVACapEncoderOutput, video: EVACapEncoderOutput | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The tokens of both towers, as the fusion reads them.
+
+        Args:
+            audio, video ([`EVACapEncoderOutput`]): As in [`~EVACapEncoder.fuse`].
+        """
+        sound, picture = audio.last_hidden_state, None if video is None else video.last_hidden_state
+        if self.config.enrichment is None or video is None:
+            return sound, picture
+        return self.enrichment(sound, picture, audio.attention_mask, video.attention_mask)
 
     def transport(self, audio: EVACapEncoderOutput, video: EVACapEncoderOutput | None) -> EVACapEncoderOutput:
         """Fuses the tokens of the towers by optimal transport.
@@ -856,9 +897,7 @@ class EVACapEncoder(EVACapPreTrainedModel):
             return EVACapEncoderOutput(
                 last_hidden_state=unit_length(sound).to(sound.dtype), attention_mask=audio.attention_mask
             )
-        output = self.fusion(
-            audio.last_hidden_state, video.last_hidden_state, audio.attention_mask, video.attention_mask
-        )
+        output = self.fusion(*self.enrich(audio, video), audio.attention_mask, video.attention_mask)
         return EVACapEncoderOutput(
             last_hidden_state=output.fused,
             attention_mask=output.mask,
@@ -889,9 +928,9 @@ class EVACapEncoder(EVACapPreTrainedModel):
         if video is None:
             gate = sound.new_zeros(sound.shape[:2], dtype=torch.float32)
             return EVACapEncoderOutput(last_hidden_state=sound, fusion_gate=gate, attention_entropy=gate, **matched)
-        fused, gate, entropy, weights = self.fusion(
-            sound, video.last_hidden_state, video.attention_mask, output_attentions, opening
-        )
+        # Behind the matching head: a picture that its sound has enriched would tell that it is its own.
+        sound, picture = self.enrich(audio, video)
+        fused, gate, entropy, weights = self.fusion(sound, picture, video.attention_mask, output_attentions, opening)
         if token_mask is not None:
             padding = ~token_mask.to(gate.device)
             gate, entropy = gate.masked_fill(padding, 0.0), entropy.masked_fill(padding, 0.0)
@@ -1559,6 +1598,7 @@ def encoder_fields(encoder_outputs: EVACapEncoderOutput) -> dict[str, Any]:
         "agreement_by_step",
         "matching_loss",
         "audio_summary",
+        "video_summary",
         "transport_map",
         "transport_loss",
     )
@@ -1650,6 +1690,7 @@ class EVACapCaptioner(EVACapPreTrainedModel):
         labels: torch.Tensor,
         outputs: EVACapSeq2SeqModelOutput,
         swapped: torch.Tensor | None,
+        shuffled: torch.Tensor | None,
         num_items_in_batch: int | torch.Tensor | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss, and its terms by name if there are regularisers.
@@ -1666,12 +1707,25 @@ class EVACapCaptioner(EVACapPreTrainedModel):
             mask = None if mask is None else mask[: len(labels)].to(gate.device)
             terms["gate_stability"] = gate_stability(gate, self.config.audio_rows, mask).to(loss.device)
             loss = loss + share * self.config.gate_stability_weight * terms["gate_stability"]
-        if outputs.audio_summary is not None:
+        if self.config.hearing_weight > 0 and outputs.audio_summary is not None:
             # The words' vectors are left to the captions.
             words = self.get_output_embeddings().weight.detach()
             summary = self.hearing_head(outputs.audio_summary[: len(labels)]).to(words.device)
             terms["heard_words"] = heard_words(F.linear(summary, words), labels)
             loss = loss + share * self.config.hearing_weight * terms["heard_words"]
+        shuffled = None if shuffled is None else shuffled.to(loss.device).bool()
+        if self.training and self.config.caption_contrast_weight > 0:
+            summaries = (outputs.audio_summary, outputs.video_summary)
+            summaries = [None if summary is None else summary[: len(labels)] for summary in summaries]
+            if any(summary is not None for summary in summaries):
+                words = self.get_output_embeddings().weight.detach()
+                terms["caption_contrast"] = self.contrast_head(*summaries, labels, words, shuffled).to(loss.device)
+                loss = loss + share * self.config.caption_contrast_weight * terms["caption_contrast"]
+        if self.training and self.config.entropy_weight > 0 and outputs.attention_entropy is not None:
+            entropy, mask = outputs.attention_entropy[: len(labels)].to(loss.device), outputs.encoder_attention_mask
+            mask = None if mask is None else mask[: len(labels)].to(loss.device)
+            terms["picture_entropy"] = picture_entropy(entropy, shuffled, mask)
+            loss = loss + share * self.config.entropy_weight * terms["picture_entropy"]
         if outputs.matching_loss is not None:
             terms["matching_loss"] = outputs.matching_loss.to(loss.device)
             loss = loss + share * self.config.matching_weight * terms["matching_loss"]
@@ -1721,6 +1775,8 @@ class EVACapForConditionalGeneration(EVACapCaptioner, GenerationMixin):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size)
         if config.hearing_weight > 0:
             self.hearing_head = nn.Linear(2 * config.audio_config.hidden_size, config.text_config.hidden_size)
+        if config.caption_contrast_weight > 0:
+            self.contrast_head = EVACapContrastHead(config)
         # A checkpoint's generation_config.json takes precedence.
         self.generation_config.max_length = MAX_CAPTION_LENGTH
         self.post_init()
@@ -1837,7 +1893,9 @@ class EVACapForConditionalGeneration(EVACapCaptioner, GenerationMixin):
         loss, terms = None, {}
         if labels is not None:
             logits, matched_logits = logits.split([len(labels), len(logits) - len(labels)])
-            loss, terms = self._compute_loss(logits, matched_logits, labels, outputs, swapped, num_items_in_batch)
+            loss, terms = self._compute_loss(
+                logits, matched_logits, labels, outputs, swapped, shuffled, num_items_in_batch
+            )
         return EVACapSeq2SeqLMOutput(
             loss=loss,
             logits=logits,

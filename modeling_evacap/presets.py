@@ -48,6 +48,23 @@ PRESETS = {
         {"gate_type": "agreement", "matching_weight": 0.25, "hearing_weight": 1.0},
         PAPER_PROCESSING,
     ),
+    "evacap-caste": Preset(
+        "EVACap behind CAE-AV's CASTE: each stream is enriched where it agrees with the other, before the fusion",
+        {"gate_type": "entropy", "enrichment": "caste"},
+        PAPER_PROCESSING,
+    ),
+    "evacap-caste-losses": Preset(
+        "EVACap with agreement behind CASTE, and objectives after CAE-AV: contrast with captions, agreement, entropy (ours)",
+        {
+            "gate_type": "agreement",
+            "matching_weight": 1.0,
+            "hearing_weight": 0.5,
+            "enrichment": "caste",
+            "caption_contrast_weight": 0.1,
+            "entropy_weight": 0.1,
+        },
+        PAPER_PROCESSING,
+    ),
     "evacap-learned-gate": Preset(
         "a learned gate instead of the entropy's (the paper's w/o E)", {"gate_type": "learned"}, PAPER_PROCESSING
     ),

@@ -160,9 +160,13 @@ def describe_training(config: RunConfig, num_clips: int) -> dict[str, Any]:
 
 
 def _variant(config: EVACapConfig) -> str:
-    if config.fusion_type == "gated_cross_attention":
-        return f"{config.fusion_type} with gate {config.gate_type}"
-    return config.fusion_type + (f" with text fusion {config.text_fusion}" if config.text_fusion != "prefix" else "")
+    parts = {
+        "gate": config.gate_type if config.fusion_type == "gated_cross_attention" else None,
+        "text fusion": None if config.text_fusion == "prefix" else config.text_fusion,
+        "enrichment": config.enrichment,
+    }
+    named = " and ".join(f"{name} {value}" for name, value in parts.items() if value is not None)
+    return f"{config.fusion_type} with {named}" if named else config.fusion_type
 
 
 def _with_fields(values: Mapping[str, Any], changes: Mapping[str, Any], key: str) -> dict[str, Any]:

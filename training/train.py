@@ -270,6 +270,8 @@ class TrainingRun:
             "gate_stability": self.model_config.gate_stability_weight,
             "matching_loss": self.model_config.matching_weight,
             "heard_words": self.model_config.hearing_weight,
+            "caption_contrast": self.model_config.caption_contrast_weight,
+            "picture_entropy": self.model_config.entropy_weight,
             "transport_loss": self.model_config.has_transport_loss,
             "semantic_consistency": self.model_config.semantic_consistency_weight,
         }

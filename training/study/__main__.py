@@ -95,6 +95,8 @@ EXTRA = {
     "lavcap-mean": Variant(("model.preset=lavcap", "data.p_mix=0", "model.config.ot_context=mean")),
     "language-model": Variant(LLAMA),
     "vact": Variant(("model.preset=vact", "data.p_mix=0")),
+    "caste": Variant(("model.preset=evacap-caste",)),
+    "caste-losses": Variant(("model.preset=evacap-caste-losses",)),
 }
 """Variants that run only on request, which might make the entropy more informative (ours).
 

@@ -53,6 +53,8 @@ VARIANT_TITLES = {
     "lavcap-mean": "LAVCap's fusion with mean contexts",
     "language-model": "EVACap with a Llama as decoder",
     "vact": "sound and picture weighed for each word",
+    "caste": "EVACap with CASTE",
+    "caste-losses": "agreement gate with CASTE and the objectives",
 }
 """The variants, in the order of the rows."""
 TABLES = {
@@ -71,6 +73,7 @@ TABLES = {
     ),
     "Optimal transport, and a language model as decoder": ("evacap", "lavcap", "lavcap-mean", "language-model"),
     "A decoder that weighs sound and picture for each word": ("avcap", "evacap", "vact"),
+    "Enrichment by agreement (CAE-AV)": ("evacap", "caste", "agreement-sms-5", "caste-losses"),
     "Further variants": ("evacap", "gate-stability", "semantic-consistency", "closed-gate"),
 }
 SHUFFLED = (

@@ -84,6 +84,8 @@ CHANGES = {
         }
     },
     "vact": {"model.preset": "vact", "data.p_mix": 0},
+    "caste": {"model.preset": "evacap-caste"},
+    "caste-losses": {"model.preset": "evacap-caste-losses"},
 }
 """All that a variant's settings have other than EVACap's."""
 NETWORKS = {
@@ -93,6 +95,7 @@ NETWORKS = {
     "without-se": ("gated_cross_attention", "learned"),
     "without-g": ("gated_cross_attention", "none"),
     **{name: ("gated_cross_attention", "agreement") for name in CHANGES if name.startswith("agreement")},
+    "caste-losses": ("gated_cross_attention", "agreement"),
     "lavcap": ("optimal_transport", "entropy"),
     "lavcap-mean": ("optimal_transport", "entropy"),
     "vact": ("concat", "entropy"),

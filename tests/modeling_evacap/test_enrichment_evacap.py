@@ -1,0 +1,268 @@
+"""CASTE, which enriches the streams before their fusion, and the objectives beside it."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import BATCH_SIZE, FRAMES, tiny_config, tiny_inputs, tiny_labels
+
+from evacap.modeling_evacap.enrichment_evacap import EVACapCASTEBlock
+from evacap.modeling_evacap.loss_evacap import caption_contrast, picture_entropy
+from evacap.modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
+
+
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+EXACT = {"atol": 1e-12, "rtol": 1e-12}
+NAMES = {
+    "scale": "gamma",
+    "own_proj": "gate.v_proj",
+    "other_proj": "gate.a_proj",
+    "gate_fc": "gate.mlp.0",
+    "gate_out": "gate.mlp.2",
+    "score_proj": "spatial.attn.fc_i",
+    "k_proj": "spatial.attn.fc_k",
+    "v_proj": "spatial.attn.fc_v",
+    "out_proj": "spatial.attn.fc_o",
+    "spatial_norm": "spatial.norm",
+    "spatial_scale": "spatial.gamma",
+    "depthwise": "temporal.dw",
+    "pointwise": "temporal.pw",
+    "temporal_norm": "temporal.norm",
+    "temporal_scale": "temporal.gamma",
+}
+"""The published names of the parameters."""
+
+
+@pytest.mark.parametrize(("own", "other"), [("video", "audio"), ("audio", "video")])
+def test_the_block_gives_the_known_answers(shared, own, other):
+    known = load_file(shared("peers/cae_av/cae_caste.safetensors"))
+    answers = {key.removeprefix(f"{own}_branch."): known[key] for key in known if key.startswith(f"{own}_branch.")}
+    # There the 5 frames of a clip stand together, with their tokens behind them.
+    tokens = known[own].unflatten(0, (2, 5)).requires_grad_()
+    others = known[other].unflatten(0, (2, 5)).requires_grad_()
+    block = EVACapCASTEBlock(tokens.shape[-1], others.shape[-1], 16).double()
+    published = {}
+    for name, parameter in block.named_parameters():
+        module, _, kind = name.partition(".")
+        published[name] = ".".join([NAMES[module], kind]).rstrip(".")
+        parameter.data.copy_(answers[f"parameter.{published[name]}"].view(parameter.shape))
+    exists, segments = torch.ones(2, 5, dtype=torch.bool), torch.arange(5).expand(2, -1)
+    enriched = block(tokens.transpose(1, 2), exists, segments, others.mean(2)).transpose(1, 2)
+    residual = (enriched - tokens).flatten(0, 1)
+    torch.testing.assert_close(residual, answers["residual"], **EXACT)
+    loss = (residual * known[f"probe_{own}"]).sum()
+    loss.backward()
+    torch.testing.assert_close(loss[None], answers["loss"], **EXACT)
+    torch.testing.assert_close(tokens.grad.flatten(0, 1), answers["grad_own"], **EXACT)
+    torch.testing.assert_close(others.grad.flatten(0, 1), answers["grad_other"], **EXACT)
+    for name, parameter in block.named_parameters():
+        torch.testing.assert_close(parameter.grad, answers[f"grad.{published[name]}"].view(parameter.shape), **EXACT)
+
+
+def test_the_objectives_give_the_known_answers(shared):
+    known = load_file(shared("peers/cae_av/cae_losses_ours.safetensors"))
+    heads = {name: known[name].requires_grad_() for name in ("Pv", "Pa", "Pvcap", "Pacap", "tau")}
+    clips = {name: heads[name].unflatten(0, (4, 5)).mean(1) for name in heads if name != "tau"}
+    pairs = (("Pv", "Pvcap"), ("Pa", "Pacap"))
+    loss = sum(caption_contrast(clips[stream], clips[caption], heads["tau"]) for stream, caption in pairs) / 2
+    loss.backward()
+    torch.testing.assert_close(loss[None], known["caption_infonce"], **EXACT)
+    for name, head in heads.items():
+        torch.testing.assert_close(head.grad, known[f"caption_infonce.grad_{name}"], **EXACT)
+    weights = known["prob"].requires_grad_()
+    entropy = torch.special.entr(weights).sum(-1) / torch.tensor(6.0).double().log()
+    # The mean over frames is one over the tokens of clips.
+    loss = picture_entropy(entropy.unflatten(0, (4, 5)))
+    loss.backward()
+    torch.testing.assert_close(loss[None], known["selection_entropy"], **EXACT)
+    torch.testing.assert_close(weights.grad, known["selection_entropy.grad_prob"], **EXACT)
+
+
+def build(active: bool = True, **kwargs) -> EVACapForConditionalGeneration:
+    """A model with CASTE, in which it has an effect if it is `active`."""
+    torch.manual_seed(0)
+    model = EVACapForConditionalGeneration(tiny_config(enrichment="caste", enrichment_hidden_size=16, **kwargs)).eval()
+    enrichment = model.model.encoder.enrichment
+    with torch.no_grad():
+        for block in (enrichment.audio_block, enrichment.video_block):
+            block.scale.fill_(0.7 if active else 0.0)
+    return model
+
+
+def encode(model: EVACapForConditionalGeneration, **inputs) -> torch.Tensor:
+    return model.model.encoder(**inputs).last_hidden_state
+
+
+FUSIONS = [
+    {},
+    {"gate_type": "agreement"},
+    {"fusion_type": "concat", "audio_pooling": "frequency"},
+    {"fusion_type": "optimal_transport", "video_pooling": "frame"},
+]
+
+
+@pytest.mark.parametrize("fields", FUSIONS)
+def test_a_checkpoint_starts_as_it_was(tmp_path, fields):
+    torch.manual_seed(0)
+    before = EVACapForConditionalGeneration(tiny_config(**fields)).eval()
+    before.save_pretrained(tmp_path)
+    model, report = EVACapForConditionalGeneration.from_pretrained(
+        tmp_path, enrichment="caste", output_loading_info=True
+    )
+    assert report["missing_keys"] and all(".enrichment." in name for name in report["missing_keys"])
+    assert torch.equal(encode(model, **tiny_inputs()), encode(before, **tiny_inputs()))
+    # What is learned is saved, and has an effect.
+    for block in model.model.encoder.enrichment.children():
+        block.scale.data.fill_(0.5)
+    enriched = encode(model, **tiny_inputs())
+    model.save_pretrained(tmp_path / "again")
+    again = EVACapForConditionalGeneration.from_pretrained(tmp_path / "again")
+    assert torch.equal(encode(again, **tiny_inputs()), enriched)
+    assert not torch.allclose(enriched, encode(before, **tiny_inputs()), atol=1e-3)
+
+
+# The matching head takes padding for time.
+@pytest.mark.parametrize("fields", [fields for fields in FUSIONS if "gate_type" not in fields])
+def test_a_padded_clip_is_enriched_as_alone(fields):
+    model, inputs = build(**fields), tiny_inputs()
+    sounds = torch.ones(BATCH_SIZE, FRAMES, dtype=torch.bool)
+    # Of four steps and two pictures the first clip has three steps and one picture, the second one no picture.
+    sounds[0, 48:] = False
+    pictures = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]).bool()
+    batch = model.model.encoder(**inputs, input_features_mask=sounds, pixel_values_videos_mask=pictures)
+    alone = [
+        encode(
+            model,
+            input_features=inputs["input_features"][:1, :48],
+            pixel_values_videos=inputs["pixel_values_videos"][:1, :2],
+        ),
+        encode(model, input_features=inputs["input_features"][1:2]),
+        encode(model, **{name: stream[2:] for name, stream in inputs.items()}),
+    ]
+    mask = batch.attention_mask
+    for row, expected in enumerate(alone):
+        tokens = batch.last_hidden_state[row] if mask is None else batch.last_hidden_state[row][mask[row]]
+        torch.testing.assert_close(tokens, expected[0], **TOLERANCE)
+
+
+def test_streams_of_other_lengths_meet_in_time():
+    """A picture hears the steps that sound while it is shown, and several pictures share one step of a short sound."""
+    enrichment = build().model.encoder.enrichment
+    for steps, pictures, meets in (
+        (4, 2, [[0], [0], [1], [1]]),
+        (3, 2, [[0], [0], [1]]),
+        (2, 4, [[0, 1], [2, 3]]),
+    ):
+        # Rows by steps, and pictures by tokens.
+        sound, picture = torch.randn(1, 2 * steps, 32), torch.randn(1, pictures * 4, 32)
+        _, before = enrichment(sound, picture)
+        for step, expected in enumerate(meets):
+            changed = sound.clone()
+            changed[0, [step, step + steps]] += 0.5
+            moved = (enrichment(changed, picture)[1] - before).abs().amax((0, 2)).view(pictures, -1).amax(1)
+            assert (moved > 1e-6).nonzero().flatten().tolist() == expected
+        numbers = torch.arange(pictures)
+        before, _ = enrichment(sound, picture)
+        for number in numbers.tolist():
+            changed = picture.clone()
+            changed[0, 4 * number : 4 * number + 4] += 0.5
+            moved = (enrichment(sound, changed)[0] - before).abs().amax((0, 2)).view(2, steps).amax(0)
+            expected = [step for step in range(steps) if step * pictures // steps == number]
+            assert (moved > 1e-6).nonzero().flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model, inputs = build(), tiny_inputs()
+    expected = encode(model, **inputs)
+    with torch.autocast("cpu", dtype):
+        torch.testing.assert_close(encode(model, **inputs).float(), expected, atol=0.15, rtol=0.1)
+    model, inputs = model.to(dtype), {name: stream.to(dtype) for name, stream in inputs.items()}
+    tokens = encode(model, **inputs)
+    assert tokens.dtype == dtype
+    torch.testing.assert_close(tokens.float(), expected, atol=0.25, rtol=0.1)
+    assert model.generate(**inputs, num_beams=2, max_length=8).shape[0] == BATCH_SIZE
+
+
+OBJECTIVES = {"gate_type": "agreement", "matching_weight": 1.0, "caption_contrast_weight": 0.5, "entropy_weight": 0.25}
+
+
+def collated(swapped: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
+    rows = torch.arange(BATCH_SIZE)
+    shuffled = torch.isin(rows, torch.tensor(swapped, dtype=torch.long))
+    video_index = torch.where(shuffled, rows.roll(1), rows)
+    batch = tiny_inputs() | {"labels": tiny_labels(), "shuffled": shuffled, "video_index": video_index}
+    return batch | {"pixel_values_videos": batch["pixel_values_videos"][video_index]}
+
+
+def test_the_objectives_are_terms_of_the_loss_by_name():
+    model = build(**OBJECTIVES).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    losses = {}
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        torch.manual_seed(0)
+        outputs = model(**collated((1,)), use_cache=False)
+        outputs.loss.backward()
+        losses[checkpointing] = outputs.loss, {name: p.grad.clone() for name, p in model.named_parameters()}
+    parts = (
+        outputs.caption_loss + outputs.matching_loss + 0.5 * outputs.caption_contrast + 0.25 * outputs.picture_entropy
+    )
+    torch.testing.assert_close(outputs.loss, parts)
+    torch.testing.assert_close(losses[True], losses[False])
+    # A number that is added to all scores changes nothing.
+    still = {
+        name for name, gradient in losses[False][1].items() if "enrichment" in name and gradient.abs().sum() < 1e-7
+    }
+    assert all(name.endswith("score_proj.bias") for name in still)
+    outputs = model.eval()(**collated((1,)))
+    assert outputs.caption_contrast is None and outputs.picture_entropy is None
+
+
+def test_swapped_and_missing_pictures_in_the_objectives():
+    model = build(**OBJECTIVES | {"gate_type": "entropy", "matching_weight": 0.0}).train()
+    head, words = model.contrast_head, model.lm_head.weight.detach()
+    inputs = tiny_inputs()
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"][[0, 0, 2]]
+    encoded = model.model.encoder(**inputs)
+    summaries, labels = (encoded.audio_summary, encoded.video_summary), tiny_labels()
+    captions = head.caption_proj(torch.stack([words[row[row != -100]].mean(0) for row in labels]))
+    sound = caption_contrast(head.audio_proj(summaries[0]), captions, head.temperature)
+    kept = torch.tensor([0, 2])
+    picture = caption_contrast(head.video_proj(summaries[1][kept]), captions[kept], head.temperature)
+    swapped = torch.tensor([False, True, False])
+    torch.testing.assert_close(head(*summaries, labels, words, swapped), (sound + picture) / 2)
+    # The same clip without a picture.
+    mask = torch.ones(BATCH_SIZE, 4, dtype=torch.bool)
+    mask[1] = False
+    without = model.model.encoder(**tiny_inputs(), pixel_values_videos_mask=mask)
+    assert without.video_summary.isnan().all(1).tolist() == [False, True, False]
+    loss = head(without.audio_summary, without.video_summary, labels, words)
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    torch.testing.assert_close(loss, (sound + picture) / 2, atol=1e-4, rtol=1e-4)
+    entropy = encoded.attention_entropy.mean(1)
+    expected = entropy[kept].mean() + 1 - entropy[1]
+    torch.testing.assert_close(picture_entropy(encoded.attention_entropy, swapped), expected)
+    # A clip without a picture counts neither as one nor as the other.
+    nothing = without.attention_entropy
+    torch.testing.assert_close(picture_entropy(nothing), nothing.mean(1)[kept].mean())
+    torch.testing.assert_close(picture_entropy(nothing, swapped), nothing.mean(1)[kept].mean())
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"enrichment": "casting"}, "enrichment"),
+        ({"enrichment": "caste", "fusion_type": "audio_only"}, "enrichment"),
+        ({"enrichment_hidden_size": 1}, "enrichment_hidden_size"),
+        ({"entropy_weight": 1.0, "fusion_type": "concat"}, "entropy_weight"),
+        ({"caption_contrast_weight": -1.0}, "caption_contrast_weight"),
+    ],
+)
+def test_it_is_refused_where_it_has_no_place(fields, field):
+    with pytest.raises(ValueError, match=f"`{field}`"):
+        tiny_config(**fields)
