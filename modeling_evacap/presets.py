@@ -37,6 +37,8 @@ class Preset:
         return EVACapConfig(**{**self.fusion, **fields})
 
 
+AGREEMENT = {"gate_type": "agreement", "matching_weight": 0.25, "hearing_weight": 1.0}
+
 PRESETS = {
     "audio-only": Preset("the sound alone (the paper's lower bound)", {"fusion_type": "audio_only"}, PAPER_PROCESSING),
     "avcap": Preset(
@@ -45,7 +47,7 @@ PRESETS = {
     "evacap": Preset("EVACap: entropy-gated cross-attention", {"gate_type": "entropy"}, PAPER_PROCESSING),
     "evacap-agreement": Preset(
         "EVACap whose gate is shut where a matching head finds that the picture does not belong to the sound (ours)",
-        {"gate_type": "agreement", "matching_weight": 0.25, "hearing_weight": 1.0},
+        AGREEMENT,
         PAPER_PROCESSING,
     ),
     "evacap-caste": Preset(
@@ -56,9 +58,7 @@ PRESETS = {
     "evacap-caste-losses": Preset(
         "EVACap with agreement behind CASTE, and objectives after CAE-AV: contrast with captions, agreement, entropy (ours)",
         {
-            "gate_type": "agreement",
-            "matching_weight": 1.0,
-            "hearing_weight": 0.5,
+            **AGREEMENT,
             "enrichment": "caste",
             "caption_contrast_weight": 0.1,
             "entropy_weight": 0.1,

@@ -37,6 +37,7 @@ from ..procedural.dataset import ProceduralClips
 from ..run_config import RunConfig, flatten, load_run_config
 from ..run_log import SETTLED, check_run
 from ..train import train
+from .lies import HalfDubbedClips
 from .mismatch_detectors import detect_mismatch
 from .oracles import judge_oracles
 from .pretraining import pretrain, retrieval
@@ -238,20 +239,23 @@ def run_variant(study: Study, name: str, seed: int) -> int:
     if EVACapConfig.from_pretrained(model).has_matching_head:
         with stopwatch(folder, "calibration"):
             calibrate(model, partial(make_clips, split="validation"), num_workers=workers)
+    judge = partial(
+        evaluate,
+        {name: model},
+        num_beams=study.num_beams,
+        num_workers=workers,
+        metrics=study.metrics,
+        seed=TEST_SEED,
+    )
     with stopwatch(folder, "evaluation"):
-        evaluation = evaluate(
-            {name: model},
-            make_clips,
-            folder / "evaluation",
-            f"{study.test_clips} procedural test clips",
-            shares=SHARES,
-            frames=(0,),
-            num_beams=study.num_beams,
-            num_workers=workers,
-            metrics=study.metrics,
-            seed=TEST_SEED,
-        )
+        clips = f"{study.test_clips} procedural test clips"
+        evaluation = judge(make_clips, folder / "evaluation", clips, shares=SHARES, frames=(0,))
         mismatch = detect_mismatch(model, make_clips, TEST_SEED, num_workers=workers)
+        half_dubbed = None
+        if evaluation["checkpoints"][name]["looks"]:
+            make_dubbed = partial(make_test_clips, study.test_clips, kind=HalfDubbedClips)
+            dubbed = judge(make_dubbed, folder / "half-dubbed", f"{clips}, dubbed in half", shares=())
+            half_dubbed = dubbed["checkpoints"][name]["conditions"][0]["metrics"]
     entry = evaluation["checkpoints"][name]
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     last = log[-max(1, len(log) // 20) :]
@@ -266,14 +270,17 @@ def run_variant(study: Study, name: str, seed: int) -> int:
         # The reasons contain folders of the machine.
         "skipped": list(evaluation["skipped"]),
         "conditions": [{k: v for k, v in condition.items() if k != "clips"} for condition in entry["conditions"]],
+        "half-dubbed": half_dubbed,
         "mismatch": mismatch,
     }
     write_result(study.result_path(name, seed), result)
     return 0
 
 
-def make_test_clips(num_clips: int, processor: EVACapProcessor, split: str = "test") -> ProceduralClips:
-    return ProceduralClips(processor, num_clips, split, TEST_SEED)
+def make_test_clips(
+    num_clips: int, processor: EVACapProcessor, split: str = "test", kind: type[ProceduralClips] = ProceduralClips
+) -> ProceduralClips:
+    return kind(processor, num_clips, split, TEST_SEED)
 
 
 def run_pretraining(study: Study) -> int:

@@ -83,8 +83,7 @@ def judge_lies(
 
     own, own_steps = look(sounds, frames)
     truth = [oracle(heard(scene), moving(scene), resting(scene)) for scene in scenes]
-    half = frames.copy()
-    half[:, half.shape[1] // 2 :] = frames[others][:, half.shape[1] // 2 :]
+    half = np.stack([_half_dubbed(*pair) for pair in zip(frames, frames[others])])
     _, steps = look(sounds, half)
     times = (np.arange(steps.shape[1]) + 0.5) / steps.shape[1] * scenes[0].duration
     early = times < scenes[0].duration / 2
@@ -137,6 +136,18 @@ def judge_lies(
     black, _ = look(sounds[:batch_size], np.zeros_like(frames[:batch_size]))
     figures["black"] = {"clips": len(black), "nothing to see": float(np.isnan(black).mean())}
     return figures
+
+
+class HalfDubbedClips(ProceduralClips):
+    """Procedural clips with the picture of the next clip in the second half, as after a cut to another scene."""
+
+    def frames(self, index: int) -> np.ndarray:
+        """See [`ProceduralClips.frames`]."""
+        return _half_dubbed(super().frames(index), super().frames((index + 1) % len(self)))
+
+
+def _half_dubbed(own: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.concatenate([own[: len(own) // 2], other[len(own) // 2 :]])
 
 
 def heard(scene: Scene, shift: float = 0.0) -> list[Span]:

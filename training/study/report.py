@@ -178,6 +178,7 @@ def as_markdown(results: Sequence[Result], plots: Sequence[str] = ()) -> str:
             parts += ["", f"## {heading}", "", *markdown_table(head, rows)]
     parts += ["", *(f"* {column}: {COLUMNS[column]}" for column in COLUMNS)]
     parts += _shuffled(runs, metrics)
+    parts += _half_dubbed(runs, metrics)
     parts += _differences(runs)
     parts += _oracles(results)
     parts += _detectors(runs)
@@ -232,6 +233,29 @@ def _shuffled(runs: Mapping[str, list[Result]], metrics: Sequence[str]) -> list[
         ],
     )
     return parts
+
+
+def _half_dubbed(runs: Mapping[str, list[Result]], metrics: Sequence[str]) -> list[str]:
+    """Captions of clips whose picture is another's in the second half."""
+    groups = {name: [r["half-dubbed"] for r in group if r.get("half-dubbed")] for name, group in runs.items()}
+    columns = {**{name: METRIC_TITLES[name] for name in metrics}, **{column: column for column in COLUMNS}}
+    rows = [
+        [
+            VARIANT_TITLES[name],
+            *(
+                _cell([found[key]["value"] for found in group if key in found], percent=key in COLUMNS)
+                for key in columns
+            ),
+        ]
+        for name, group in groups.items()
+        if group
+    ]
+    if not rows:
+        return []
+    text = (
+        "The picture of another clip from the middle on, as after a cut. The references are those of the sound's clip."
+    )
+    return ["", "## Half-dubbed clips", "", text, "", *markdown_table(["model", *columns.values()], rows)]
 
 
 def _spice_left(runs: Mapping[str, list[Result]]) -> list[str]:

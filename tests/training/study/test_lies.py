@@ -1,10 +1,13 @@
 """The oracle beside the harder lies."""
 
 import numpy as np
+from transformers import AutoProcessor
 
+import evacap
 from evacap.training.metrics.bootstrap import roc_auc
+from evacap.training.procedural.dataset import ProceduralClips
 from evacap.training.procedural.scenes import make_scene
-from evacap.training.study.lies import _partners, heard, moving, oracle, resting
+from evacap.training.study.lies import HalfDubbedClips, _partners, heard, moving, oracle, resting
 
 
 SCENES = [make_scene(0, "test", index) for index in range(200)]
@@ -30,3 +33,18 @@ def test_partners_share_some_sources_but_not_all():
     assert len(partners) > 50
     for one, other in partners.items():
         assert kinds[one] & kinds[other] and kinds[one] - kinds[other] and kinds[other] - kinds[one]
+
+
+def test_half_dubbed_clips_have_the_sound_of_one_and_then_the_picture_of_another():
+    processor = AutoProcessor.from_pretrained(evacap.TINY)
+    clips, dubbed = (kind(processor, 2, "test", 0) for kind in (ProceduralClips, HalfDubbedClips))
+    own, other = clips[0]["pixel_values_videos"], clips[1]["pixel_values_videos"]
+    half = len(own) // 2
+    shown = dubbed[0]["pixel_values_videos"]
+    assert (shown[:half] == own[:half]).all() and (shown[half:] == other[half:]).all()
+    assert (own[half:] != other[half:]).any()
+    assert (dubbed[0]["input_features"] == clips[0]["input_features"]).all() and dubbed[0]["labels"] == clips[0][
+        "labels"
+    ]
+    # The last clip shows the first.
+    assert (dubbed[1]["pixel_values_videos"][half:] == own[half:]).all()

@@ -211,6 +211,7 @@ def test_a_run_leaves_its_result_and_is_not_run_again(small, capsys):
     ]
     assert all("clips" not in condition for condition in result["conditions"])
     assert {"bleu_4", "distinct", "sound-alikes"} <= result["conditions"][0]["metrics"].keys()
+    assert result["half-dubbed"].keys() == result["conditions"][0]["metrics"].keys()
     assert result["start"] == json.loads((small.results / "runs" / "pretraining.json").read_text())["start"]
 
     # Two ways to the same areas: over the captions of the evaluation, and here.
