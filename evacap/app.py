@@ -17,7 +17,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from .commands.check import verdict
-from .processing.captioning_evacap import has_agreement, has_gate
+from .processing.captioning_evacap import has_agreement, has_confidence, has_gate, has_transport
 from .processing.media_evacap import load_media
 from .processing.pipeline_evacap import AudioVisualCaptioningPipeline, collate_windows, read_windows
 from .processing.processing_evacap import EVACapProcessor
@@ -47,6 +47,7 @@ STYLE = """
 .evacap-card h4 { margin: 0; font-weight: 600; }
 .evacap-meter { display: flex; flex-wrap: wrap; gap: 0 0.8em; }
 .evacap-meter meter { flex: 1 1 8em; min-width: 0; }
+.evacap-word { border-radius: 0.2em; padding: 0 0.15em; }
 """
 
 
@@ -130,7 +131,11 @@ class PageCaptioner:
         """
         config, deadline = self.captioner.model.config, Deadline(self.limits.seconds)
         _, forward, postprocess = self.captioner._sanitize_parameters(
-            return_gate=has_gate(config), return_agreement=has_agreement(config), **options
+            return_gate=has_gate(config),
+            return_agreement=has_agreement(config),
+            return_confidence=has_confidence(config),
+            return_transport=has_transport(config),
+            **options,
         )
         done = []
         for window in windows:
@@ -178,9 +183,10 @@ def _write_swapped(picture: str, sound: str, output: str, seconds: float) -> Non
 
 
 def show_caption(result: Mapping[str, Any], threshold: float) -> str:
-    """The caption as HTML, with its chunks as bars on a time line, and with gate and agreement."""
+    """The caption as HTML, with its chunks as bars on a time line, and with gate, agreement and confidence."""
     lines = [
         f'<p class="evacap-caption">{html.escape(result["text"]) or "(nothing)"}</p>',
+        _words(result),
         _measures(result, threshold),
     ]
     chunks = result.get("chunks", [])
@@ -202,10 +208,26 @@ def show_swap(results: Iterable[Mapping[str, Any]], threshold: float) -> str:
     """The four captions of two clips as HTML, a card each."""
     cards = "".join(
         f'<div class="evacap-card"><h4>picture {result["picture"]}, sound {result["sound"]}</h4>'
-        f'<p class="evacap-caption">{html.escape(result["text"])}</p>{_measures(result, threshold)}</div>'
+        f'<p class="evacap-caption">{html.escape(result["text"])}</p>{_words(result)}{_measures(result, threshold)}</div>'
         for result in results
     )
     return f'<div class="evacap-cards">{cards}</div>'
+
+
+def _words(result: Mapping[str, Any]) -> str:
+    """The words of a caption as HTML, the more shaded the more they come from the picture."""
+    shown = []
+    for word in result.get("words", []):
+        total = word["audio"] + word["video"]
+        share = word["video"] / total if total else 0.0
+        title = f"sound {word['audio']:.2f}, picture {word['video']:.2f}"
+        shown.append(
+            f'<span class="evacap-word" style="background:rgba(213,94,0,{share:.2f})" title="{title}">'
+            f"{html.escape(word['word'])}</span>"
+        )
+    if not shown:
+        return ""
+    return f"<div>{' '.join(shown)}</div><div>The darker a word, the more it comes from the picture.</div>"
 
 
 def _measures(result: Mapping[str, Any], threshold: float) -> str:

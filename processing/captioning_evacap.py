@@ -11,14 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""From a batch of inputs to captions, and to the gate over time."""
+"""From a batch of inputs to captions, and to what the model tells besides: gate, agreement, confidence, transport."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from .processing_evacap import EVACapProcessor
@@ -39,6 +40,10 @@ class CaptionedBatch:
         agreement (`torch.Tensor` of shape `(batch_size,)`, *optional*), agreement_by_step (`torch.Tensor` of shape
             `(batch_size, steps)`, *optional*): The probability that the picture belongs to the sound, of each clip and
             of each audio time step; NaN where there is nothing to see. The same holds.
+        words (`list[list[list[dict]]]`, *optional*): Of each caption of each clip the words, `{"word": str, "audio":
+            float, "video": float}` with the confidence in sound and picture, means over the tokens of a word.
+        transport (`torch.Tensor` of shape `(batch_size, steps, pictures)`, *optional*): The mass that the transport plan
+            moves between each audio time step and each picture; float64, on the CPU.
     """
 
     texts: list[list[str]]
@@ -46,6 +51,8 @@ class CaptionedBatch:
     entropy: torch.Tensor | None = None
     agreement: torch.Tensor | None = None
     agreement_by_step: torch.Tensor | None = None
+    words: list[list[list[dict[str, Any]]]] | None = None
+    transport: torch.Tensor | None = None
 
 
 def has_gate(config: PreTrainedConfig) -> bool:
@@ -79,6 +86,62 @@ def require_agreement(config: PreTrainedConfig) -> None:
         raise ValueError(f"The agreement of sound and picture needs a model with gate_type='agreement', not {found}.")
 
 
+def has_confidence(config: PreTrainedConfig) -> bool:
+    """Whether a model of this configuration weighs sound and picture for each word."""
+    return config.text_fusion == "adaptive"
+
+
+def require_confidence(config: PreTrainedConfig) -> None:
+    """Refuses a model that does not weigh sound and picture for each word.
+
+    Raises:
+        ValueError: If a model of this configuration does not.
+    """
+    if not has_confidence(config):
+        raise ValueError(
+            f"The confidence of words needs a model with text_fusion='adaptive', not {config.text_fusion!r}."
+        )
+
+
+def has_transport(config: PreTrainedConfig) -> bool:
+    """Whether a model of this configuration aligns sound and picture by optimal transport."""
+    return config.fusion_type == "optimal_transport"
+
+
+def require_transport(config: PreTrainedConfig) -> None:
+    """Refuses a model that does not align sound and picture by optimal transport.
+
+    Raises:
+        ValueError: If a model of this configuration does not.
+    """
+    if not has_transport(config):
+        raise ValueError(
+            f"The transport plan needs a model with fusion_type='optimal_transport', not {config.fusion_type!r}."
+        )
+
+
+def _words(tokenizer: PreTrainedTokenizerBase, ids: list[int], confidence: list[list[float]]) -> list[dict[str, Any]]:
+    """The words of a caption with their confidence, of which each token has a pair; a token `##…` goes on with a word."""
+    words: list[tuple[str, list[list[float]]]] = []
+    for token, token_id, pair in zip(tokenizer.convert_ids_to_tokens(ids), ids, confidence):
+        if token_id in tokenizer.all_special_ids:
+            continue
+        if token.startswith("##") and words:
+            words[-1] = (words[-1][0] + token[2:], [*words[-1][1], pair])
+        else:
+            words.append((token, [pair]))
+    return [
+        {"word": word, "audio": fmean(audio for audio, _ in pairs), "video": fmean(video for _, video in pairs)}
+        for word, pairs in words
+    ]
+
+
+def time_map(config: PreTrainedConfig, transport_map: torch.Tensor) -> torch.Tensor:
+    """The transport plan of tokens (batch_size, T_a, T_v) as one of time steps and pictures (batch_size, steps, pictures)."""
+    by_step = transport_map.unflatten(1, (config.audio_rows, -1)).sum(1)
+    return by_step.unflatten(2, (-1, config.tokens_per_picture)).sum(3)
+
+
 @torch.no_grad()
 def caption_batch(
     model: PreTrainedModel,
@@ -86,6 +149,8 @@ def caption_batch(
     inputs: Mapping[str, torch.Tensor],
     return_gate: bool = False,
     return_agreement: bool = False,
+    return_confidence: bool = False,
+    return_transport: bool = False,
     **generate_kwargs: Any,
 ) -> CaptionedBatch:
     """Captions a batch: encodes it, generates, decodes the tokens, and averages the gate of each time step.
@@ -96,17 +161,24 @@ def caption_batch(
         inputs (`Mapping[str, torch.Tensor]`): A batch on the model's device, of which `STREAMS` are read.
         return_gate (`bool`, *optional*, defaults to `False`): Whether gate and entropy are wanted.
         return_agreement (`bool`, *optional*, defaults to `False`): Whether the agreement of sound and picture is wanted.
+        return_confidence (`bool`, *optional*, defaults to `False`): Whether the words with their confidence in sound and
+            picture are wanted. They take one more pass of the decoder, over the finished captions.
+        return_transport (`bool`, *optional*, defaults to `False`): Whether the transport plan is wanted.
         generate_kwargs: Arguments of `generate`.
 
     Raises:
-        ValueError: If the gate or the agreement of a model without one is asked for. The model does not run then.
+        ValueError: If something is asked for that the model does not have. It does not run then.
     """
     inputs = {name: inputs[name] for name in STREAMS if name in inputs}
     if return_gate:
         require_gate(model.config)
     if return_agreement:
         require_agreement(model.config)
-    if return_gate or return_agreement:
+    if return_confidence:
+        require_confidence(model.config)
+    if return_transport:
+        require_transport(model.config)
+    if return_gate or return_agreement or return_confidence or return_transport:
         encoder_outputs = model.get_encoder()(**inputs, return_dict=True)
         # The inputs as well, for an assistant that has an encoder of its own.
         tokens = model.generate(**inputs, encoder_outputs=encoder_outputs, **generate_kwargs)
@@ -117,8 +189,11 @@ def caption_batch(
     texts = [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
     batch_size = len(next(iter(inputs.values())))
     sequences = len(texts) // batch_size
-    texts = [texts[first : first + sequences] for first in range(0, len(texts), sequences)]
-    curves = {}
+
+    def by_clip(captions: list) -> list[list]:
+        return [captions[first : first + sequences] for first in range(0, len(captions), sequences)]
+
+    curves: dict[str, Any] = {}
     if return_gate:
         steps = inputs["input_features"].shape[1] // model.config.audio_config.patch_size
         curves["gate"], curves["entropy"] = (
@@ -129,7 +204,31 @@ def caption_batch(
     if return_agreement:
         curves["agreement"] = encoder_outputs.agreement.cpu().double()
         curves["agreement_by_step"] = encoder_outputs.agreement_by_step.cpu().double()
-    return CaptionedBatch(texts, **curves)
+    if return_confidence:
+        # The state of each token predicts the next one.
+        scored = model(encoder_outputs=encoder_outputs, decoder_input_ids=tokens[:, :-1], use_cache=False)
+        pairs = zip(tokens[:, 1:].tolist(), scored.confidence.tolist(), strict=True)
+        curves["words"] = by_clip([_words(processor.tokenizer, ids, confidence) for ids, confidence in pairs])
+    if return_transport:
+        found = encoder_outputs.transport_map
+        if found is None:
+            steps = encoder_outputs.last_hidden_state.shape[1] // model.config.audio_rows
+            curves["transport"] = torch.zeros(batch_size, steps, 0, dtype=torch.float64)
+        else:
+            curves["transport"] = time_map(model.config, found).cpu().double()
+    return CaptionedBatch(by_clip(texts), **curves)
 
 
-__all__ = ["CaptionedBatch", "caption_batch", "has_agreement", "has_gate", "require_agreement", "require_gate"]
+__all__ = [
+    "CaptionedBatch",
+    "caption_batch",
+    "has_agreement",
+    "has_confidence",
+    "has_gate",
+    "has_transport",
+    "require_agreement",
+    "require_confidence",
+    "require_gate",
+    "require_transport",
+    "time_map",
+]

@@ -32,7 +32,7 @@ from transformers.pipelines.base import ChunkPipeline
 from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import logging
 
-from .captioning_evacap import caption_batch, require_agreement, require_gate
+from .captioning_evacap import caption_batch, require_agreement, require_confidence, require_gate, require_transport
 from .known_answer_evacap import write_known_answer
 from .media_evacap import (
     Media,
@@ -480,6 +480,14 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
                 Whether to return how probable it is that the picture belongs to the sound, of a model with
                 `gate_type="agreement"`: `"agreement"`, `[{"timestamp": (start, end), "probability": float}, …]` of the
                 windows, and `"agreement_by_step"` and `"times"` of the audio time steps. `None` where nothing is seen.
+            return_confidence (`bool`, *optional*, defaults to `False`):
+                Whether to return `"words"` of a model with `text_fusion="adaptive"`: `[{"timestamp": (start, end), "word":
+                str, "audio": float, "video": float}, …]`, how far the sound and how far the picture was trusted for each
+                word, and the window of the word. Without a picture `"video"` is exactly 0.
+            return_transport (`bool`, *optional*, defaults to `False`):
+                Whether to return `"transport"` of a model with `fusion_type="optimal_transport"`: `[{"timestamp": (start,
+                end), "map": list}, …]` of the windows, where the map has a row for each audio time step and a column for
+                each picture, and sums to 1 over a whole window; without a picture the rows are empty.
             on_error (`str`, *optional*, defaults to `"raise"`):
                 `"skip"` gives `{"error": message}` for an input that cannot be read, and goes on with the others.
             kwargs: Arguments of `generate` (`max_new_tokens`, `num_beams`, `num_return_sequences`, …), flat or as
@@ -487,7 +495,7 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
 
         Returns:
             For each input `{"text": str}`, where the captions of several windows are joined by ". ", with
-            `"chunks": [{"timestamp": (start, end), "text": str}, …]` gate and agreement where they apply; with
+            `"chunks": [{"timestamp": (start, end), "text": str}, …]`, and with what else was asked for; with
             `num_return_sequences` above 1 a list of such dicts. `"silent": True` stands in a result, or in a chunk, in
             whose sound there is nothing to hear, and one warning an input: what is said of silence is invented.
 
@@ -521,6 +529,8 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
         merge_chunks: bool | None = None,
         return_gate: bool | None = None,
         return_agreement: bool | None = None,
+        return_confidence: bool | None = None,
+        return_transport: bool | None = None,
         on_error: str | None = None,
         generate_kwargs: dict[str, Any] | None = None,
         **kwargs,
@@ -555,6 +565,10 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
             require_gate(self.model.config)
         if return_agreement:
             require_agreement(self.model.config)
+        if return_confidence:
+            require_confidence(self.model.config)
+        if return_transport:
+            require_transport(self.model.config)
         groups = (
             {
                 "chunk_length_s": chunk_length_s,
@@ -563,7 +577,12 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
                 "end": end,
                 "audio_track": audio_track,
             },
-            {"return_gate": return_gate, "return_agreement": return_agreement},
+            {
+                "return_gate": return_gate,
+                "return_agreement": return_agreement,
+                "return_confidence": return_confidence,
+                "return_transport": return_transport,
+            },
             {"return_timestamps": return_timestamps, "merge_chunks": merge_chunks, "on_error": on_error},
         )
         preprocess, forward, postprocess = (
@@ -656,7 +675,7 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
     ) -> dict | list[dict]:
         """The result of one input from its windows."""
         results = []
-        for texts in zip(*(window["texts"] for window in windows)):
+        for number, texts in enumerate(zip(*(window["texts"] for window in windows))):
             chunks = [
                 {
                     "timestamp": window["timestamp"],
@@ -672,15 +691,23 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
                 result["chunks"] = chunks
             if all(window["is_silent"] for window in windows):
                 result["silent"] = True
+            if "words" in windows[0]:
+                result["words"] = [
+                    {"timestamp": window["timestamp"], **word}
+                    for window in windows
+                    for word in window["words"][number]
+                ]
             results.append(result | self.over_time(windows))
         return results if len(results) > 1 else results[0]
 
     def over_time(self, windows: list[dict[str, Any]]) -> dict[str, list]:
-        """Gate, entropy and agreement of the windows of one input, as far as they have them, as a call returns them."""
+        """Gate, entropy, agreement and transport of the windows of one input, as a call returns them."""
         names = [name for name in ("gate", "entropy", "agreement_by_step") if name in windows[0]]
         extractor = self.processor.feature_extractor
         step = self.model.config.audio_config.patch_size * extractor.hop_length / extractor.sampling_rate
         curves = {"times": [], **{name: [] for name in names}} if names else {}
+        if "transport" in windows[0]:
+            curves["transport"] = []
         for window in windows:
             (start, end), (first, last) = window["span"], window["timestamp"]
             # The steps with their middle in the strides belong to other windows, those of the padding hold no sound.
@@ -688,6 +715,9 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
             stop = math.ceil((end - start) / step - 1e-6 if last == end else (last - start) / step - 0.5 - 1e-6)
             for name in names:
                 curves[name] += [_number(value) for value in window[name][begin:stop].tolist()]
+            if "transport" in window:
+                part = {"timestamp": window["timestamp"], "map": window["transport"][begin:stop].tolist()}
+                curves["transport"].append(part)
             if names:
                 stop = min(stop, len(window[names[0]]))
                 curves["times"] += [start + (i + 0.5) * step for i in range(begin, stop)]

@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="JSON with gate and agreement over time, as far as the model has them; without --output and --format, print "
+        help="JSON with gate and agreement over time, and the confidence of words, as far as the model has them; without --output and --format, print "
         "a JSON object a line",
     )
     parser.add_argument(
@@ -419,6 +419,7 @@ def caption_options(
         "audio_track": arguments.audio_track,
         "return_gate": with_gate and captioner.model.config.fusion_type == "gated_cross_attention",
         "return_agreement": arguments.json and has_agreement(captioner),
+        "return_confidence": arguments.json and captioner.model.config.text_fusion == "adaptive",
     }
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 from gradio_client import Client, handle_file
+from small_models import save_untrained_model
 from transformers import pipeline
 
 import evacap
-from evacap.app import Limits, PageCaptioner
+from evacap.app import Limits, PageCaptioner, show_caption
 from evacap.cli import main
+from evacap.training.evaluation.plots import plot_over_time
 from evacap.training.procedural.scenes import make_scene, write_clip
 
 
@@ -142,6 +144,35 @@ def test_reading_and_captioning_end_in_time(captioner, clips):
     page.pool.close()
     with pytest.raises(TimeoutError, match="more than 0.02 s"):
         page.caption(windows)
+
+
+def test_words_are_shaded_by_what_they_owe_to_the_picture():
+    words = [
+        {"timestamp": (0, 5), "word": "<b>rain</b>", "audio": 0.9, "video": 0.1},
+        {"timestamp": (0, 5), "word": "falls", "audio": 0.0, "video": 0.0},
+    ]
+    shown = show_caption({"text": "rain falls", "words": words}, 0.5)
+    assert "&lt;b&gt;rain" in shown and "<b>" not in shown
+    assert re.findall(r"rgba\(213,94,0,(.*?)\)\" title=\"(.*?)\"", shown) == [
+        ("0.10", "sound 0.90, picture 0.10"),
+        ("0.00", "sound 0.00, picture 0.00"),
+    ]
+    assert "evacap-word" not in show_caption({"text": "rain falls"}, 0.5)
+
+
+@pytest.mark.parametrize(("preset", "name"), [("vact", "words"), ("lavcap", "transport")])
+def test_the_page_shows_all_that_a_model_has(preset, name, clips, tmp_path):
+    save_untrained_model(preset, tmp_path)
+    captioner = pipeline(evacap.TASK, model=str(tmp_path))
+    page = PageCaptioner(captioner, Limits())
+    windows = page.windows({"media": str(clips / "two.mp4")})
+    result = page.caption([dict(window) for window in windows], max_new_tokens=5)
+    page.pool.close()
+    assert result[name]
+    figure = plot_over_time(windows, result, captioner.processor, "two.mp4")
+    plans = [axes for axes in figure.axes if axes.get_ylabel() == "picture"]
+    assert [len(axes.images) for axes in plans] == ([2] if preset == "lavcap" else [])
+    assert ("evacap-word" in show_caption(result, 0.5)) == (preset == "vact")
 
 
 def test_curl_of_the_guide(demo, clips, captioner):

@@ -30,7 +30,10 @@ WINDOW = 2.56
 WORDS_ONLY = {"suppress_tokens": [0, 1, 2, 3, 4, 5], "max_new_tokens": 6, "no_repeat_ngram_size": 1}
 
 
-def make_model(fusion_type: str = "gated_cross_attention") -> EVACapForConditionalGeneration:
+ADAPTIVE = {"fusion_type": "concat", "num_joint_layers": 0, "text_fusion": "adaptive"}
+
+
+def make_model(fusion_type: str = "gated_cross_attention", **fields) -> EVACapForConditionalGeneration:
     torch.manual_seed(0)
     tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     text = {"vocab_size": len(WORDS), "max_position_embeddings": 64, "bos_token_id": 2, "eos_token_id": 3}
@@ -40,6 +43,7 @@ def make_model(fusion_type: str = "gated_cross_attention") -> EVACapForCondition
         text_config={**tower, **text},
         fusion_type=fusion_type,
         decoder_start_token_id=2,
+        **fields,
     )
     model = EVACapForConditionalGeneration(config).eval()
     for parameter in model.parameters():
@@ -406,6 +410,64 @@ def test_gate(captioner, files):
     with pytest.raises(ValueError, match="fusion_type='audio_only' has no gate"):
         # Before anything is read.
         make_pipeline("audio")("missing.mp4", return_gate=True)
+
+
+def test_the_confidence_of_words(files):
+    # Pieces of words are not suppressed here.
+    options = {**WORDS_ONLY, "suppress_tokens": [0, 1, 2, 3, 4], "begin_suppress_tokens": [5]}
+    captioner = AudioVisualCaptioningPipeline(make_model(**ADAPTIVE), make_processor(), device="cpu", **options)
+    model, processor = captioner.model, captioner.processor
+    with torch.no_grad():
+        for layer in model.model.decoder.layers:
+            layer.encoder_attn.confidence_weight.normal_(std=0.5)
+        model.lm_head.bias[5] = 3.0
+    result = captioner(files["clip"], return_confidence=True)
+    inputs = processor(media=files["clip"], return_tensors="pt")
+    tokens = model.generate(**inputs, **options)
+    expected = model(**inputs, decoder_input_ids=tokens).confidence[0]
+    pieces = processor.tokenizer.convert_ids_to_tokens(tokens[0, 1:])
+    assert any(piece.startswith("##") for piece in pieces)
+    words: list[list[int]] = []
+    for place, piece in enumerate(pieces):
+        words = [*words[:-1], [*words[-1], place]] if piece.startswith("##") else [*words, [place]]
+    assert [word["word"] for word in result["words"]] == result["text"].split()
+    for word, places in zip(result["words"], words, strict=True):
+        assert word["timestamp"] == (0.0, pytest.approx(2, abs=0.1))
+        assert [word["audio"], word["video"]] == pytest.approx(expected[places].mean(0).tolist(), abs=1e-5)
+    assert all(word["video"] == 0 for word in captioner(files["sound"], return_confidence=True)["words"])
+    long, several = captioner(
+        [files["long"], files["clip"]], return_confidence=True, batch_size=4, num_beams=2, num_return_sequences=2
+    )
+    for found in long:
+        for chunk in found["chunks"]:
+            said = [word["word"] for word in found["words"] if word["timestamp"] == chunk["timestamp"]]
+            assert " ".join(said) == chunk["text"]
+    assert [[word["word"] for word in found["words"]] for found in several] == [
+        found["text"].split() for found in several
+    ]
+
+
+def test_the_transport_plan(files):
+    for pooling in ({}, {"audio_pooling": "frequency", "video_pooling": "frame"}):
+        model = make_model("optimal_transport", **pooling)
+        captioner = AudioVisualCaptioningPipeline(model, make_processor(), device="cpu", **WORDS_ONLY)
+        windows = captioner(files["long"], return_transport=True)["transport"]
+        assert [np.shape(window["map"]) for window in windows] == [(8, 2), (8, 2), (3, 2)]
+        assert np.sum(windows[0]["map"]) == pytest.approx(1, abs=1e-4)
+        assert np.shape(captioner(files["sound"], return_transport=True)["transport"][0]["map"]) == (7, 0)
+    first = captioner.processor(media=files["clip"], return_tensors="pt")
+    expected = captioner.model.get_encoder()(**first).transport_map[0, :7]
+    found = captioner(files["clip"], return_transport=True)["transport"][0]["map"]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("return_confidence", "text_fusion='adaptive'"), ("return_transport", "fusion_type='optimal_transport'")],
+)
+def test_what_a_model_does_not_have_is_refused_before_anything_is_read(captioner, option, message):
+    with pytest.raises(ValueError, match=message):
+        captioner("missing.mp4", **{option: True})
 
 
 def test_encodes_each_window_once(captioner, files):

@@ -2,13 +2,18 @@
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from transformers import AutoModel
 
-from ...processing.model_processor import load_processor
+from ...modeling_evacap.configuration_evacap import EVACapConfig
+from ...processing.captioning_evacap import has_transport, time_map
+from ...processing.model_processor import load_processor, loading
 from ...processing.processing_evacap import EVACapProcessor
 from ...processing.video_processing_evacap import EVACapVideoProcessor
 from ..files import whole_file
@@ -87,7 +92,7 @@ def plot_over_time(
         windows (`Iterable[Mapping]`): The windows of the clip in their order, see [`read_windows`].
         result (`Mapping`): The result of the pipeline, or what [`AudioVisualCaptioningPipeline.over_time`] returns.
             Of `agreement_by_step`, `gate` and `entropy` those that it has are drawn, entropy where there is no
-            agreement.
+            agreement; and the map of `transport`.
         processor ([`EVACapProcessor`]): The processor that made the windows.
         title (`str`): What stands above.
         threshold (`float`, *optional*): The agreement below which a picture does not belong, drawn as a line.
@@ -107,7 +112,8 @@ def plot_over_time(
     names = [name for name in ("agreement_by_step", "gate", "entropy") if name in result]
     if "agreement_by_step" in names:
         names = names[:2]
-    heights = [1.2] * bool(pictures) + [1.0] * bool(banks) + [1.3] * bool(names)
+    maps = [part for part in result.get("transport", []) if np.size(part["map"])]
+    heights = [1.2] * bool(pictures) + [1.0] * bool(banks) + [1.3] * bool(names) + [1.0] * bool(maps)
     figure = new_figure(width, 0.6 + 1.4 * sum(heights))
     panels = list(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0])
     panels[0].set_title(title, fontsize=9, parse_math=False)
@@ -132,12 +138,23 @@ def plot_over_time(
             curves.axhline(threshold, color="0.6", linewidth=0.8, linestyle="--", label="threshold")
         curves.set_ylim(-0.02, 1.02)
         curves.legend(fontsize=8, frameon=False, ncols=3, loc="upper right")
+    if maps:
+        transport = next(axes)
+        for part in maps:
+            _draw_map(transport, part["map"], *part["timestamp"])
     panels[-1].set_xlim(0, end)
     panels[-1].set_xlabel("seconds", fontsize=8)
     for panel in panels:
         clean_axes(panel)
         panel.tick_params(labelsize=7)
     return figure
+
+
+def _draw_map(axes: "Axes", plan: Any, start: float, end: float) -> None:
+    """Draws the transport plan of time steps and pictures: time from left to right, the first picture below."""
+    plan = np.asarray(plan).T
+    axes.imshow(plan, origin="lower", extent=(start, end, 0, len(plan)), aspect="auto", cmap="viridis", vmin=0)
+    axes.set_ylabel("picture", fontsize=8)
 
 
 def _curves(
@@ -233,8 +250,8 @@ def _histograms(evaluation: Evaluation) -> "Figure | None":
 def make_sample_plots(evaluation: Evaluation, make_clips: MakeClips, samples: int = 3) -> dict[str, "Figure"]:
     """Plots of the first clips with a swapped video, by the name of their file.
 
-    A plot shows both videos, the filterbank, and gate and entropy over time of every checkpoint with a gate. Without
-    such a checkpoint there are none.
+    A plot shows both videos, the filterbank, and gate and entropy over time of every checkpoint with a gate, or the
+    transport plans of every checkpoint with optimal transport. Without such checkpoints there are none.
 
     Args:
         evaluation (`Mapping`): The result of [`evaluate`].
@@ -244,18 +261,76 @@ def make_sample_plots(evaluation: Evaluation, make_clips: MakeClips, samples: in
     gated = {
         name: entry for name, entry in evaluation["checkpoints"].items() if entry["conditions"][0]["gate"] is not None
     }
-    if not gated:
-        return {}
-    first = next(iter(gated.values()))
-    last = max((c for c in first["conditions"] if c["frames"] is None), key=lambda condition: condition["shuffle"])
-    swapped = [place for place, clip in enumerate(last["clips"]) if clip["video"] not in (None, clip["id"])]
-    processor = load_processor(first["checkpoint"])
+    figures = {}
+    if gated:
+        first = next(iter(gated.values()))
+        last, swapped = _swapped(first)
+        processor = load_processor(first["checkpoint"])
+        read = PairReader(processor, make_clips)
+        ids = [clip.id for clip in list_clips(make_clips(processor), evaluation["clips"])]
+        for number, place in enumerate(swapped[:samples], start=1):
+            figures[f"sample_{number}"] = _sample(evaluation, gated, last["shuffle"], place, ids, read, processor)
+    plans = {}
+    for name, entry in evaluation["checkpoints"].items():
+        with loading(entry["checkpoint"]):
+            config = EVACapConfig.from_pretrained(entry["checkpoint"])
+        if has_transport(config):
+            plans[name] = _read_plans(entry, make_clips, evaluation["clips"], samples)
+    for number, sample in enumerate(zip(*plans.values()), start=1):
+        figures[f"transport_{number}"] = _transport_sample(dict(zip(plans, sample)))
+    return figures
+
+
+def _swapped(entry: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[int]]:
+    """The condition of a checkpoint with most swapped videos, and the numbers of the clips that have one."""
+    last = max((c for c in entry["conditions"] if c["frames"] is None), key=lambda condition: condition["shuffle"])
+    return last, [place for place, clip in enumerate(last["clips"]) if clip["video"] not in (None, clip["id"])]
+
+
+@dataclass(frozen=True)
+class _Plans:
+    """The transport plans (steps, pictures) of a sound with its own and with another video, and the names of both clips."""
+
+    clip: str
+    video: str
+    seconds: float
+    own: np.ndarray
+    other: np.ndarray
+
+
+@torch.no_grad()
+def _read_plans(entry: Mapping[str, Any], make_clips: MakeClips, num_clips: int, samples: int) -> list[_Plans]:
+    """Runs the encoder of a checkpoint with optimal transport on its first clips with a swapped video."""
+    last, swapped = _swapped(entry)
+    processor = load_processor(entry["checkpoint"])
     read = PairReader(processor, make_clips)
-    ids = [clip.id for clip in list_clips(make_clips(processor), evaluation["clips"])]
-    return {
-        f"sample_{number}": _sample(evaluation, gated, last["shuffle"], place, ids, read, processor)
-        for number, place in enumerate(swapped[:samples], start=1)
-    }
+    ids = [clip.id for clip in list_clips(make_clips(processor), num_clips)]
+    with loading(entry["checkpoint"]):
+        model = AutoModel.from_pretrained(entry["checkpoint"], trust_remote_code=False).eval()
+    plans = []
+    for place in swapped[:samples]:
+        video = last["clips"][place]["video"]
+        features = [read(Pair(place, number, None)) for number in (place, ids.index(video))]
+        batches = [{name: torch.as_tensor(value)[None] for name, value in pair.items()} for pair in features]
+        encoded = [model.get_encoder()(**batch) for batch in batches]
+        maps = [time_map(model.config, output.transport_map)[0].float().numpy() for output in encoded]
+        plans.append(_Plans(ids[place], video, processor.window_seconds, *maps))
+    return plans
+
+
+def _transport_sample(plans: Mapping[str, _Plans]) -> "Figure":
+    figure = new_figure(7.0, 0.4 + 1.9 * len(plans))
+    panels = figure.subplots(len(plans), 2, squeeze=False, sharex=True)
+    for row, (name, plan) in zip(panels, plans.items()):
+        for axes, values, title in zip(
+            row, (plan.own, plan.other), ("own video", f"another's video ({plan.video})"), strict=True
+        ):
+            _draw_map(axes, values, 0.0, plan.seconds)
+            axes.set_title(f"{name}, {plan.clip}: {title}", fontsize=8)
+            axes.tick_params(labelsize=7)
+    for axes in panels[-1]:
+        axes.set_xlabel("time of the sound (s)", fontsize=8)
+    return figure
 
 
 def _sample(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
+from small_models import save_untrained_model
 
 import evacap
 from evacap.model_card import fill_model_card
@@ -145,6 +146,28 @@ def test_plots_show_the_figures(evaluation):
         assert list(line.get_ydata()) == clip["gate_over_time"]
     strips = [axes.images[0].get_array() for axes in sample.axes[:2]]
     assert strips[0].shape == strips[1].shape and (strips[0] != strips[1]).any()
+
+
+def test_the_transport_plans_of_sample_clips(tmp_path):
+    pytest.importorskip("matplotlib")
+    save_untrained_model("lavcap", tmp_path / "model")
+    result = evaluate(
+        {"aligns": tmp_path / "model"},
+        procedural,
+        tmp_path / "evaluation",
+        "six clips",
+        shares=(1,),
+        frames=(),
+        num_beams=1,
+        metrics=("rouge_l",),
+        resamples=10,
+    )
+    plots = make_sample_plots(result, procedural, 2)
+    assert list(plots) == ["transport_1", "transport_2"]
+    maps = [axes.images[0].get_array() for axes in plots["transport_1"].axes]
+    # Tubelets, and time steps of the sound.
+    assert [plan.shape for plan in maps] == [(4, 16)] * 2 and (maps[0] != maps[1]).any()
+    assert all(plan.sum() == pytest.approx(1, abs=1e-4) for plan in maps)
 
 
 def test_there_is_nothing_to_plot_of_one_condition(evaluation):
