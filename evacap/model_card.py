@@ -33,6 +33,7 @@ _STREAMS = {
     "optimal_transport": "It listens and looks: the decoder reads the tokens of both streams, aligned by optimal transport.",
     "gated_cross_attention": "It listens, and looks where the picture fits.",
 }
+_ADAPTIVE = "It listens and looks, and weighs sound and picture for each word."
 
 
 def fill_model_card(folder: str | os.PathLike, repo_id: str) -> ModelCard:
@@ -160,7 +161,7 @@ def _describe(config: EVACapConfig, processor: EVACapProcessor) -> dict[str, Any
         "decoder": "EVACap's own"
         if config.is_encoder_decoder
         else f"a language model, `{config.text_config.model_type}`",
-        "streams": _STREAMS[fusion_type],
+        "streams": _ADAPTIVE if config.text_fusion == "adaptive" else _STREAMS[fusion_type],
         "parameters": f"{parameters / 1e6:.1f} M",
         "sound": (
             "not used"
@@ -185,7 +186,8 @@ def _variant(config: EVACapConfig) -> str:
     for name, preset in PRESETS.items():
         row = preset.config()
         gate_counts = config.fusion_type == "gated_cross_attention"
-        if row.fusion_type == config.fusion_type and (not gate_counts or row.gate_type == config.gate_type):
+        is_row = (row.fusion_type, row.text_fusion) == (config.fusion_type, config.text_fusion)
+        if is_row and (not gate_counts or row.gate_type == config.gate_type):
             return f"`{name}`: {preset.description}"
     raise AssertionError(f"no preset has fusion_type={config.fusion_type!r} and gate_type={config.gate_type!r}")
 

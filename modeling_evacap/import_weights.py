@@ -149,11 +149,15 @@ def model_from_weights(
         audio_config=sizes.audio(num_mel_bins),
         video_config=sizes.video(image_size, num_frames, keep_pictures=stays_avcap),
         text_config=sizes.text(text_fields),
-        **sizes.joint(),
+        **({} if row.config().text_fusion == "adaptive" else sizes.joint()),
     )
     _untie_if_needed(config, tensors, report.notes)
 
-    expected_new = [r"model\.encoder\.(fusion|enrichment|matching_head)\..+", r"(hearing|contrast)_head\..+"]
+    expected_new = [
+        r"model\.encoder\.(fusion|enrichment|matching_head)\..+",
+        r"(hearing|contrast)_head\..+",
+        r"model\.decoder\.layers\.\d+\.encoder_attn\.confidence_.+",
+    ]
     if cav_mae is None and avcap is None:
         expected_new.append(r"model\.encoder\..+")
     if avcap is None:
@@ -365,7 +369,7 @@ def _convert(
     """Converts `tensors` to a state dict of the model and fills the report; raises if they do not fit."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in EVACapForConditionalGeneration(config).state_dict().items()}
-    names = NameTable(config.fusion_type)
+    names = NameTable(config.fusion_type, config.text_fusion)
     state, unknown, misfits, unusable = {}, [], [], []
     for name, tensor in tensors.items():
         target = names.target(name)
@@ -385,6 +389,10 @@ def _convert(
                 continue
             (report.loaded if part.shape == tensor.shape else report.reshaped).append(part_name)
             state[part_name] = part
+            twin = names.twin(part_name)
+            if twin is not None:
+                report.loaded.append(twin)
+                state[twin] = part.clone()
 
     if unusable:
         raise ValueError(

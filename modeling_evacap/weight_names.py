@@ -77,17 +77,19 @@ class NameTable:
 
     The blocks of both towers use the layer norms without a suffix (CAV-MAE, AVCap). The joint blocks have three pairs:
     `_a` for `"audio_only"`, `_v` for `"video_only"`, and the pair without a suffix for a sequence of both modalities,
-    such as EVACap's fused sequence (ours).
+    such as EVACap's fused sequence (ours). A decoder with `text_fusion="adaptive"` reads both streams apart, so it has no
+    use for joint blocks, and its two attentions begin as the one of the checkpoint (ours).
 
     Args:
-        fusion_type (`str`): The `fusion_type` of the [`EVACapConfig`] to fill.
+        fusion_type (`str`), text_fusion (`str`, *optional*, defaults to `"prefix"`): Of the [`EVACapConfig`] to fill.
     """
 
-    def __init__(self, fusion_type: str):
+    def __init__(self, fusion_type: str, text_fusion: str = "prefix"):
+        self.is_adaptive = text_fusion == "adaptive"
         pair = {"audio_only": "_a", "video_only": "_v"}.get(fusion_type, "")
         streams = {"video_only": "v", "audio_only": "a"}.get(fusion_type, "av")
         self.rules = [(rf"av_encoder\.norm{pair}\.(\w+)", r"model.encoder.joint.layernorm.\1")]
-        stacks = {"u": ("joint", pair)}
+        stacks = {} if self.is_adaptive else {"u": ("joint", pair)}
         for stream, tower in (("a", "audio_tower"), ("v", "video_tower")):
             if stream not in streams:
                 continue
@@ -112,10 +114,17 @@ class NameTable:
             for source, target in _DECODER_LAYER
         ]
         self.unused = [*_UNUSED, *(_UNUSED_STREAM.format(stream) for stream in "av" if stream not in streams)]
+        if self.is_adaptive:
+            self.unused.append(r"av_encoder\.blocks_u\..+")
 
     def target(self, name: str) -> str | None:
         """The parameter for the tensor `name` (`….self_attn.qkv.…` stands for three), or `None`."""
         return _rename(name, self.rules)
+
+    def twin(self, parameter: str) -> str | None:
+        """The second parameter that begins with the tensor of `parameter`, or `None`."""
+        match = re.fullmatch(r"(model\.decoder\.layers\.\d+\.)self(_attn.*)", parameter)
+        return f"{match[1]}encoder{match[2]}" if match and self.is_adaptive else None
 
     def is_known_unused(self, name: str) -> bool:
         """Whether `name` is a known tensor of these checkpoints that a captioner does not use."""

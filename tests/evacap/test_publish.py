@@ -348,7 +348,9 @@ def test_card_tells_what_the_folder_is(saved):
     assert python_examples(card.text).count(REPO_ID) == 3
 
 
-@pytest.mark.parametrize("preset", ["audio-only", "avcap", "evacap-ungated", "evacap-learned-gate", "video-only"])
+@pytest.mark.parametrize(
+    "preset", ["audio-only", "avcap", "evacap-ungated", "evacap-learned-gate", "vact", "video-only"]
+)
 def test_card_of_each_variant(tmp_path, preset):
     card = fill_model_card(make_folder(tmp_path, preset), REPO_ID)
     assert f"| Variant | `{preset}`: " in card.text

@@ -102,6 +102,27 @@ def test_avcap_as_evacap_has_a_fresh_fusion(avcap_file):
         assert torch.equal(state[name], tensor), name
 
 
+def test_both_attentions_of_an_adaptive_decoder_begin_as_the_one_of_the_file(avcap_file, cav_mae_file, git_folder):
+    plain, _ = from_avcap(avcap_file)
+    model, report = from_avcap(avcap_file, "vact")
+    assert sorted(report.new) == [
+        f"model.decoder.layers.{layer}.encoder_attn.confidence_{kind}"
+        for layer in (0, 1)
+        for kind in ("bias", "weight")
+    ]
+    assert sorted(report.loaded + report.reshaped + report.new) == sorted(model.state_dict())
+    assert any("blocks_u" in name for name in report.unused) and model.config.num_joint_layers == 0
+    for layer, old in zip(model.model.decoder.layers, plain.model.decoder.layers, strict=True):
+        for attention in (layer.self_attn, layer.encoder_attn):
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                assert torch.equal(getattr(attention, name).weight, getattr(old.self_attn, name).weight)
+        for norm in (layer.self_attn_layer_norm, layer.encoder_attn_layer_norm):
+            assert torch.equal(norm.weight, old.self_attn_layer_norm.weight)
+        assert torch.equal(layer.encoder_attn.confidence_bias, torch.tensor([4.0, 0.0]))
+    model, report = from_cav_mae(cav_mae_file, "vact", git=git_folder)
+    assert {name.split(".")[2] for name in report.new} == {"layers", "prefix_projection", "prefix_layer_norm"}
+
+
 def test_avcap_as_evacap_with_the_agreement_gate_has_fresh_heads(avcap_file):
     model, report = from_avcap(avcap_file, "evacap-agreement")
     parts = {"model.encoder.fusion.", "model.encoder.matching_head.", "hearing_head."}
