@@ -27,7 +27,10 @@ from test_processing_evacap import run_in_a_process  # noqa: E402
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hub") / "saved"
-    make_model().save_pretrained(folder)
+    model = make_model(enrichment="caste")
+    for block in model.get_encoder().enrichment.children():
+        block.scale.data.fill_(0.5)
+    model.save_pretrained(folder)
     make_processor().save_pretrained(folder)
     return folder
 

@@ -127,8 +127,16 @@ def test_avcap_as_evacap_with_the_agreement_gate_has_fresh_heads(avcap_file):
     model, report = from_avcap(avcap_file, "evacap-agreement")
     parts = {"model.encoder.fusion.", "model.encoder.matching_head.", "hearing_head."}
     assert {next(part for part in parts if name.startswith(part)) for name in report.new} == parts
-    assert model.config.matching_weight == 1
     assert "encoder.matching_head" in str(report) and "hearing_head" in str(report)
+
+
+def test_avcap_as_evacap_behind_caste_has_fresh_enrichment(avcap_file):
+    model, report = from_avcap(avcap_file, "evacap-caste-losses")
+    parts = {f"model.encoder.{name}." for name in ("fusion", "enrichment", "matching_head")}
+    parts |= {"hearing_head.", "contrast_head."}
+    assert {next(part for part in parts if name.startswith(part)) for name in report.new} == parts
+    assert all(block.scale.item() == 0 for block in model.model.encoder.enrichment.children())
+    assert model.contrast_head.temperature.item() == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(("preset", "pair"), [("avcap", ""), ("audio-only", "_a"), ("video-only", "_v")])

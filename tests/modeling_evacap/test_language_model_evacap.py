@@ -257,11 +257,19 @@ def test_every_fusion_and_its_regularisers_train_with_a_language_model():
         {**{name: value[row] for name, value in inputs.items()}, "labels": labels[row]} for row in range(BATCH_SIZE)
     ]
     batch = EVACapDataCollator(p_mix=1.0, keep_matched=True, fixed_points=False)(clips)
-    weights = {"gate_stability_weight": 1.0, "semantic_consistency_weight": 1.0, "hearing_weight": 1.0}
-    model = build(fusion_type="gated_cross_attention", gate_type="agreement", matching_weight=1.0, **weights).train()
+    names = ("gate_stability", "semantic_consistency", "matching", "hearing", "caption_contrast", "entropy")
+    weights = {f"{name}_weight": 1.0 for name in names}
+    model = build(fusion_type="gated_cross_attention", gate_type="agreement", enrichment="caste", **weights).train()
     output = model(**batch)
     assert output.logits.shape == (BATCH_SIZE, 7, VOCABULARY)
-    terms = ("gate_stability", "semantic_consistency", "heard_words", "matching_loss")
+    terms = (
+        "gate_stability",
+        "semantic_consistency",
+        "heard_words",
+        "matching_loss",
+        "caption_contrast",
+        "picture_entropy",
+    )
     assert all(output[name].isfinite() for name in terms)
     torch.testing.assert_close(output.loss, output.caption_loss + sum(output[name] for name in terms))
     for fusion_type in ("concat", "audio_only"):
