@@ -1,5 +1,6 @@
 """Model cards: the template `model_card.md`, filled from the files of a model folder."""
 
+import itertools
 import json
 import os
 import re
@@ -183,12 +184,14 @@ def _describe(config: EVACapConfig, processor: EVACapProcessor) -> dict[str, Any
 
 
 def _variant(config: EVACapConfig) -> str:
-    for name, preset in PRESETS.items():
+    enrichments = (config.enrichment, None)
+    for enrichment, (name, preset) in itertools.product(enrichments, PRESETS.items()):
         row = preset.config()
         gate_counts = config.fusion_type == "gated_cross_attention"
         is_row = (row.fusion_type, row.text_fusion) == (config.fusion_type, config.text_fusion)
-        if is_row and (not gate_counts or row.gate_type == config.gate_type):
-            return f"`{name}`: {preset.description}"
+        if is_row and row.enrichment == enrichment and (not gate_counts or row.gate_type == config.gate_type):
+            added = f", with `enrichment={config.enrichment!r}`" if enrichment != config.enrichment else ""
+            return f"`{name}`: {preset.description}{added}"
     raise AssertionError(f"no preset has fusion_type={config.fusion_type!r} and gate_type={config.gate_type!r}")
 
 

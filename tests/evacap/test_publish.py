@@ -13,6 +13,7 @@ from hub_server import hub_server
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from source_checkpoints import HEADS, IMAGE_SIZE, avcap_state, save, save_tokenizer
+from transformers import AutoModel, AutoProcessor
 
 import evacap
 from evacap.cli import main
@@ -349,14 +350,23 @@ def test_card_tells_what_the_folder_is(saved):
 
 
 @pytest.mark.parametrize(
-    "preset", ["audio-only", "avcap", "evacap-ungated", "evacap-learned-gate", "vact", "video-only"]
+    "preset",
+    ["audio-only", "avcap", "evacap-caste", "evacap-ungated", "evacap-learned-gate", "vact", "video-only"],
 )
 def test_card_of_each_variant(tmp_path, preset):
     card = fill_model_card(make_folder(tmp_path, preset), REPO_ID)
     assert f"| Variant | `{preset}`: " in card.text
     assert ("| Sound | not used |" in card.text) == (preset == "video-only")
     assert ("| Picture | not used |" in card.text) == (preset == "audio-only")
-    assert ("The gate weighs" in card.text) == (preset == "evacap-learned-gate")
+    assert ("The gate weighs" in card.text) == (preset in ("evacap-caste", "evacap-learned-gate"))
+
+
+def test_card_of_an_enriched_variant_without_a_preset(saved, tmp_path):
+    folder = tmp_path / "enriched"
+    AutoModel.from_pretrained(saved, enrichment="caste", gate_type="none").save_pretrained(folder)
+    AutoProcessor.from_pretrained(saved).save_pretrained(folder)
+    text = fill_model_card(folder, REPO_ID).text
+    assert "`evacap-ungated`: cross-attention without a gate (the paper's w/o G), with `enrichment='caste'`" in text
 
 
 def test_card_takes_training_data_and_results(folder):
