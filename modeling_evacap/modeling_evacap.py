@@ -832,7 +832,7 @@ class EVACapEncoder(EVACapPreTrainedModel):
             token_mask = None if masks[0] is None else torch.cat(masks, dim=1)
             hidden_states = torch.cat([sound, picture], dim=1)
             is_video = torch.arange(hidden_states.shape[1], device=hidden_states.device) >= sound.shape[1]
-            fused.video_token_mask = is_video.expand(len(hidden_states), -1)
+            fused.video_token_mask = is_video.expand(hidden_states.shape[0], -1)
             if token_mask is not None:
                 fused.video_token_mask = fused.video_token_mask & token_mask
         joint = BaseModelOutput(last_hidden_state=hidden_states)
@@ -1906,7 +1906,7 @@ class EVACapForConditionalGeneration(EVACapCaptioner, GenerationMixin):
             encoder_last_hidden_state=outputs.encoder_last_hidden_state,
             encoder_hidden_states=outputs.encoder_hidden_states,
             encoder_attentions=outputs.encoder_attentions,
-            confidence=None if outputs.confidence is None else outputs.confidence[: len(logits)],
+            confidence=None if outputs.confidence is None else outputs.confidence[: logits.shape[0]],
             **terms,
         )
 

@@ -30,7 +30,7 @@ class Prefill(nn.Module):
 
     From their start tokens (batch_size, 1) and features to the logits (batch_size, vocab_size), and to the keys and
     values of all layers (layers, batch_size, num_heads, length, head_dim): of the text so far, and of the encoded clips
-    with their mask (batch_size, T).
+    with their mask (batch_size, T), which with `text_fusion="adaptive"` is 1 for the sound and 2 for the picture.
     """
 
     def __init__(self, model: EVACapForConditionalGeneration):
@@ -51,6 +51,8 @@ class Prefill(nn.Module):
         cache, mask = output[CACHE_FIELD], encoded.attention_mask
         if mask is None:
             mask = torch.ones_like(encoded.last_hidden_state[..., 0], dtype=torch.bool)
+        if self.model.config.text_fusion == "adaptive":
+            mask = mask.long() + encoded.video_token_mask
         text, prefix = _stack(cache.self_attention_cache), _stack(cache.cross_attention_cache)
         return output.logits[:, -1], *text, *prefix, mask
 
@@ -61,6 +63,7 @@ class Step(nn.Module):
     def __init__(self, model: EVACapForConditionalGeneration):
         super().__init__()
         self.decoder, self.lm_head = model.model.decoder, model.lm_head
+        self.is_adaptive = model.config.text_fusion == "adaptive"
 
     def forward(
         self,
@@ -78,7 +81,11 @@ class Step(nn.Module):
                 caches[-1].update(key, value, index)
         cache = EncoderDecoderCache(*caches)
         decoded = self.decoder(
-            input_ids=decoder_input_ids, cache=cache, encoder_attention_mask=prefix_mask, use_cache=True
+            input_ids=decoder_input_ids,
+            cache=cache,
+            encoder_attention_mask=prefix_mask,
+            encoder_video_mask=prefix_mask > 1 if self.is_adaptive else None,
+            use_cache=True,
         )
         return self.lm_head(decoded.last_hidden_state)[:, -1], *_stack(cache.self_attention_cache)
 

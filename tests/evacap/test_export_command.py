@@ -17,7 +17,7 @@ from evacap.commands.export import OUTPUTS, export
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "processing"), str(Path(__file__).parents[2] / "examples")]
 
-from test_pipeline_evacap import make_model, make_processor  # noqa: E402
+from test_pipeline_evacap import ADAPTIVE, make_model, make_processor  # noqa: E402
 
 
 def make_clips(config, batch: int, frames: int) -> dict[str, torch.Tensor]:
@@ -67,12 +67,12 @@ def test_the_bundled_checkpoint_as_a_program_of_torch_export(tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "export.json").read_text())["format"] == "torch"
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("concat", "audio_only", "video_only")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("concat", "adaptive", "audio_only", "video_only")]
 
 
 @pytest.mark.parametrize("fusion_type", ["gated_cross_attention", *SLOW])
 def test_every_variant(tmp_path, fusion_type):
-    model = make_model(fusion_type=fusion_type).eval()
+    model = make_model(**(ADAPTIVE if fusion_type == "adaptive" else {"fusion_type": fusion_type})).eval()
     model.save_pretrained(tmp_path / "model")
     make_processor().save_pretrained(tmp_path / "model")
     assert max(export(tmp_path / "model", "torch", tmp_path / "out").values()) < 1e-5
