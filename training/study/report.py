@@ -89,6 +89,24 @@ SHUFFLED = (
     "lavcap-mean",
     "vact",
 )
+SYSTEMS = ("audio-only", "avcap", "evacap", "agreement", "lavcap", "caste", "caste-losses", "vact")
+"""One row for each system of the sources."""
+OWN, SWAPPED, NO_VIDEO = 0.0, 1.0, None
+SYSTEM_COLUMNS = (
+    ("cider_d", OWN),
+    ("cider_d", SWAPPED),
+    ("spice", OWN),
+    ("spice", SWAPPED),
+    ("sound-alikes", OWN),
+    ("off screen", OWN),
+    ("twin", SWAPPED),
+    ("bare", SWAPPED),
+    ("distinct", OWN),
+    ("distinct", SWAPPED),
+    ("distinct", NO_VIDEO),
+    ("invented", OWN),
+    ("invented", SWAPPED),
+)
 RIGHT = ("set", "sound-alikes", "off screen", "distinct")
 """The columns that should be high. The other ones count errors."""
 
@@ -161,6 +179,7 @@ def as_markdown(results: Sequence[Result], plots: Sequence[str] = ()) -> str:
     if skipped:
         missing = ", ".join(title for metric, title in METRIC_TITLES.items() if metric in skipped)
         parts += ["", f"Runs without {missing} were evaluated where these were not available."]
+    parts += _systems(runs)
     for heading, names in TABLES.items():
         present = [name for name in names if name in runs]
         if len(present) > 1:
@@ -188,6 +207,26 @@ def as_markdown(results: Sequence[Result], plots: Sequence[str] = ()) -> str:
     if plots:
         parts += ["", "## Plots", "", *(f"![{name}]({name}.png)\n" for name in plots)]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _systems(runs: Mapping[str, list[Result]]) -> list[str]:
+    """The systems of the sources, with own and with swapped videos, in one table."""
+    runs = {name: runs[name] for name in SYSTEMS if name in runs}
+    if len(runs) < 2:
+        return []
+    columns = [one for one in SYSTEM_COLUMNS if any(_values(group, one[1], one[0]) for group in runs.values())]
+    settings = {OWN: "", SWAPPED: ", swapped", NO_VIDEO: ", no video"}
+    head = ["model", "params", *(METRIC_TITLES.get(metric, metric) + settings[share] for metric, share in columns)]
+    rows = [
+        [
+            VARIANT_TITLES[name],
+            f"{group[0]['parameters'] / 1e6:.2f} M",
+            *(_cell(_values(group, share, metric), percent=metric in COLUMNS) for metric, share in columns),
+        ]
+        for name, group in runs.items()
+    ]
+    text = "With own videos, and where the column says so with all videos swapped or without any."
+    return ["", "## Every system under the same swaps", "", text, "", *markdown_table(head, rows)]
 
 
 def _shuffled(runs: Mapping[str, list[Result]], metrics: Sequence[str]) -> list[str]:
@@ -517,13 +556,42 @@ def _provenance(results: Sequence[Result]) -> list[str]:
 
 
 def make_plots(results: Sequence[Result]) -> dict[str, "Figure"]:
-    """The plots by name: `shuffle` (metrics over the share of shuffled videos) and `entropy` (histograms)."""
+    """The plots by name: `fooled` (names of sound-alikes), `shuffle` (metrics over the share of shuffled videos), `entropy`."""
     runs = _by_variant(results)
-    plots = {"shuffle": _curves({name: runs[name] for name in SHUFFLED if name in runs} or runs)}
+    systems = {name: runs[name] for name in SYSTEMS if name in runs}
+    plots = {"fooled": _names(systems)} if len(systems) > 1 else {}
+    plots |= {"shuffle": _curves({name: runs[name] for name in SHUFFLED if name in runs} or runs)}
     looking = {
         name: group for name, group in runs.items() if group[0]["mismatch"] and group[0]["mismatch"]["histograms"]
     }
     return plots | ({"entropy": _histograms(looking)} if looking else {})
+
+
+def _names(runs: Mapping[str, list[Result]]) -> "Figure":
+    """What captions call the sound-alikes on screen, as bars."""
+    settings = {"own video": OWN, "another's video": SWAPPED, "no video": NO_VIDEO}
+    parts = {
+        "sound-alikes": ("its name", COLORS[2]),
+        "bare": ("the word for both of the pair: what the sound tells", COLORS[5]),
+        "twin": ("the name of the other of the pair", COLORS[1]),
+    }
+    figure = new_figure(10, 0.32 * len(runs) + 1.3)
+    panels = figure.subplots(1, len(settings), sharey=True)
+    for axes, (title, share) in zip(panels, settings.items()):
+        left = np.zeros(len(runs))
+        for column, (label, color) in parts.items():
+            means = [statistics.mean(_values(group, share, column) or [np.nan]) for group in runs.values()]
+            axes.barh(range(len(runs)), means, left=left, color=color, label=label, height=0.75)
+            left += means
+        axes.set_title(title, fontsize=9)
+        axes.set_xlim(0, 1)
+        axes.set_xticks((0, 0.5, 1), ("0 %", "50 %", "100 %"))
+        clean_axes(axes)
+    panels[0].set_yticks(range(len(runs)), [VARIANT_TITLES[name] for name in runs])
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    return figure
 
 
 def _curves(runs: Mapping[str, list[Result]]) -> "Figure":

@@ -450,6 +450,9 @@ def test_tables_of_known_results(tmp_path):
     assert first[2][:4] == ["audio only", "1", "2.3 M", "0.500"]
     # Mean and deviation of 1.0 and 1.2.
     assert first[3][:4] == ["AVCap", "2", "2.3 M", "1.100<br><sub>± 0.141</sub>"]
+    systems = found["Every system under the same swaps"]
+    assert systems[0][:4] == ["model", "params", "CIDEr", "CIDEr, swapped"] and len(systems) == 5
+    assert systems[3][0] == "AVCap" and systems[3][2] == first[3][3]
     # One row alone compares nothing.
     assert not any("Table 2" in heading or "Table 4" in heading for heading in found)
     third = found["Shuffled test videos (layout of the paper's Table 3)"]
@@ -521,8 +524,9 @@ def test_the_report_is_made_of_the_files_alone(tmp_path, capsys):
     write_all(tmp_path, RESULTS)
     assert main(["--report", "--results", str(tmp_path)]) == 0
     files = [Path(line) for line in capsys.readouterr().out.split()]
-    assert files == [tmp_path / "tables.md", tmp_path / "shuffle.png", tmp_path / "entropy.png"]
-    assert files[0].read_text() == as_markdown(read_results(tmp_path), ["shuffle", "entropy"])
+    plots = ["fooled", "shuffle", "entropy"]
+    assert files == [tmp_path / "tables.md", *(tmp_path / f"{name}.png" for name in plots)]
+    assert files[0].read_text() == as_markdown(read_results(tmp_path), plots)
     for path in files[1:]:
         with Image.open(path) as image:
             assert min(image.size) > 200
