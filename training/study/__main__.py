@@ -173,11 +173,20 @@ class Study:
         if not path.exists():
             return False
         before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        now = self.settings(self.run_config(name, seed))
-        # A setting that did not exist yet changes nothing with its default.
-        now = {key: now.get(key) for key in before}
+        # Every implementation of attention computes the same.
+        before.pop("model.attn_implementation", None)
+        now = _restricted(self.settings(self.run_config(name, seed)), before)
         check_settings(path, before, now, "Give another --output and --results, or remove it.")
         return True
+
+
+def _restricted(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """The present settings that existed before; one that did not changes nothing with its default."""
+    both = {key: (now.get(key), value) for key, value in before.items()}
+    return {
+        key: _restricted(*pair) if all(isinstance(one, dict) for one in pair) else pair[0]
+        for key, pair in both.items()
+    }
 
 
 def run_study(study: Study, names: Sequence[str], seeds: Sequence[int]) -> int:

@@ -150,6 +150,12 @@ def load_section(name: str):
     return section
 
 
+def test_the_committed_runs_count_as_done():
+    study = Study(results=Path("docs/study"), keep_clips=True)
+    runs = [path.stem.rsplit("-seed", 1) for path in Path("docs/study/runs").glob("*-seed*.json")]
+    assert len(runs) > 30 and all(study.is_done(name, int(seed)) for name, seed in runs)
+
+
 def test_every_variant_has_a_place_in_the_report():
     assert VARIANT_TITLES.keys() == (VARIANTS | EXTRA).keys()
     assert {name for names in TABLES.values() for name in names} == VARIANT_TITLES.keys()
