@@ -76,13 +76,13 @@ class EVACapCASTEBlock(GradientCheckpointingLayer):
         agreement = F.cosine_similarity(at_least_float32(own), at_least_float32(other), dim=-1)
         logits = self.gate_out(F.relu(self.gate_fc(torch.cat([own, other, own - other, own * other], -1))))
         weights = (at_least_float32(logits) + torch.stack([agreement, -agreement], -1)).softmax(-1)
-        weights = torch.take_along_dim(weights, segments[..., None], 1)[:, None].to(tokens.dtype)
+        weights = _of_steps(weights, segments)[:, None].to(tokens.dtype)
 
         is_member = is_member.repeat(1, 1, rows)
         scores = at_least_float32(self.score_proj(tokens)).flatten(1)[:, None].expand(is_member.shape)
         attention = scores.masked_fill(~is_member, torch.finfo(scores.dtype).min).softmax(-1)
         key = torch.matmul(attention.to(tokens.dtype), self.k_proj(tokens).flatten(1, 2))
-        key = torch.take_along_dim(key, segments[..., None], 1)[:, None]
+        key = _of_steps(key, segments)[:, None]
         spatial = tokens + self.spatial_scale * self.spatial_norm(self.out_proj(self.v_proj(tokens) * key))
 
         neighbours = tokens.masked_fill(~exists[:, None, :, None], 0).flatten(0, 1)
@@ -93,7 +93,7 @@ class EVACapCASTEBlock(GradientCheckpointingLayer):
         candidates = energy.flatten(1)[:, None].expand(is_member.shape).masked_fill(~is_member, -1)
         most = max(1, candidates.shape[-1] * 3 // 10)
         last = (is_member.sum(-1, keepdim=True) * 3 // 10).clamp(min=1) - 1
-        threshold = torch.take_along_dim(candidates.topk(most).values, last, 2).squeeze(-1)
+        threshold = candidates.topk(most).values.gather(-1, last).squeeze(-1)
         is_chosen = (energy >= threshold.gather(1, segments)[:, None]) & exists[:, None]
         enriched = tokens + self.scale * (weights[..., :1] * spatial + weights[..., 1:] * temporal)
         return torch.where(is_chosen[..., None], enriched.to(tokens.dtype), tokens)
@@ -135,7 +135,9 @@ class EVACapEnrichment(nn.Module):
         # A time step exists in all of its mel rows or in none, and so does a picture in all of its tokens.
         sound = audio.unflatten(1, (self.audio_rows, -1))
         picture = video.unflatten(1, (-1, self.tokens_per_picture)).transpose(1, 2)
-        heard, seen = (stream.new_ones(len(stream), stream.shape[2], dtype=torch.bool) for stream in (sound, picture))
+        heard, seen = (
+            stream.new_ones(stream.shape[0], stream.shape[2], dtype=torch.bool) for stream in (sound, picture)
+        )
         if audio_mask is not None:
             heard = audio_mask[:, : sound.shape[2]]
         if video_mask is not None:
@@ -146,7 +148,7 @@ class EVACapEnrichment(nn.Module):
         steps, pictures = (torch.arange(mask.shape[1], device=audio.device) for mask in (heard, seen))
         num_steps, num_pictures = _length(heard, steps), _length(seen, pictures)
         # Steps behind the end have no part in anything, but need a number.
-        picture_of_step = (steps * num_pictures // num_steps).clamp(max=len(pictures) - 1)
+        picture_of_step = (steps * num_pictures // num_steps).clamp(max=pictures.shape[0] - 1)
         step_of_picture = pictures * num_steps // num_pictures
         # Of a sound that has fewer steps than there are pictures, several pictures share one.
         together = torch.where(
@@ -170,6 +172,11 @@ def segment_means(steps: torch.Tensor, is_member: torch.Tensor) -> torch.Tensor:
     """
     shares = is_member / is_member.sum(-1, keepdim=True).clamp(min=1)
     return torch.matmul(shares.to(steps.dtype), steps)
+
+
+def _of_steps(values: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+    """The values (batch_size, steps, n) of the segments to which the steps belong."""
+    return values.gather(1, segments[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def _length(mask: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:

@@ -72,7 +72,9 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("concat", "adapt
 
 @pytest.mark.parametrize("fusion_type", ["gated_cross_attention", *SLOW])
 def test_every_variant(tmp_path, fusion_type):
-    model = make_model(**(ADAPTIVE if fusion_type == "adaptive" else {"fusion_type": fusion_type})).eval()
+    fields = ADAPTIVE if fusion_type == "adaptive" else {"fusion_type": fusion_type}
+    enrichment = None if fusion_type.endswith("_only") else "caste"
+    model = make_model(**fields, enrichment=enrichment).eval()
     model.save_pretrained(tmp_path / "model")
     make_processor().save_pretrained(tmp_path / "model")
     assert max(export(tmp_path / "model", "torch", tmp_path / "out").values()) < 1e-5
