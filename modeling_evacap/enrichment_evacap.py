@@ -103,7 +103,7 @@ class EVACapEnrichment(nn.Module):
     """CASTE for both streams of a clip, which are assumed to cover the same time; its segments are those of the pictures.
 
     A clip without a picture stays as it is. What is missing at the end of a stream takes no time, so that a padded clip is
-    enriched as alone.
+    enriched as alone. With `gate_type="agreement"` a black end of the picture is missing, too.
     """
 
     def __init__(self, config: EVACapConfig):

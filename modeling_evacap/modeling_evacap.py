@@ -884,7 +884,9 @@ class EVACapEncoder(EVACapPreTrainedModel):
         sound, picture = audio.last_hidden_state, None if video is None else video.last_hidden_state
         if self.config.enrichment is None or video is None:
             return sound, picture
-        return self.enrichment(sound, picture, audio.attention_mask, video.attention_mask)
+        tokens = self.enrichment(sound, picture, audio.attention_mask, video.attention_mask)
+        # Where `device_map` has put the two blocks apart.
+        return tuple(stream.to(sound.device) for stream in tokens)
 
     def transport(self, audio: EVACapEncoderOutput, video: EVACapEncoderOutput | None) -> EVACapEncoderOutput:
         """Fuses the tokens of the towers by optimal transport.
@@ -1918,11 +1920,12 @@ class EVACapForConditionalGeneration(EVACapCaptioner, GenerationMixin):
                 "`label_smoothing_factor` or `compute_loss_func` keeps the labels to itself: give the model to the data "
                 "collator, `EVACapDataCollator(model=model)`, which then makes `decoder_input_ids`."
             )
-        weights = (self.config.gate_stability_weight, self.config.semantic_consistency_weight)
-        if self.training and max(weights) > 0:
+        names = ("gate_stability", "semantic_consistency", "matching", "hearing", "caption_contrast", "entropy")
+        weights = [f"`{name}_weight`" for name in names if getattr(self.config, f"{name}_weight") > 0]
+        if self.training and weights:
             logger.warning_once(
-                "Without `labels` the model computes no loss: its terms `gate_stability` and `semantic_consistency` are "
-                "left out of whatever is computed from its logits."
+                f"Without `labels` the model computes no loss: the terms of {', '.join(weights)} are left out of whatever "
+                "is computed from its logits."
             )
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:

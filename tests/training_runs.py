@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 
+from evacap.modeling_evacap.presets import get_preset
 from evacap.training.run_config import load_run_config
 from evacap.training.train import train
 
@@ -63,3 +64,15 @@ def run(config: str | Path, *overrides: str) -> int:
 
 def read_log(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def sum_of_objectives(line: dict[str, float]) -> float:
+    """The loss of a run with the preset `evacap-caste-losses`, from its terms in a line of its log."""
+    config = get_preset("evacap-caste-losses").config()
+    terms = {
+        "matching_loss": config.matching_weight,
+        "heard_words": config.hearing_weight,
+        "caption_contrast": config.caption_contrast_weight,
+        "picture_entropy": config.entropy_weight,
+    }
+    return line["caption_loss"] + sum(weight * line[name] for name, weight in terms.items())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import read_log, run, write_config
+from training_runs import read_log, run, sum_of_objectives, write_config
 
 from evacap.training.run_config import CONFIGS
 
@@ -101,15 +101,14 @@ def test_fsdp_is_the_same_and_resumes(tmp_path, one):
         shutil.rmtree(tmp_path / "two" / "model")
 
 
-def test_the_matching_head_learns_on_two_processes(tmp_path):
+def test_the_heads_of_the_objectives_learn_on_two_processes(tmp_path):
     # Each process tells its own pictures from those of its own batch: other pairs than one process has.
-    path = write_config(tmp_path / "a.yaml", {"model": {"preset": "evacap-agreement"}})
+    path = write_config(tmp_path / "a.yaml", {"model": {"preset": "evacap-caste-losses"}})
     process = launch(path)
     said = finish(process)
     assert process.returncode == 0, said
     for line in read_log(tmp_path / "a"):
-        parts = line["caption_loss"] + line["matching_loss"] + 0.5 * line["heard_words"]
-        assert line["loss"] == pytest.approx(parts, rel=1e-4) and line["matching_loss"] > 0
+        assert line["loss"] == pytest.approx(sum_of_objectives(line), rel=1e-4) and line["matching_loss"] > 0
 
 
 def test_sigterm_to_the_launcher_saves_a_checkpoint(tmp_path):

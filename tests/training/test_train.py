@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import read_log, run, write_config
+from training_runs import read_log, run, sum_of_objectives, write_config
 from transformers import AutoModel, AutoProcessor
 
 from evacap.cli import main as evacap
@@ -146,16 +146,15 @@ def test_each_term_of_the_loss_has_its_line(tmp_path):
         assert line["gate_stability"] > 0 and line["semantic_consistency"] > 0
 
 
-def test_the_matching_head_learns_beside_the_captions(tmp_path):
+def test_the_heads_of_the_objectives_learn_beside_the_captions(tmp_path):
     path = write_config(
         tmp_path / "a.yaml",
-        {"model": {"preset": "evacap-agreement"}, "optimization": {"accumulation_steps": 2}},
+        {"model": {"preset": "evacap-caste-losses"}, "optimization": {"accumulation_steps": 2}},
     )
     assert run(path) == 0
     for line in read_log(tmp_path / "a"):
-        parts = line["caption_loss"] + line["matching_loss"] + 0.5 * line["heard_words"]
-        assert line["loss"] == pytest.approx(parts, rel=1e-5)
-        assert line["matching_loss"] > 0 and line["heard_words"] > 0
+        assert line["loss"] == pytest.approx(sum_of_objectives(line), rel=1e-5)
+        assert all(line[name] > 0 for name in ("matching_loss", "heard_words", "caption_contrast", "picture_entropy"))
 
 
 def test_what_is_frozen_stays_and_a_run_starts_from_a_model(tmp_path):
