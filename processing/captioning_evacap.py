@@ -25,7 +25,13 @@ from transformers.utils import ModelOutput
 from .processing_evacap import EVACapProcessor
 
 
-STREAMS = ("input_features", "input_features_mask", "pixel_values_videos", "pixel_values_videos_mask")
+STREAMS = (
+    "input_features",
+    "input_features_mask",
+    "pixel_values_videos",
+    "pixel_values_videos_mask",
+    "video_features",
+)
 """The inputs of the encoder."""
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     source.add_argument("--manifest", metavar="FILE", help="a list of clips of your own, .jsonl or .csv")
     parser.add_argument("--media", metavar="FOLDER", help="folder with the clips of the CSV file")
+    parser.add_argument(
+        "--video-features",
+        metavar="FOLDER",
+        help="instead of pictures, ID.npy of this folder for each clip: vectors of a video tower, (frames, width)",
+    )
     parser.add_argument(
         "--output", required=True, metavar="FOLDER", help="the prepared folder; each split is added to it"
     )
@@ -86,6 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ..training.data.prepare import prepare
 
     entries, split = read_clips(arguments)
+    if arguments.video_features is not None:
+        entries = with_features(entries, Path(arguments.video_features))
     try:
         counts = prepare(
             entries[: arguments.max_clips],
@@ -110,6 +118,14 @@ def run(arguments: argparse.Namespace) -> int:
     if counts["clips"] < counts["rows"] or counts["damaged"]:
         print(printable(f"why: {Path(arguments.output) / 'report.jsonl'}"))
     return 0
+
+
+def with_features(entries: list["Entry"], folder: Path) -> list["Entry"]:
+    """The clips with the vectors of `folder` instead of their pictures."""
+    found = {entry.id: str(folder / f"{entry.id}.npy") for entry in entries if (folder / f"{entry.id}.npy").is_file()}
+    if not found:
+        raise ValueError(f"{folder}: has no file of the clips, such as {entries[0].id}.npy")
+    return [replace(entry, video=None, frames=None, video_features=found.get(entry.id)) for entry in entries]
 
 
 def read_clips(arguments: argparse.Namespace) -> tuple[list["Entry"], str]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import BATCH_SIZE, LANGUAGE_MODELS, VOCABULARY, tiny_config, tiny_inputs, tiny_labels, tiny_language_config
-from transformers import AutoModel, AutoModelForCausalLM, TorchAoConfig
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.generation import TextStreamer
 
 from evacap.modeling_evacap.configuration_evacap import EVACapConfig
@@ -208,6 +208,34 @@ def test_quantisation_is_for_the_language_model_alone(tmp_path):
     linear = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
     assert changed == {name for name in linear if name.startswith("language_model.model.")}
     assert loaded.generate(**tiny_inputs(), max_new_tokens=4).shape[0] == BATCH_SIZE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("options", "layer", "tolerance"),
+    [({"load_in_8bit": True}, "Linear8bitLt", 0.1), ({"load_in_4bit": True}, "Linear4bit", 0.6)],
+)
+def test_bitsandbytes_for_the_language_model_alone(tmp_path, options, layer, tolerance):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not among the dependencies")
+    wide = tiny_language_config()
+    # Its kernels for processors take weights in blocks.
+    wide.text_config.update({"hidden_size": 64, "intermediate_size": 64, "head_dim": 16})
+    torch.manual_seed(0)
+    model = EVACapForCausalLM(wide).eval()
+    model.save_pretrained(tmp_path / "plain")
+    config = BitsAndBytesConfig(**options)
+    loaded = AutoModel.from_pretrained(tmp_path / "plain", quantization_config=config, dtype=torch.float32)
+    changed = {name for name, part in loaded.named_modules() if type(part).__name__ == layer}
+    linear = {name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    assert changed == {name for name in linear if name.startswith("language_model.model.")}
+    inputs = {**tiny_inputs(), "labels": tiny_labels()}
+    expected, found = model(**inputs).logits, loaded(**inputs).logits
+    # The weights are random, and so few that they do not average out.
+    assert 0 < (found - expected).norm() < tolerance * expected.norm()
+    assert loaded.generate(**tiny_inputs(), max_new_tokens=4, num_beams=2).shape[0] == BATCH_SIZE
+    loaded.save_pretrained(tmp_path / "quantised")
+    again = AutoModel.from_pretrained(tmp_path / "quantised", dtype=torch.float32)
+    torch.testing.assert_close(again(**inputs).logits, loaded(**inputs).logits)
 
 
 def test_auto_model_chooses_by_the_decoder():

@@ -1,19 +1,27 @@
 """LAVCap from its parts to a model: import, `evacap train lavcap` with adapters, checkpoints, merging."""
 
+import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from small_clips import write_small_clips
 from training_runs import read_log, run
 from transformers import AutoModel, AutoProcessor
 
 import evacap
 from evacap.cli import main
 from evacap.training.adapters import add_adapters, merged
+from evacap.training.data.prepared_clips import PreparedClips
+from evacap.training.evaluation.captioner import list_clips
+from evacap.training.evaluation.evaluate import evaluate
 from evacap.training.procedural.dataset import ProceduralClips
 from evacap.training.run_config import LoraSection, load_run_config
 
@@ -166,3 +174,85 @@ def test_a_pattern_without_a_module_is_named(start):
     )
     with pytest.raises(ValueError, match=r"`model.lora.target_modules` is 'nothing'"):
         add_adapters(AutoModel.from_pretrained(start), config.model.lora)
+
+
+def test_vectors_of_frames_that_were_made_before(start, tmp_path, monkeypatch):
+    """As LAVCap stores them: a `.npy` file for each clip. The last one has no picture."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    model, processor = AutoModel.from_pretrained(start).eval(), AutoProcessor.from_pretrained(start)
+    manifest = write_small_clips(tmp_path / "clips", 4)
+    command = ["prepare", "--manifest", str(manifest), "--model", str(start), "--workers", "1", "--split", "train"]
+    assert main([*command, "--output", str(tmp_path / "pictures")]) == 0
+    pictures = PreparedClips(tmp_path / "pictures", "train", processor)
+    pixels = [clip["pixel_values_videos"] for clip in pictures]
+    vectors = [model.encoder.video_tower(video[None]).last_hidden_state[0].detach() for video in pixels]
+    (tmp_path / "clip").mkdir()
+    for number in range(3):
+        np.save(tmp_path / "clip" / f"clip-{number:02d}.npy", vectors[number].half().numpy())
+    command += ["--video-features", str(tmp_path / "clip"), "--output", str(tmp_path / "vectors")]
+    assert main(command) == 0
+    clips = PreparedClips(tmp_path / "vectors", "train", processor)
+    assert [clip.has_picture for clip in list_clips(clips)] == [True] * 3 + [False]
+
+    batch = evacap.EVACapDataCollator(p_mix=0)([clips[index] for index in range(4)])
+    width = model.config.video_width
+    assert batch["video_features"].shape == (4, 3, width) and batch["video_features"].dtype == torch.float32
+    assert batch["pixel_values_videos_mask"].all(1).tolist() == [True] * 3 + [False]
+    seen = [{**pictures[index]} for index in range(4)]
+    seen[3].pop("pixel_values_videos")
+    same = evacap.EVACapDataCollator(p_mix=0)(seen)
+    expected = model(**same)
+    torch.testing.assert_close(model(**batch).logits, expected.logits, atol=1e-2, rtol=0)
+    swapped = evacap.EVACapDataCollator(p_mix=1, fixed_points=False)([clips[index] for index in range(4)])
+    index = swapped["video_index"]
+    assert swapped["shuffled"].all() and torch.equal(swapped["video_features"], batch["video_features"][index])
+    with pytest.raises(ValueError, match="keep_matched"):
+        evacap.EVACapDataCollator(keep_matched=True)([clips[0]])
+
+    values = {
+        "base": "lavcap",
+        "output": str(tmp_path / "run"),
+        "model": {"start": str(start)},
+        "data": {"prepared": str(tmp_path / "vectors"), "augmentation": None},
+        "optimization": {"max_steps": 2, "batch_size": 2, "warmup_epochs": 0},
+        "validation": {"every_steps": 2, "split": "train", "metrics": ["rouge_l"], "best": "rouge_l", "batch_size": 2},
+        "saving": {"every_steps": 2, "code": False},
+        "logging": {"trackers": []},
+        "resources": {"mixed_precision": "no", "cpu": True, "num_workers": 0},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert run(tmp_path / "run.yaml") == 0
+    result = evaluate(
+        {"run": tmp_path / "run" / "model"},
+        lambda processor: PreparedClips(tmp_path / "vectors", "train", processor),
+        tmp_path / "evaluation",
+        "four clips",
+        shares=(1,),
+        frames=(),
+        num_beams=1,
+        metrics=("rouge_l",),
+        resamples=10,
+    )
+    videos = [clip["video"] for clip in result["checkpoints"]["run"]["conditions"][1]["clips"]]
+    assert sorted(videos[:3]) == ["clip-00", "clip-01", "clip-02"] and videos[3] is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (np.zeros((3, 4, 5), np.float32), r"float32 of shape \(3, 4, 5\)"),
+        (np.full((3, 4), np.nan, np.float32), "finite floats"),
+        (np.zeros((3, 5), np.float32), r"shape \(frames, 4\)"),
+        (b"no array", "not a .npy file"),
+    ],
+)
+def test_a_file_of_other_vectors_costs_its_clip_alone(start, tmp_path, content, message):
+    manifest = write_small_clips(tmp_path / "clips", 2)
+    (tmp_path / "clip").mkdir()
+    np.save(tmp_path / "clip" / "clip-00.npy", np.zeros((20, 4), np.float32))
+    bad = tmp_path / "clip" / "clip-01.npy"
+    bad.write_bytes(content) if isinstance(content, bytes) else np.save(bad, content)
+    command = ["prepare", "--manifest", str(manifest), "--model", str(start), "--workers", "1", "--split", "train"]
+    assert main([*command, "--video-features", str(tmp_path / "clip"), "--output", str(tmp_path / "out")]) == 0
+    (problem,) = [json.loads(line) for line in (tmp_path / "out" / "report.jsonl").read_text().splitlines()]
+    assert problem["id"] == "clip-01" and re.search(message, problem["reason"]), problem

@@ -84,13 +84,15 @@ class EVACapDataCollator:
                 * `input_features` (T, M): log-mel frames, equally many in all clips; in all clips or in none;
                 * `pixel_values_videos` (F, 3, H, W), `None` or absent for a clip without a picture; clips with fewer
                   frames than others are padded with zeros;
+                * `video_features` (F, D) instead, as a video tower gives them; the same holds;
                 * `pixel_values_videos_mask` (F,), optional: true for a frame that exists;
                 * `labels` (L,): token ids, padded with -100; in all clips or in none.
 
                 Other keys are ignored.
 
         Returns:
-            `dict[str, torch.Tensor]`: `input_features` (B, T, M), `pixel_values_videos` (B, F, 3, H, W),
+            `dict[str, torch.Tensor]`: `input_features` (B, T, M), `pixel_values_videos` (B, F, 3, H, W) or
+            `video_features` (B, F, D),
             `pixel_values_videos_mask` (B, F; bool, only where a frame is missing), `labels` (B, L), with a `model`
             `decoder_input_ids` (B, L), and
 
@@ -103,8 +105,8 @@ class EVACapDataCollator:
             A batch without any picture has only `input_features` and `labels`, unless `video_shape` is given.
 
         Raises:
-            ValueError: If some clips lack what others have, or if clips differ in the shape of `input_features` or in the
-                size of their pictures.
+            ValueError: If some clips lack what others have, if clips differ in the shape of `input_features` or in the size
+                of their pictures, or if `video_features` come together with pictures or with `keep_matched`.
         """
         batch: dict[str, torch.Tensor] = {}
         if _in_all(features, "input_features"):
@@ -117,13 +119,23 @@ class EVACapDataCollator:
             )
             if self.text_tokens is not None:
                 batch["decoder_input_ids"] = shift_tokens_right(batch["labels"], *self.text_tokens)
-        videos, masks = self._read_videos(features)
+        stream = "pixel_values_videos"
+        if any(clip.get("video_features") is not None for clip in features):
+            stream = "video_features"
+            if self.keep_matched or any(clip.get("pixel_values_videos") is not None for clip in features):
+                raise ValueError(
+                    "video_features stand in the place of all pictures of a batch, and the semantic-consistency term "
+                    "(keep_matched) needs pictures"
+                )
+        videos, masks = self._read_videos(features, stream)
         if videos:
             video_index = self._draw_video_index(features)
             shuffled = video_index != torch.arange(len(features))
             num_frames = max(map(len, videos))
             # Each video is copied once, to its place in the batch.
-            batch |= stack_videos(*_select(video_index, videos, masks), num_frames)
+            stacked = stack_videos(*_select(video_index, videos, masks), num_frames)
+            batch[stream] = stacked.pop("pixel_values_videos")
+            batch |= stacked
             if self.keep_matched and shuffled.any():
                 matched = stack_videos(*_select(shuffled.nonzero().squeeze(1), videos, masks), num_frames)
                 batch |= {f"matched_{name}": value for name, value in matched.items()}
@@ -142,9 +154,11 @@ class EVACapDataCollator:
         swaps = rng.random(1 if self.whole_batch else len(own)) < self.p_mix
         return torch.from_numpy(np.where(swaps, permuted, own))
 
-    def _read_videos(self, features: Sequence[Mapping[str, Any]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _read_videos(
+        self, features: Sequence[Mapping[str, Any]], stream: str
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The videos, with no frames for a clip without a picture, and their masks; empty if no clip has a picture."""
-        videos = [clip.get("pixel_values_videos") for clip in features]
+        videos = [clip.get(stream) for clip in features]
         videos = [None if video is None else torch.as_tensor(video) for video in videos]
         masks = [_frame_mask(place, *pair) for place, pair in enumerate(zip(features, videos, strict=True))]
         like = next((video for video in videos if video is not None), None)
@@ -154,7 +168,7 @@ class EVACapDataCollator:
             like = torch.zeros(self.video_shape)
             videos = [like for _ in videos]
             masks = [torch.zeros(len(like), dtype=torch.bool) for _ in videos]
-        elif self.video_shape is not None and like.shape[1:] != self.video_shape[1:]:
+        elif stream != "video_features" and self.video_shape is not None and like.shape[1:] != self.video_shape[1:]:
             raise ValueError(
                 f"pixel_values_videos hold frames of {tuple(like.shape[1:])}, but video_shape={self.video_shape} says "
                 f"{self.video_shape[1:]}; give the shape that the video processor makes"

@@ -26,6 +26,8 @@ class Entry:
         video (`str`, *optional*): File with the picture, with `audio`.
         frames (`str`, *optional*): Pictures, in the order of the numbers in their names, with `audio`: a folder of
             pictures, one picture, or a shell pattern such as `frames/frame_*/ID.jpg`.
+        video_features (`str`, *optional*): Instead of the picture, what a video tower has made of it, with `audio` or
+            `media`: a `.npy` file of shape (frames, width), as LAVCap stores CLIP's vectors.
         start (`float`): Start of the clip in its files, in seconds; 0 by default.
         duration (`float`, *optional*): Duration of the clip in seconds; by default one window of the model.
         start_in_whole (`float`, *optional*): Start of the clip in seconds, used only if the file is much longer than a
@@ -42,6 +44,7 @@ class Entry:
     audio: str | None = None
     video: str | None = None
     frames: str | None = None
+    video_features: str | None = None
     start: float = 0.0
     duration: float | None = None
     start_in_whole: float | None = None
@@ -67,8 +70,8 @@ class Entry:
 def read_manifest(path: str | os.PathLike) -> list[Entry]:
     """Reads a manifest: a `.jsonl` file with one object per line, or a `.csv` file with a header.
 
-    Its fields: `id`; `media`, or `audio` with `video` or `frames` (relative to the manifest's folder); `captions` (a
-    list) or `caption`; optionally `start` and `duration` in seconds. See [`Entry`]. All other fields are kept in
+    Its fields: `id`; `media`, or `audio` with `video` or `frames`, or either with `video_features` (relative to the
+    manifest's folder); `captions` (a list) or `caption`; optionally `start` and `duration` in seconds. See [`Entry`]. All other fields are kept in
     `extra`. Rows with the same `id` and the same files are one clip with several captions.
 
     Raises:
@@ -83,7 +86,10 @@ def read_manifest(path: str | os.PathLike) -> list[Entry]:
         entry = _entry(path, line, row)
         first = clips.setdefault(entry.id, entry)
         if first is not entry:
-            if any(getattr(first, name) != getattr(entry, name) for name in (*SOURCES, "start", "duration")):
+            if any(
+                getattr(first, name) != getattr(entry, name)
+                for name in (*SOURCES, "video_features", "start", "duration")
+            ):
                 raise ValueError(f"{path}, line {line}: `id` {entry.id!r} was given to another clip before")
             clips[entry.id] = replace(first, captions=first.captions + entry.captions)
     if not clips:
@@ -177,9 +183,10 @@ def _entry(path: Path, line: int, row: dict[str, Any]) -> Entry:
     caption, captions = extra.pop("caption", None), extra.pop("captions", None)
     captions = caption if captions is None else captions
     captions = [captions] if isinstance(captions, str) else captions
-    sources = {source: extra.pop(source, None) for source in SOURCES}
+    sources = {source: extra.pop(source, None) for source in (*SOURCES, "video_features")}
     window = {key: extra.pop(key) for key in ("start", "duration") if extra.get(key) is not None}
     given = [source for source, value in sources.items() if value is not None]
+    pictures = {"video", "frames", "video_features"} & set(given)
     try:
         if not name:
             raise ValueError("`id` is missing")
@@ -189,9 +196,10 @@ def _entry(path: Path, line: int, row: dict[str, Any]) -> Entry:
             or not all(isinstance(c, str) and c.strip() for c in captions)
         ):
             raise ValueError(f"`captions` must be a list of one or more sentences, or `caption` one, got {captions!r}")
-        if not given or ("media" in given and len(given) > 1) or {"video", "frames"} <= set(given):
+        if not given or len(pictures) > 1 or ("media" in given and not {"media", "video_features"} >= set(given)):
             raise ValueError(
-                f"give `media`, or `audio` with one of `video` and `frames`, got {', '.join(given) or 'none'}"
+                "give `media`, or `audio` with one of `video` and `frames`, or either of them with `video_features`, got "
+                f"{', '.join(given) or 'none'}"
             )
         for source in given:
             if not isinstance(sources[source], str) or not sources[source]:

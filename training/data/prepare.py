@@ -17,7 +17,8 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ SCHEMA = pa.schema(
         "extra": pa.string(),
     }
 )
+FEATURES = pa.field("video_features", pa.list_(pa.float32()))
+"""One more column, where clips have vectors instead of pictures."""
 # The key in the footer of each shard for what is known of its clips, so that both appear together.
 _ACCOUNT = b"evacap"
 
@@ -100,7 +103,8 @@ def prepare(
     * `id`, `captions`, and `extra`, the JSON of all other fields of the manifest;
     * `input_features`, float16, frame after frame of mel bins. The rounding changes a value by 0.001 at most, because
       normalised log-mel values are within ±4;
-    * `frames`, JPEG files of the pictures, resized and cropped but not normalised; none for a clip without a picture.
+    * `frames`, JPEG files of the pictures, resized and cropped but not normalised; none for a clip without a picture;
+    * `video_features`, float32, where clips of the manifest have such: vector after vector. No pictures are read then.
 
     `preparation.json` has the settings that the features depend on, and the number of clips. `report.jsonl` lists the clips
     that cannot be used, and those that were only partly readable (`"usable": true`), with the reason and whether it may
@@ -160,8 +164,12 @@ def prepare(
         output / "data" / name: range(len(entries))[start : start + shard_size] for name, start in zip(names, starts)
     }
     output.mkdir(parents=True, exist_ok=True)
+    settings = {**describe(processor), "frames": frames}
+    width = _feature_width(entries)
+    if width is not None:
+        settings["video_width"] = width
     with locked(output):
-        _begin(output, {**describe(processor), "frames": frames}, split, entries, shard_size)
+        _begin(output, settings, split, entries, shard_size)
         left = {path: _rows_left(path, entries, rows) for path, rows in shards.items()}
         left = {path: rows for path, rows in left.items() if rows}
         try:
@@ -169,7 +177,7 @@ def prepare(
                 _forget_counts(output, split)
                 todo = [row for rows in left.values() for row in rows]
                 workers = min(num_workers or usable_cores(), len(todo))
-                make = FeatureMaker(_storing(processor, num_frames, fps), jpeg_quality)
+                make = FeatureMaker(_storing(processor, num_frames, fps), jpeg_quality, width)
                 bar = tqdm(total=len(entries), initial=len(entries) - len(todo), desc=split, unit="clip")
                 pool = WorkerPool(make, workers, time_limit, __name__, memory_limit, _is_passing)
                 with bar, closing(pool):
@@ -180,10 +188,47 @@ def prepare(
                             _shown(next(made), bar) if row in rows else (entries[row], kept[entries[row].id])
                             for row in shards[path]
                         )
-                        _write_shard(path, split, results, accept_failures)
+                        _write_shard(path, split, results, accept_failures, width is not None)
         finally:
             _report(output)
         return _count(output, split, list(shards))
+
+
+def _feature_width(entries: list[Entry]) -> int | None:
+    """The width of the vectors that clips have instead of pictures, from the first that can be read; `None` without any.
+
+    Raises:
+        ValueError: If there are such files, but none can be read.
+    """
+    paths = [entry.video_features for entry in entries if entry.video_features is not None]
+    for path in paths:
+        try:
+            return _read_features(path).shape[1]
+        except (OSError, ValueError) as error:
+            reason = error
+    if paths:
+        raise ValueError(f"no file of `video_features` can be read; the last: {reason}")
+    return None
+
+
+def _read_features(path: str, width: int | None = None) -> np.ndarray:
+    """The vectors (frames, width) of a `.npy` file in float32.
+
+    Raises:
+        OSError: If the file cannot be opened.
+        ValueError: If it holds something else.
+    """
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: it is not a .npy file of numbers ({error})") from error
+    is_fit = isinstance(values, np.ndarray) and values.ndim == 2 and len(values) and width in (None, values.shape[1])
+    if not is_fit or not np.issubdtype(values.dtype, np.floating) or not np.isfinite(values).all():
+        found = f"{values.dtype} of shape {values.shape}" if isinstance(values, np.ndarray) else type(values).__name__
+        raise ValueError(
+            f"{path}: it holds {found}, but finite floats of shape (frames, {width or 'width'}) are expected"
+        )
+    return values.astype(np.float32)
 
 
 def describe(processor: EVACapProcessor) -> dict[str, Any]:
@@ -214,6 +259,9 @@ def _begin(output: Path, settings: dict[str, Any], split: str, entries: list[Ent
     """Records the settings of a new preparation, or compares them with those of an existing one."""
     # The location of the files may change, because nothing that is stored depends on it.
     stored = json.dumps([[entry.id, entry.captions, entry.start, entry.duration, entry.extra] for entry in entries])
+    # Otherwise a clip without a picture could not be told from one whose vectors have come since.
+    vectors = [entry.id for entry in entries if entry.video_features is not None]
+    stored += json.dumps(vectors) if vectors else ""
     manifest = hashlib.sha256(stored.encode()).hexdigest()
     begun = {"rows": len(entries), "shard_size": shard_size, "manifest": manifest}
     preparation = {**settings, "splits": {}}
@@ -265,9 +313,12 @@ def _read_kept(shard: Path) -> dict[str, "Features"]:
     problems = {problem["id"]: problem for problem in _account(source)["report"]}
     kept = {name: _unusable(problem["reason"], problem.get("passing", False)) for name, problem in problems.items()}
     table = pq.read_table(source)
-    for name, values, frames in zip(table["id"].to_pylist(), table["input_features"], table["frames"], strict=True):
+    vectors = table[FEATURES.name] if FEATURES.name in table.column_names else [None] * len(table)
+    columns = (table["id"].to_pylist(), table["input_features"], table["frames"], vectors)
+    for name, values, frames, features in zip(*columns, strict=True):
         problem = problems[name]["reason"] if name in problems else None
-        kept[name] = Features(values.values.to_numpy(), tuple(frames.as_py()), problem)
+        features = np.empty(0, np.float32) if features is None else features.values.to_numpy()
+        kept[name] = Features(values.values.to_numpy(), tuple(frames.as_py()), problem, video_features=features)
     return kept
 
 
@@ -291,6 +342,7 @@ class Features:
         problem (`str`, *optional*): The problem of the clip.
         usable (`bool`): Whether the clip can be used.
         passing (`bool`): Whether the problem may pass.
+        video_features (`np.ndarray` of shape `(frames * width,)`): float32; empty if there are none.
     """
 
     input_features: np.ndarray
@@ -298,6 +350,7 @@ class Features:
     problem: str | None = None
     usable: bool = True
     passing: bool = False
+    video_features: np.ndarray = field(default_factory=partial(np.empty, 0, np.float32))
 
 
 class FeatureMaker:
@@ -306,11 +359,13 @@ class FeatureMaker:
     Args:
         processor ([`EVACapProcessor`]): Makes pixels from 0 to 255.
         jpeg_quality (`int`): 1 to 100.
+        video_width (`int`, *optional*): Width of the vectors that clips have instead of pictures.
     """
 
-    def __init__(self, processor: EVACapProcessor, jpeg_quality: int):
+    def __init__(self, processor: EVACapProcessor, jpeg_quality: int, video_width: int | None = None):
         self.processor = processor
         self.jpeg_quality = jpeg_quality
+        self.video_width = video_width
 
     def __call__(self, entry: Entry) -> Features:
         """Makes the features of a clip, and turns its errors into a `problem`.
@@ -321,6 +376,9 @@ class FeatureMaker:
         with _warnings() as messages:
             try:
                 inputs = self._process(entry)
+                vectors = np.empty(0, np.float32)
+                if entry.video_features is not None:
+                    vectors = _read_features(entry.video_features, self.video_width).ravel()
             except ImportError:
                 raise
             except MemoryError:
@@ -334,10 +392,14 @@ class FeatureMaker:
             features.astype(np.float16).ravel(),
             tuple(self._to_jpeg(frame.numpy()) for frame in frames),
             "; ".join(messages) or None,
+            video_features=vectors,
         )
 
     def _process(self, entry: Entry) -> dict[str, Any]:
         listens, looks = self.processor.modalities != "video", self.processor.modalities != "audio"
+        if self.video_width is not None:
+            looks = False
+            entry = replace(entry, media=None, audio=entry.media or entry.audio)
         if entry.media is not None:
             return self.processor(media=entry.media, **self._window(entry.media, entry), return_tensors="pt")
         if entry.path is None:
@@ -436,19 +498,26 @@ def _shown(made: tuple[Entry, Features | Lost], bar: tqdm) -> tuple[Entry, Featu
 
 
 def _write_shard(
-    path: Path, split: str, results: Iterable[tuple[Entry, Features]], accept_failures: bool = False
+    path: Path,
+    split: str,
+    results: Iterable[tuple[Entry, Features]],
+    accept_failures: bool = False,
+    with_vectors: bool = False,
 ) -> None:
     """Writes a shard. It gets its name when no clip of it may still come, or when those are given up."""
     account: dict[str, Any] = {"clips": 0, "without_picture": 0, "damaged": 0, "passing": 0, "report": []}
     rows: list[tuple[Entry, Features]] = []
+    schema = SCHEMA.append(FEATURES) if with_vectors else SCHEMA
     with (
-        whole_file(_open_name(path)) as partial,
-        pq.ParquetWriter(partial, SCHEMA, compression="zstd", use_dictionary=False, write_statistics=False) as writer,
+        whole_file(_open_name(path)) as unfinished,
+        pq.ParquetWriter(
+            unfinished, schema, compression="zstd", use_dictionary=False, write_statistics=False
+        ) as writer,
     ):
         for entry, features in results:
             if features.usable:
                 account["clips"] += 1
-                account["without_picture"] += not features.frames
+                account["without_picture"] += not features.frames and not len(features.video_features)
                 account["damaged"] += features.problem is not None
                 rows.append((entry, features))
             if features.problem is not None:
@@ -456,10 +525,10 @@ def _write_shard(
                 problem = {"split": split, "id": entry.id, "file": entry.path, "reason": features.problem}
                 account["report"].append(problem | {"usable": features.usable, "passing": features.passing})
             if len(rows) == ROWS_AT_ONCE:
-                writer.write_table(_table(rows))
+                writer.write_table(_table(rows, schema))
                 rows.clear()
         if rows:
-            writer.write_table(_table(rows))
+            writer.write_table(_table(rows, schema))
         writer.add_key_value_metadata({_ACCOUNT: json.dumps(account).encode()})
     if accept_failures or not account["passing"]:
         _open_name(path).replace(path)
@@ -467,21 +536,29 @@ def _write_shard(
         path.unlink(missing_ok=True)
 
 
-def _table(rows: list[tuple[Entry, Features]]) -> pa.Table:
-    values = [features.input_features for _, features in rows]
-    offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+def _table(rows: list[tuple[Entry, Features]], schema: pa.Schema) -> pa.Table:
+    def as_lists(values: list[np.ndarray]) -> pa.ListArray:
+        offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+        return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(values)))
+
     columns = {
         "id": [entry.id for entry, _ in rows],
-        "input_features": pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(values))),
+        "input_features": as_lists([features.input_features for _, features in rows]),
         "frames": [features.frames for _, features in rows],
         "captions": [entry.captions for entry, _ in rows],
         "extra": [json.dumps(entry.extra, ensure_ascii=False) for entry, _ in rows],
     }
-    return pa.table(columns, schema=SCHEMA)
+    if FEATURES.name in schema.names:
+        columns[FEATURES.name] = as_lists([features.video_features for _, features in rows])
+    return pa.table(columns, schema=schema)
 
 
 def _account(shard: Path) -> dict[str, Any]:
-    return json.loads(pq.read_metadata(shard).metadata[_ACCOUNT])
+    account = json.loads(pq.read_metadata(shard).metadata[_ACCOUNT])
+    for problem in account["report"]:
+        # Shards of 0.1.0's first days call it `path`.
+        problem.setdefault("file", problem.pop("path", None))
+    return account
 
 
 def _report(output: Path) -> None:

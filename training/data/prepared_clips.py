@@ -40,7 +40,8 @@ class _Clips:
         seed: int = 0,
     ):
         self.files, self.folder = fsspec.core.url_to_fs(os.fspath(folder))
-        self.frames = _check(self.files, self.folder, split, processor)
+        preparation = _check(self.files, self.folder, split, processor)
+        self.frames, self.video_width = preparation["frames"], preparation.get("video_width")
         # Escaped, because the name of the folder may look like a pattern.
         self.shards = sorted(self.files.glob(f"{glob.escape(self.folder)}/data/{split}-*-of-*.parquet"))
         self.split = split
@@ -74,8 +75,15 @@ class _Clips:
                 mask_value = (extractor.padding_value - extractor.mean) / extractor.std
                 features = self.augmentation(features, rng, mask_value)
             clip["input_features"] = torch.from_numpy(features)
+        if self.processor.modalities == "audio":
+            return clip
+        if self.video_width is not None:
+            vectors = row["video_features"].chunk(0).flatten().to_numpy().reshape(-1, self.video_width)
+            if len(vectors):
+                clip["video_features"] = torch.from_numpy(vectors.copy())
+            return clip
         frames = row["frames"].chunk(0).flatten()
-        if self.processor.modalities != "audio" and len(frames):
+        if len(frames):
             pictures = [np.asarray(Image.open(BytesIO(frames[i].as_buffer()))) for i in self._choose(len(frames), rng)]
             clip["pixel_values_videos"] = self.processor(
                 videos=[np.stack(pictures)],
@@ -141,7 +149,8 @@ class PreparedClips(_Clips, Dataset):
         """A clip for [`EVACapDataCollator`], without the streams that the clip or the model does not have.
 
         Returns:
-            `input_features` (T, M) float32, `pixel_values_videos` (F, 3, H, W) float32 and `labels`.
+            `input_features` (T, M) float32, `pixel_values_videos` (F, 3, H, W) float32, or, where the clips were prepared
+            with them, `video_features` (F, D) float32, and `labels`.
         """
         return self._clip(self.rows[int(index)])
 
@@ -264,7 +273,7 @@ class StreamedClips(_Clips, IterableDataset):
 
 
 def _check(files: fsspec.AbstractFileSystem, folder: str, split: str, processor: EVACapProcessor) -> dict[str, Any]:
-    """Checks that a processor fits the prepared features, and returns which frames are stored."""
+    """Checks that a processor fits the prepared features, and returns how they were prepared."""
     path = f"{folder}/{PREPARATION_FILE}"
     if not files.exists(path):
         raise FileNotFoundError(f"{path}: there is no such file; make the folder with `evacap prepare`")
@@ -281,17 +290,21 @@ def _check(files: fsspec.AbstractFileSystem, folder: str, split: str, processor:
         expected = {name: fields for name, fields in expected.items() if not _is_idle(name, modalities)}
     else:
         expected["modalities"] = modalities
+    has_vectors = "video_width" in preparation
+    if has_vectors:
+        expected.pop("video_processor", None)
+    looks = modalities != "audio" and not has_vectors
     different = differences(preparation, expected)
-    if modalities != "audio" and video.fps is not None and video.fps != frames["fps"]:
+    if looks and video.fps is not None and video.fps != frames["fps"]:
         different.append(f"`frames.fps` is {frames['fps']!r} there and {video.fps!r} here")
-    if modalities != "audio" and frames["num_frames"] is not None and video.num_frames > frames["num_frames"]:
+    if looks and frames["num_frames"] is not None and video.num_frames > frames["num_frames"]:
         different.append(f"`frames.num_frames` is {frames['num_frames']} there and {video.num_frames} here")
     if different:
         raise ValueError(
             f"{folder}: was prepared for another processor: {'; '.join(different)}. Prepare the clips for this one, "
             "in a folder of its own."
         )
-    return frames
+    return preparation
 
 
 def _is_idle(component: str, modalities: str) -> bool:

@@ -103,7 +103,8 @@ def list_clips(clips: Dataset, max_clips: int | None = None) -> list[TestedClip]
     if isinstance(clips, PreparedClips):
         rows = clips.rows.data
         ids = rows.column("id")[:count].to_pylist()
-        with_picture = pc.greater(pc.list_value_length(rows.column("frames")[:count]), 0).to_pylist()
+        column = "frames" if clips.video_width is None else "video_features"
+        with_picture = pc.greater(pc.list_value_length(rows.column(column)[:count]), 0).to_pylist()
         return [TestedClip(ids[i], clips.captions(i), clips.extra(i), with_picture[i]) for i in range(count)]
     scenes = [make_scene(clips.seed, clips.split, index) for index in range(count)]
     return [TestedClip(scene.id, scene.captions, manifest_entry(scene, ""), True) for scene in scenes]
@@ -348,7 +349,9 @@ class PairReader:
         if self.sounds is not None:
             features["input_features"] = self.sounds[pair.clip]["input_features"]
         if pair.video is not None and pair.frames in self.pictures:
-            features["pixel_values_videos"] = self.pictures[pair.frames][pair.video]["pixel_values_videos"]
+            picture = self.pictures[pair.frames][pair.video]
+            stream = "video_features" if "video_features" in picture else "pixel_values_videos"
+            features[stream] = picture[stream]
         return features
 
 

@@ -256,6 +256,7 @@ def test_a_folder_from_before_there_were_open_shards(processor, tmp_path):
     account = json.loads(pq.read_metadata(shard).metadata[b"evacap"])
     for problem in account["report"]:
         del problem["passing"]
+        problem["path"] = problem.pop("file")
     table = pq.read_table(shard)
     pq.write_table(table.replace_schema_metadata({b"evacap": json.dumps(account)}), shard)
     assert prepare(entries, tmp_path / "out", processor, num_workers=1)["clips"] == 1
