@@ -111,10 +111,15 @@ def test_the_statistics_of_ced_are_kept_with_the_checkpoint(tmp_path):
     assert torch.equal(loaded.running_var, norm.running_var)
 
 
+@pytest.mark.parametrize("enrichment", [None, "caste"])
 @pytest.mark.parametrize("fusion_type", ["gated_cross_attention", "concat"])
-def test_the_towers_serve_every_fusion_and_masks_hold(fusion_type):
+def test_the_towers_serve_every_fusion_and_masks_hold(fusion_type, enrichment):
     torch.manual_seed(0)
-    model = EVACapForConditionalGeneration(lavcap_towers(fusion_type=fusion_type, num_joint_layers=1)).eval()
+    config = lavcap_towers(fusion_type=fusion_type, num_joint_layers=1, enrichment=enrichment)
+    model = EVACapForConditionalGeneration(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("_block.scale"):
+            parameter.data.fill_(0.5)
     frames, mask = torch.ones(3, 128, dtype=torch.bool), torch.ones(3, 4, dtype=torch.bool)
     frames[1, 64:], mask[1, 2:], mask[2] = False, False, False
     given = inputs()
