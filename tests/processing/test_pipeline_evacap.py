@@ -537,7 +537,10 @@ IN_A_PROCESS_WITHOUT_THE_PACKAGE = """
 """
 
 
-def test_saved_folder_loads_with_and_without_the_package(captioner, files, tmp_path):
+@pytest.mark.parametrize(("fields", "asked"), [({}, "return_gate"), (ADAPTIVE, "return_confidence")])
+def test_saved_folder_loads_with_and_without_the_package(fields, asked, files, tmp_path):
+    options = {**WORDS_ONLY, asked: True}
+    captioner = AudioVisualCaptioningPipeline(make_model(**fields), make_processor(), device="cpu", **options)
     folder = tmp_path / "saved"
     captioner.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -553,11 +556,11 @@ def test_saved_folder_loads_with_and_without_the_package(captioner, files, tmp_p
         *(path.name for path in code if path.name != "language_model_evacap.py"),
     }
     assert captioner.tokenizer is captioner.processor.tokenizer
-    expected = captioner([files["clip"]])
-    for options in ({}, {"dtype": torch.float32}, {"device_map": "auto"}):
-        loaded = pipeline("audio-visual-captioning", str(folder), trust_remote_code=True, **options)
-        assert loaded([files["clip"]], **WORDS_ONLY) == expected
-    arguments = (str(folder), files["clip"], json.dumps(WORDS_ONLY))
+    expected = json.loads(json.dumps(captioner([files["clip"]])))
+    for placed in ({}, {"dtype": torch.float32}, {"device_map": "auto"}):
+        loaded = pipeline("audio-visual-captioning", str(folder), trust_remote_code=True, **placed)
+        assert json.loads(json.dumps(loaded([files["clip"]], **options))) == expected
+    arguments = (str(folder), files["clip"], json.dumps(options))
     printed = run_in_a_process(IN_A_PROCESS_WITHOUT_THE_PACKAGE, *arguments, cache=tmp_path)
     assert json.loads(printed) == expected
 
