@@ -38,14 +38,15 @@ CONFIDENCE_BIAS = (4.0, 0.0)
 """The confidence in sound and picture before training, as a logit."""
 
 
-class _TextAttention(nn.Module):
+class EVACapTextAttention(nn.Module):
     """The projections of an attention whose queries are text tokens."""
 
     def __init__(self, config: EVACapTextConfig, layer_idx: int):
         super().__init__()
+        self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
-        self.attention_dropout = config.attention_probs_dropout_prob
+        self.scaling = self.head_dim**-0.5
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -57,14 +58,14 @@ class _TextAttention(nn.Module):
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = torch.matmul(query * self.head_dim**-0.5, key.mT)
+        scores = torch.matmul(query * self.scaling, key.mT)
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-        dropped = F.dropout(weights, self.attention_dropout, self.training)
+        dropped = F.dropout(weights, self.config.attention_probs_dropout_prob, self.training)
         return torch.matmul(dropped, value), weights
 
 
-class EVACapTextSelfAttention(_TextAttention):
+class EVACapTextSelfAttention(EVACapTextAttention):
     """Causal self-attention of the text."""
 
     def forward(
@@ -77,7 +78,7 @@ class EVACapTextSelfAttention(_TextAttention):
         return self.o_proj(context.transpose(1, 2).flatten(2)), weights
 
 
-class EVACapAdaptiveAttention(_TextAttention):
+class EVACapAdaptiveAttention(EVACapTextAttention):
     """Attention of the text to sound and picture, each weighed by a confidence (ours, after V-ACT)."""
 
     def __init__(self, config: EVACapTextConfig, layer_idx: int):
@@ -134,4 +135,4 @@ class EVACapAdaptiveAttention(_TextAttention):
         return self.o_proj(mixed), weights, confidence
 
 
-__all__ = ["EVACapAdaptiveAttention", "EVACapTextSelfAttention"]
+__all__ = ["EVACapAdaptiveAttention", "EVACapTextAttention", "EVACapTextSelfAttention"]

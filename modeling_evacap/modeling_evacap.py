@@ -40,7 +40,12 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .adaptive_evacap import CONFIDENCE_BIAS, EVACapAdaptiveAttention, EVACapTextSelfAttention
+from .adaptive_evacap import (
+    CONFIDENCE_BIAS,
+    EVACapAdaptiveAttention,
+    EVACapTextAttention,
+    EVACapTextSelfAttention,
+)
 from .attention_evacap import blockwise_attention_forward, eager_attention_forward
 from .configuration_evacap import (
     EVACapAudioConfig,
@@ -1100,7 +1105,7 @@ def _fill_in_masks(*parts: tuple[torch.Tensor, torch.Tensor | None]) -> list[tor
     ]
 
 
-class EVACapDecoderAttention(nn.Module):
+class EVACapDecoderAttention(EVACapTextAttention):
     """The attention of a prefix language model.
 
     Prefix tokens see the prefix. A text token sees the prefix and the text up to itself. Queries, keys and values of both
@@ -1109,19 +1114,8 @@ class EVACapDecoderAttention(nn.Module):
     """
 
     def __init__(self, config: EVACapTextConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
+        super().__init__(config, layer_idx)
         self.is_causal = False
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def _heads(self, states: torch.Tensor) -> torch.Tensor:
-        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(
         self,
