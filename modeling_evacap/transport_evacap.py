@@ -64,8 +64,10 @@ def sinkhorn(
     iterations: int,
     row_mask: torch.Tensor | None = None,
     column_mask: torch.Tensor | None = None,
+    row_weights: torch.Tensor | None = None,
+    column_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    r"""The logarithm of the entropic transport plan between uniform marginals, by Sinkhorn's algorithm (LAVCap).
+    r"""The logarithm of the entropic transport plan between two marginals, by Sinkhorn's algorithm (LAVCap).
 
     Columns are scaled last: their sums are exact, those of the rows in the limit.
 
@@ -74,6 +76,9 @@ def sinkhorn(
         iterations (`int`): Rounds; there is no other stopping criterion.
         row_mask (`torch.BoolTensor` of shape `(batch_size, rows)`, *optional*), column_mask (`torch.BoolTensor` of shape
             `(batch_size, columns)`, *optional*): Rows and columns that exist; all by default.
+        row_weights (`torch.Tensor` of shape `(batch_size, rows)`, *optional*), column_weights (`torch.Tensor` of shape
+            `(batch_size, columns)`, *optional*): The sums of the rows and of the columns, above 0 for those that exist;
+            uniform by default.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, rows, columns)`: The log-plan, with minus infinity outside the masks. Each plan
@@ -89,7 +94,8 @@ def sinkhorn(
     has_plan = row_mask.any(1, keepdim=True) & column_mask.any(1, keepdim=True)
     rows, columns = row_mask & has_plan, column_mask & has_plan
     row_share, column_share = (
-        -mask.sum(1, keepdim=True).clamp(min=1).to(scores.dtype).log() for mask in (rows, columns)
+        -mask.sum(1, keepdim=True).clamp(min=1).to(scores.dtype).log() if weights is None else weights.log()
+        for mask, weights in ((rows, row_weights), (columns, column_weights))
     )
     of_rows, of_columns = scores.new_zeros(batch_size, num_rows), scores.new_zeros(batch_size, num_columns)
     for _ in range(iterations):

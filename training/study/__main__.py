@@ -98,6 +98,7 @@ EXTRA = {
     "vact": Variant(("model.preset=vact", "data.p_mix=0")),
     "caste": Variant(("model.preset=evacap-caste",)),
     "caste-losses": Variant(("model.preset=evacap-caste-losses",)),
+    "video-only": Variant(("model.preset=video-only", "data.p_mix=0")),
 }
 """Variants that run only on request, which might make the entropy more informative (ours).
 

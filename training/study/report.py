@@ -55,6 +55,7 @@ VARIANT_TITLES = {
     "vact": "sound and picture weighed for each word",
     "caste": "EVACap with CASTE",
     "caste-losses": "agreement gate with CASTE and the objectives",
+    "video-only": "video only",
 }
 """The variants, in the order of the rows."""
 TABLES = {
