@@ -152,6 +152,12 @@ def describe_training(config: RunConfig, num_clips: int) -> dict[str, Any]:
     else:
         source = f"{num_clips:,} clips of `{os.path.basename(os.path.normpath(data.prepared))}` (split `{data.split}`)"
     swaps = f"{data.p_mix:.0%} of the videos were those of other clips" if data.p_mix else "no video was swapped"
+    if config.alignment is not None:
+        teacher = os.path.basename(os.path.normpath(config.alignment.teacher))
+        swaps = (
+            f"their captions were not read: the encoder of the sound was aligned with the picture's tokens in the captioner "
+            f"`{teacher}` by `{config.alignment.loss}`, and joint block and decoder are those of that captioner"
+        )
     epochs = config.optimization.epochs
     length = f"{epochs} epochs" if epochs > 1 else "One epoch"
     if config.optimization.max_steps is not None:

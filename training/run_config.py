@@ -102,7 +102,8 @@ class OptimizationSection:
 
     Args:
         epochs (`int`, defaults to 50): Number of epochs.
-        max_steps (`int`, *optional*): The run ends after so many steps, even within an epoch.
+        max_steps (`int`, *optional*): The run ends after so many steps, even within an epoch. With 0 it saves the model that
+            it would start from.
         batch_size (`int`, defaults to 8): Clips of a batch, in each process.
         accumulation_steps (`int`, defaults to 1): Batches of each process for one step.
         learning_rate (`float`, defaults to 1e-4): Peak of the learning rate.
@@ -124,6 +125,29 @@ class OptimizationSection:
     betas: list[float] = field(default_factory=lambda: [0.95, 0.999])
     weight_decay: float = 5e-7
     max_grad_norm: float | None = 1.0
+
+
+@dataclass
+class AlignmentSection:
+    """The alignment of an audio encoder with the pictures of its clips, instead of a training on captions (DALI).
+
+    Args:
+        teacher (`str`): The folder of a trained `video_only` captioner, or its name on the Hub. It is frozen.
+        loss (`str`, defaults to `"mmd"`): See [`alignment_loss`].
+        solver (`str`, defaults to `"sinkhorn"`), epsilon (`float`, defaults to 0.05), iterations (`int`, defaults to 50): See
+            [`transport_cost`].
+        tokens (`int`, *optional*): Draws so many tokens of each stream at random in each step; by default it takes all.
+        entropy_weight (`float`, defaults to 100.0): With `"attentive_ot"`: the weight of the entropy of the tokens' weights at
+            the end of the run, see [`~AlignmentRun.entropy_weight`].
+    """
+
+    teacher: str
+    loss: Literal["mmd", "ot", "attentive_ot", "contrast"] = "mmd"
+    solver: Literal["sinkhorn", "exact"] = "sinkhorn"
+    epsilon: float = 0.05
+    iterations: int = 50
+    tokens: int | None = None
+    entropy_weight: float = 100.0
 
 
 @dataclass
@@ -220,6 +244,8 @@ class RunConfig:
             folder continues the run.
         seed (`int`, defaults to 0): Seed of the initial weights, the order of the clips, dropout, augmentation and
             swaps.
+        alignment ([`AlignmentSection`], *optional*): Aligns an audio encoder with a captioner of pictures, instead of
+            training on captions.
         model, data, optimization, validation, saving, logging, resources: See the classes of the sections.
     """
 
@@ -228,6 +254,7 @@ class RunConfig:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     optimization: OptimizationSection = field(default_factory=OptimizationSection)
+    alignment: AlignmentSection | None = None
     validation: ValidationSection = field(default_factory=ValidationSection)
     saving: SavingSection = field(default_factory=SavingSection)
     logging: LoggingSection = field(default_factory=LoggingSection)
@@ -393,7 +420,6 @@ def _check(config: RunConfig) -> None:
     at_least_one = {
         "data.procedural",
         "optimization.epochs",
-        "optimization.max_steps",
         "optimization.batch_size",
         "optimization.accumulation_steps",
         "validation.every_steps",
@@ -408,12 +434,23 @@ def _check(config: RunConfig) -> None:
         "logging.every_steps",
         "resources.prefetch",
         "resources.num_threads",
+        "alignment.iterations",
+        "alignment.tokens",
     }
-    not_negative = {"seed", "resources.num_workers", "optimization.warmup_epochs", "optimization.learning_rate"}
+    not_negative = {
+        "seed",
+        "resources.num_workers",
+        "optimization.max_steps",
+        "optimization.warmup_epochs",
+        "optimization.learning_rate",
+        "alignment.entropy_weight",
+    }
     for key, value in flatten(config).items():
         least = 1 if key in at_least_one else 0 if key in not_negative else None
         if least is not None and value is not None and value < least:
             raise ValueError(f"`{key}` is {value}, but it must be at least {least}.")
+    if config.alignment is not None and config.alignment.epsilon <= 0:
+        raise ValueError(f"`alignment.epsilon` is {config.alignment.epsilon}, but it must be above 0.")
     if len(config.optimization.betas) != 2:
         raise ValueError(f"`optimization.betas` is {config.optimization.betas}, but it must hold two numbers.")
     if validation.every_steps and validation.prepared is validation.procedural is data.prepared is None:

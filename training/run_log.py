@@ -17,7 +17,7 @@ from .run_config import RunConfig, flatten
 
 
 PACKAGES = ("evacap", "torch", "transformers", "accelerate", "datasets", "numpy")
-SETTLED = ("seed", "model.", "data.", "optimization.")
+SETTLED = ("seed", "model.", "data.", "optimization.", "alignment.")
 """Prefixes of the keys of the configuration that must not change during a run."""
 
 

@@ -23,6 +23,8 @@ from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from .checkpoints import Checkpoints, Models, TrainingState, in_main_process
+from ..modeling_evacap.configuration_evacap import EVACapConfig
+from ..processing.processing_evacap import EVACapProcessor
 from .components import (
     describe_training,
     make_clips,
@@ -48,7 +50,8 @@ def train(config: RunConfig, run_class: type["TrainingRun"] | None = None) -> in
 
     Args:
         config ([`RunConfig`]): The configuration.
-        run_class (`type`, *optional*, defaults to [`TrainingRun`]): A subclass with other steps.
+        run_class (`type`, *optional*): A subclass of [`TrainingRun`] with other steps. By default the configuration
+            decides: [`~align.AlignmentRun`] with an `alignment`, else [`TrainingRun`].
 
     Returns:
         0 at the end of the run; 128 + its number if a signal stopped it, after saving a checkpoint.
@@ -58,6 +61,8 @@ def train(config: RunConfig, run_class: type["TrainingRun"] | None = None) -> in
         OSError: If a file cannot be read or written; a `BlockingIOError` if another process trains in this folder.
         RuntimeError: If the loss or the gradient is not finite. The last checkpoint is from before.
     """
+    if run_class is None and config.alignment is not None:
+        from .align import AlignmentRun as run_class
     run = (run_class or TrainingRun)(config)
     with run.locked():
         return run_steps(run)
@@ -108,13 +113,13 @@ class TrainingRun:
         self.folder = Path(config.output)
         self.accelerator = accelerator = make_accelerator(config)
         set_seed(config.seed)
-        processor, self.model_config = make_processor_and_config(config.model)
-        collator, validation_collator = make_collators(config, processor, self.model_config)
+        processor, self.model_config = self.make_processor_and_config()
+        reader = self.reading_processor(processor)
+        collator, validation_collator = make_collators(config, reader, self.model_config)
         with accelerator.local_main_process_first():
-            self.clips = make_clips(config.data, processor, config.seed, kept_clips=config.resources.kept_clips)
+            self.clips = make_clips(config.data, reader, config.seed, kept_clips=config.resources.kept_clips)
         self.loader = make_loader(config, self.clips, collator, accelerator)
-        model = make_model(config.model, self.model_config)
-        freeze(model, config.model.freeze, config.model.freeze_except)
+        model = self.make_model()
         optimizer = make_optimizer(model, config.optimization)
         self._count_steps()
         self.scheduler = make_scheduler(optimizer, config.optimization, self.steps_per_epoch, self.total_steps)
@@ -131,7 +136,27 @@ class TrainingRun:
         parts = {"state": self.state, "scheduler": self.scheduler}
         self.checkpoints = Checkpoints(self.folder, accelerator, self.model, self.optimizer, parts, config.saving.keep)
         training = describe_training(config, len(self.clips))
-        self.models = Models(self.folder, accelerator, self.model, processor, training, config.saving.code)
+        self.models = Models(self.folder, accelerator, self.captioner, processor, training, config.saving.code)
+
+    def make_processor_and_config(self) -> tuple[EVACapProcessor, EVACapConfig]:
+        """The processor and the configuration of the model that is saved."""
+        return make_processor_and_config(self.config.model)
+
+    def reading_processor(self, processor: EVACapProcessor) -> EVACapProcessor:
+        """The processor that reads the clips."""
+        return processor
+
+    def make_model(self) -> torch.nn.Module:
+        """The model to train, with frozen parameters."""
+        section = self.config.model
+        model = make_model(section, self.model_config)
+        freeze(model, section.freeze, section.freeze_except)
+        return model
+
+    @property
+    def captioner(self) -> torch.nn.Module:
+        """The model that is saved."""
+        return self.model
 
     def _count_steps(self) -> None:
         section = self.config.optimization
@@ -147,7 +172,8 @@ class TrainingRun:
                 f"There are {len(self.clips)} clips to learn from, but the processes take "
                 f"{section.batch_size * self.accelerator.num_processes} at a time: lower `optimization.batch_size`."
             )
-        self.total_steps = min(section.epochs * self.steps_per_epoch, section.max_steps or sys.maxsize)
+        limit = sys.maxsize if section.max_steps is None else section.max_steps
+        self.total_steps = min(section.epochs * self.steps_per_epoch, limit)
         self.save_every = self.config.saving.every_steps or self.steps_per_epoch
 
     @contextmanager

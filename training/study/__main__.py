@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -34,7 +34,7 @@ from ..evaluation.evaluate import SHARES, evaluate
 from ..files import check_settings, write_json, write_text
 from ..metrics.compute import METRICS
 from ..procedural.dataset import ProceduralClips
-from ..run_config import RunConfig, flatten, load_run_config
+from ..run_config import AlignmentSection, RunConfig, flatten, load_run_config
 from ..run_log import SETTLED, check_run
 from ..train import train
 from .lies import HalfDubbedClips
@@ -69,6 +69,9 @@ LLAMA = (
     "model.config.text_config.intermediate_size=320",
 )
 """A Llama as large as the decoder of the study's size, whose MLP has two matrices instead of three."""
+ALIGNED = ("model.preset=audio-only", "data.p_mix=0", "alignment.teacher=video-only")
+"""A student of the variant `video-only` of the same seed, which has to be there."""
+LOSSES = get_args(get_type_hints(AlignmentSection)["loss"])
 VARIANTS = {
     "audio-only": Variant(("model.preset=audio-only", "data.p_mix=0")),
     "avcap": Variant(("model.preset=avcap", "data.p_mix=0")),
@@ -99,6 +102,8 @@ EXTRA = {
     "caste": Variant(("model.preset=evacap-caste",)),
     "caste-losses": Variant(("model.preset=evacap-caste-losses",)),
     "video-only": Variant(("model.preset=video-only", "data.p_mix=0")),
+    **{f"dali-{loss.replace('_', '-')}": Variant((*ALIGNED, f"alignment.loss={loss}")) for loss in LOSSES},
+    "dali-none": Variant((*ALIGNED, "optimization.max_steps=0")),
 }
 """Variants that run only on request, which might make the entropy more informative (ours).
 
@@ -143,6 +148,11 @@ class Study:
         config = load_run_config(self.config, (*changes, f"output={json.dumps(os.fspath(output))}"))
         if variant.pretrained:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, start=str(output / "start")))
+        if config.alignment is not None:
+            teacher = self.output / f"{config.alignment.teacher}-seed{seed}" / "model"
+            config = dataclasses.replace(
+                config, alignment=dataclasses.replace(config.alignment, teacher=os.fspath(teacher))
+            )
         if self.keep_clips:
             # Reading them is fast enough without a process of its own.
             changes = {"kept_clips": str(self.output / "clips"), "num_workers": 0}
@@ -161,6 +171,8 @@ class Study:
         """The settings that a result depends on, without paths and anything that may change between sessions."""
         values = {key: value for key, value in flatten(config).items() if key.startswith(SETTLED)}
         values |= {"model.start": values["model.start"] is not None}
+        if config.alignment is not None:
+            values |= {"alignment.teacher": Path(config.alignment.teacher).parts[-2]}
         values |= {"test.clips": self.test_clips, "test.seed": TEST_SEED, "test.num_beams": self.num_beams}
         return json.loads(json.dumps(values))
 
@@ -267,14 +279,14 @@ def run_variant(study: Study, name: str, seed: int) -> int:
             dubbed = judge(make_dubbed, folder / "half-dubbed", f"{clips}, dubbed in half", shares=())
             half_dubbed = dubbed["checkpoints"][name]["conditions"][0]["metrics"]
     entry = evaluation["checkpoints"][name]
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    log = read_log(folder)
     last = log[-max(1, len(log) // 20) :]
     result = {
         "variant": name,
         "seed": seed,
         **provenance(study, config),
         "start": start,
-        "loss": {key: sum(line[key] for line in last) / len(last) for key in last[0] if "loss" in key},
+        "loss": {key: sum(line[key] for line in last) / len(last) for key in (last or [{}])[0] if "loss" in key},
         "parameters": entry["parameters"],
         "evaluation": evaluation["settings"],
         # The reasons contain folders of the machine.
@@ -285,6 +297,12 @@ def run_variant(study: Study, name: str, seed: int) -> int:
     }
     write_result(study.result_path(name, seed), result)
     return 0
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the log of a run; none of a run without any step."""
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def make_test_clips(
@@ -309,7 +327,7 @@ def run_pretraining(study: Study) -> int:
     if not path.exists():
         model = EVACapForConditionalGeneration.from_pretrained(folder / "model")
         processor = EVACapProcessor.from_pretrained(folder / "model")
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        log = read_log(folder)
         clips = ProceduralClips(processor, study.test_clips, "validation", TEST_SEED)
         result = {
             "variant": PRETRAINED,

@@ -9,13 +9,10 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from ...modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
+from ..alignment import contrast
 from ..data.collator import EVACapDataCollator
 from ..run_config import RunConfig
 from ..train import StopSignals, TrainingRun, train
-
-
-TEMPERATURE = 0.05
-"""Temperature of the similarities (CAV-MAE)."""
 
 
 class ContrastiveRun(TrainingRun):
@@ -60,18 +57,6 @@ def embed(model: EVACapForConditionalGeneration, batch: dict[str, torch.Tensor])
     )
     sounds, pictures = (F.normalize(stream.float().mean(1), dim=-1) for stream in tokens)
     return sounds, pictures
-
-
-def contrast(sounds: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
-    """The contrastive loss of CAV-MAE: cross-entropy over the similarities within the batch, in both directions.
-
-    Args:
-        sounds (`torch.Tensor` of shape `(batch_size, hidden_size)`): Embeddings of the sounds, from [`embed`].
-        pictures (`torch.Tensor` of shape `(batch_size, hidden_size)`): Embeddings of the pictures, from [`embed`].
-    """
-    similarities = sounds @ pictures.T / TEMPERATURE
-    own = torch.arange(len(sounds), device=sounds.device)
-    return (F.cross_entropy(similarities, own) + F.cross_entropy(similarities.T, own)) / 2
 
 
 @torch.no_grad()

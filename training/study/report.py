@@ -56,6 +56,11 @@ VARIANT_TITLES = {
     "caste": "EVACap with CASTE",
     "caste-losses": "agreement gate with CASTE and the objectives",
     "video-only": "video only",
+    "dali-mmd": "sound aligned with video only, MMD",
+    "dali-ot": "sound aligned with video only, OT",
+    "dali-attentive-ot": "sound aligned with video only, attentive OT",
+    "dali-contrast": "sound aligned with video only, contrast",
+    "dali-none": "sound with video only's decoder, not aligned",
 }
 """The variants, in the order of the rows."""
 TABLES = {
@@ -75,6 +80,15 @@ TABLES = {
     "Optimal transport, and a language model as decoder": ("evacap", "lavcap", "lavcap-mean", "language-model"),
     "A decoder that weighs sound and picture for each word": ("avcap", "evacap", "vact"),
     "Enrichment by agreement (CAE-AV)": ("evacap", "caste", "agreement-sms-5", "caste-losses"),
+    "A captioner of sounds from no captions of sounds (DALI)": (
+        "audio-only",
+        "video-only",
+        "dali-mmd",
+        "dali-ot",
+        "dali-attentive-ot",
+        "dali-contrast",
+        "dali-none",
+    ),
     "Further variants": ("evacap", "gate-stability", "semantic-consistency", "closed-gate"),
 }
 SHUFFLED = (

@@ -1,0 +1,210 @@
+"""Teaches a captioner of sounds without captions of sounds: `alignment` of a configuration (DALI).
+
+A trained `video_only` captioner, which is frozen, sees the picture of a clip. An audio encoder learns to give tokens with the
+same distribution for its sound, clip by clip. With the decoder of the teacher it is then an `audio_only` captioner like any
+other. No caption is read. See [`alignment`] for the paper and its losses.
+"""
+
+import dataclasses
+import math
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from ..modeling_evacap.configuration_evacap import EVACapConfig
+from ..modeling_evacap.language_model_evacap import captioner_class
+from ..modeling_evacap.modeling_evacap import EVACapCaptioner, EVACapEncoderOutput
+from ..processing.model_processor import load_processor, loading
+from ..processing.processing_evacap import EVACapProcessor
+from .alignment import TokenScorers, alignment_loss, entropy, uniform_weights
+from .components import make_model
+from .optimization import freeze
+from .run_config import AlignmentSection, RunConfig
+from .train import StopSignals, TrainingRun
+
+
+PARTS = 20
+"""Parts of a run, for the weight of the entropy: the published run has so many epochs."""
+SAME_SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "hidden_act", "qkv_bias", "layer_norm_eps")
+"""What the joint block of the teacher, which the student takes over, has from the configuration of its tower."""
+
+
+class AlignedStudent(nn.Module):
+    """A student and what is trained beside it, with the loss as output.
+
+    Args:
+        student ([`EVACapCaptioner`]): The `audio_only` captioner.
+        section ([`AlignmentSection`]): The loss and its options.
+    """
+
+    def __init__(self, student: EVACapCaptioner, section: AlignmentSection):
+        super().__init__()
+        self.section = section
+        self.student = student
+        width = student.config.encoder_config.hidden_size
+        self.scorers = TokenScorers(width) if section.loss == "attentive_ot" else None
+
+    def forward(
+        self,
+        picture: EVACapEncoderOutput,
+        input_features: torch.Tensor,
+        input_features_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compares the tokens of sounds with those of their pictures.
+
+        Args:
+            picture ([`EVACapEncoderOutput`]): The output of the teacher's encoder.
+            input_features, input_features_mask: See [`EVACapEncoder`].
+
+        Returns:
+            The loss, and with learned weights of the tokens their entropy, whose gradient the encoder does not get.
+        """
+        encoder = self.student.get_encoder()
+        sound = encoder(input_features=input_features, input_features_mask=input_features_mask)
+        sides = [self._drawn(side.last_hidden_state, side.attention_mask) for side in (sound, picture)]
+        (heard, heard_mask), (seen, seen_mask) = sides
+        section = self.section
+        options = {"solver": section.solver, "epsilon": section.epsilon, "iterations": section.iterations}
+        loss = alignment_loss(section.loss, heard, seen, heard_mask, seen_mask, self.scorers, **options)
+        if self.scorers is None:
+            return loss, None
+        tokens = heard.detach().float(), seen.float()
+        weights = [uniform_weights(*side) for side in zip(tokens, (heard_mask, seen_mask))]
+        return loss, entropy(*self.scorers(*tokens, *weights))
+
+    def _drawn(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A random subset of the tokens, the same places in all clips."""
+        if self.section.tokens is None or self.section.tokens >= tokens.shape[1]:
+            return tokens, mask
+        places = torch.randperm(tokens.shape[1], device=tokens.device)[: self.section.tokens]
+        return tokens[:, places], None if mask is None else mask[:, places]
+
+
+class AlignmentRun(TrainingRun):
+    """A run that aligns an audio encoder with a teacher, by the `alignment` of its configuration.
+
+    Args:
+        config ([`RunConfig`]): The configuration, with the preset `audio-only`; `model.start` has the audio encoder to begin
+            with. Everything else of the student is the teacher's.
+
+    Raises:
+        ValueError: If the configuration is for another kind of training, or if teacher and student do not fit.
+    """
+
+    def __init__(self, config: RunConfig):
+        _check(config)
+        super().__init__(config)
+        self.teacher = self.teacher.to(self.accelerator.device).eval().requires_grad_(False)
+
+    def make_processor_and_config(self) -> tuple[EVACapProcessor, EVACapConfig]:
+        """The student's processor and configuration: the teacher's, but for the sound."""
+        processor, config = super().make_processor_and_config()
+        name = self.config.alignment.teacher
+        with loading(name):
+            teacher_config = EVACapConfig.from_pretrained(name)
+            options = {"attn_implementation": self.config.model.attn_implementation, "dtype": torch.float32}
+            self.teacher = captioner_class(teacher_config).from_pretrained(name, **options)
+        known = load_processor(name)
+        self.start_config = config
+        if teacher_config.fusion_type != "video_only":
+            raise ValueError(
+                f"`alignment.teacher` {name} has `fusion_type={teacher_config.fusion_type!r}`, but the teacher must be a "
+                "captioner of pictures alone: train one with `model.preset=video-only`."
+            )
+        for field in SAME_SIZES:
+            own, other = (getattr(part, field) for part in (config.audio_config, teacher_config.video_config))
+            if own != other:
+                raise ValueError(
+                    f"`audio_config.{field}` of the student is {own!r}, but `video_config.{field}` of the teacher {name} is "
+                    f"{other!r}: they must be equal, as the student takes over the teacher's joint block and decoder."
+                )
+        fields = {"fusion_type": "audio_only", "audio_config": config.audio_config.to_dict(), "video_pooling": None}
+        student_config = EVACapConfig.from_dict(teacher_config.to_dict() | fields)
+        self.reader = EVACapProcessor(
+            processor.feature_extractor, known.video_processor, known.tokenizer, max_text_length=known.max_text_length
+        )
+        processor = EVACapProcessor(
+            processor.feature_extractor,
+            known.video_processor,
+            known.tokenizer,
+            modalities="audio",
+            max_text_length=known.max_text_length,
+        )
+        return processor, student_config
+
+    def reading_processor(self, processor: EVACapProcessor) -> EVACapProcessor:
+        """The processor that reads both streams of the clips."""
+        return self.reader
+
+    def make_model(self) -> AlignedStudent:
+        """The student: the audio tower of the start, and joint block and decoder of the teacher, which stays as it is."""
+        section = self.config.model
+        towers = make_model(section, self.start_config).state_dict()
+        weights = {name: value for name, value in self.teacher.state_dict().items() if ".video_tower." not in name}
+        weights |= {name: value for name, value in towers.items() if ".audio_tower." in name}
+        student = make_model(dataclasses.replace(section, start=None), self.model_config)
+        student.load_state_dict(weights)
+        freeze(student, [name for name, _ in student.named_parameters() if ".encoder." not in f".{name}"])
+        freeze(student, section.freeze, section.freeze_except)
+        return AlignedStudent(student, self.config.alignment)
+
+    @property
+    def captioner(self) -> EVACapCaptioner:
+        """The model that is saved."""
+        return self.accelerator.unwrap_model(self.model).student
+
+    def step(self, batches: list[dict[str, torch.Tensor]], stop: StopSignals) -> tuple[dict[str, float], bool]:
+        """See [`TrainingRun.step`]. The encoder gets the gradient of the loss, the scorers that of loss - λ entropy."""
+        accelerator, model = self.accelerator, self.model
+        entropy_weight = self.entropy_weight()
+        totals = torch.zeros(3, device=accelerator.device)
+        totals[2] = bool(stop.number)
+        for number, batch in enumerate(batches, start=1):
+            with nullcontext() if number == len(batches) else accelerator.no_sync(model):
+                with accelerator.autocast():
+                    with torch.no_grad():
+                        streams = ("pixel_values_videos", "pixel_values_videos_mask")
+                        picture = self.teacher.get_encoder()(**{key: batch[key] for key in streams if key in batch})
+                    loss, spread = model(picture, batch["input_features"], batch.get("input_features_mask"))
+                objective = loss if spread is None else loss - (entropy_weight or 0.0) * spread
+                accelerator.backward(objective / len(batches))
+            totals[0] += loss.detach() / len(batches)
+            totals[1] += 0.0 if spread is None else spread.detach() / len(batches)
+        parts = accelerator.unwrap_model(model)
+        norm = accelerator.clip_grad_norm_(
+            parts.student.parameters(), self.config.optimization.max_grad_norm or math.inf
+        )
+        if entropy_weight is None and parts.scorers is not None:
+            for parameter in parts.scorers.parameters():
+                parameter.grad = None
+        loss, spread, stopping = accelerator.reduce(totals).tolist()
+        figures = {"loss": loss / accelerator.num_processes, "grad_norm": norm.item()}
+        if parts.scorers is not None:
+            figures["entropy"] = spread / accelerator.num_processes
+        self.advance(figures)
+        return figures, stopping > 0
+
+    def entropy_weight(self) -> float | None:
+        """The weight λ of the entropy: 5, 4, 3, 2 times its last value in the second to fifth of `PARTS` parts of the run.
+
+        In the first part the scorers do not learn. The published schedule counts epochs, of 20 (DALI).
+        """
+        part = PARTS * self.state.step // max(self.total_steps, 1)
+        return None if part == 0 else self.config.alignment.entropy_weight * max(1, 6 - part)
+
+
+def _check(config: RunConfig) -> None:
+    """Checks that the sections agree."""
+    wrong = {
+        "model.preset": (config.model.preset, "audio-only"),
+        "model.lora": (config.model.lora, None),
+        "data.p_mix": (config.data.p_mix, 0),
+        "validation.every_steps": (config.validation.every_steps, None),
+    }
+    for key, (value, needed) in wrong.items():
+        if value != needed:
+            raise ValueError(
+                f"`{key}` is {value!r}, but with `alignment` it must be {needed!r}: an audio-only student learns from the "
+                "pictures of its own clips, and no caption is read."
+            )
