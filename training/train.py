@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from .checkpoints import Checkpoints, Models, TrainingState, in_main_process
 from ..modeling_evacap.configuration_evacap import EVACapConfig
 from ..processing.processing_evacap import EVACapProcessor
+from .checkpoints import Checkpoints, Models, TrainingState, in_main_process
 from .components import (
     describe_training,
     make_clips,

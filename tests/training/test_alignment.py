@@ -1,0 +1,216 @@
+"""The alignment of an audio encoder with a captioner of pictures: DALI's known answers, its masks, and a run."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import read_log, run, write_config
+from transformers import AutoModel
+
+from evacap.processing.processing_evacap import EVACapProcessor
+from evacap.training.alignment import (
+    TokenScorers,
+    alignment_loss,
+    entropy,
+    mean_discrepancy,
+    most_agreeing,
+    transport_cost,
+    uniform_weights,
+)
+
+
+FOLDER = "peers/eye_for_an_ear"
+# The names of the published scorers: `image_scorer` makes the weights of the sound.
+PUBLISHED = {
+    **{f"sound_maps.{place}": f"a_{letter}" for place, letter in enumerate("qkv")},
+    **{f"picture_maps.{place}": f"i_{letter}" for place, letter in enumerate("qkv")},
+    "sound_attention": "image_scorer",
+    "picture_attention": "audio_scorer",
+}
+
+
+def published(name: str) -> str:
+    own = next(own for own in PUBLISHED if name.startswith(own))
+    return PUBLISHED[own] + name.removeprefix(own)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, limit: float = 1e-6) -> None:
+    assert (found.detach().double() - expected.double()).abs().max().item() <= limit
+
+
+def make_sets(clips: int = 3, sound: int = 6, picture: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(clips, tokens, 8, generator=generator) for tokens in (sound, picture))
+
+
+@pytest.mark.parametrize("dtype", ["f64", "f32"])
+def test_the_mean_discrepancy_is_the_published_one(shared, dtype):
+    known = load_file(shared(f"{FOLDER}/dali_mmd.safetensors"))
+    sound, picture = known[f"{dtype}.audio"].requires_grad_(), known[f"{dtype}.image"]
+    weights = uniform_weights(sound, None), uniform_weights(picture, None)
+    losses = mean_discrepancy(sound, picture, *weights)
+    losses.mean().backward()
+    assert_close(losses, known[f"{dtype}.mmd"])
+    assert_close(sound.grad, known[f"{dtype}.grad_audio"])
+    given = mean_discrepancy(sound, picture, *weights, bandwidth=torch.full_like(losses, 4.0))
+    assert_close(given, known[f"{dtype}.fixed_bandwidth_4.mmd"])
+    assert_close(mean_discrepancy(picture, picture, weights[1], weights[1]), torch.zeros(3))
+
+
+@pytest.mark.parametrize("case", ["uniform", "weighted"])
+def test_exact_transport_is_the_published_one(shared, case):
+    pytest.importorskip("ot")
+    known = load_file(shared(f"{FOLDER}/dali_ot.safetensors"))
+    sound, picture = known["audio"].requires_grad_(), known["image"]
+    if case == "uniform":
+        weights = [uniform_weights(tokens.detach(), None) for tokens in (sound, picture)]
+    else:
+        weights = [known["audio_weights"], known["image_weights"]]
+    weights = [side.requires_grad_() for side in weights]
+    costs = transport_cost(sound, picture, *weights, solver="exact")
+    costs.mean().backward()
+    assert_close(costs, known[f"{case}.transport"])
+    assert_close(sound.grad, known[f"{case}.grad_audio"])
+    if case == "weighted":
+        for side, name in zip(weights, ("audio", "image")):
+            assert_close(side.grad, known[f"weighted.grad_{name}_weights"])
+    entropic = transport_cost(sound, picture, *weights, epsilon=0.003, iterations=3000)
+    assert_close(entropic, costs, 0.01 * costs.mean().item())
+
+
+def test_attentive_transport_is_the_published_one(shared):
+    pytest.importorskip("ot")
+    known = load_file(shared(f"{FOLDER}/dali_512_576.safetensors"))
+    scorers = TokenScorers(16, num_heads=4).double()
+    scorers.load_state_dict({name: known[f"scorer.{published(name)}"] for name in scorers.state_dict()})
+    sound, picture = known["audio"].double().requires_grad_(), known["image"].double()
+    weights = scorers(sound, picture, *(uniform_weights(tokens, None) for tokens in (sound, picture)))
+    for found, name in zip(weights, ("audio", "image")):
+        assert_close(found, known[f"attentive.{name}_weights"])
+        assert_close(found.sum(1), torch.ones(2))
+        assert found.min() >= 0.5 / found.shape[1]
+    losses = {
+        "loss": alignment_loss("attentive_ot", sound, picture, scorers=scorers, solver="exact"),
+        "entropy": entropy(*weights),
+    }
+    assert_close(losses["loss"], known["attentive.transport"].mean())
+    assert_close(losses["entropy"], known["attentive.entropy"])
+    for name, value in losses.items():
+        scorers.zero_grad()
+        value.backward(retain_graph=True, inputs=[sound, *scorers.parameters()])
+        for place, parameter in scorers.named_parameters():
+            assert_close(parameter.grad, known[f"attentive.grad_of_{name}.{published(place)}"])
+        if name == "loss":
+            assert_close(sound.grad, known["attentive.grad_audio"])
+    assert_close(alignment_loss("ot", sound, picture, solver="exact"), known["uniform.transport"].mean())
+    assert_close(alignment_loss("mmd", sound, picture), known["mmd.loss"][0])
+
+
+@pytest.mark.parametrize("loss", ["mmd", "ot", "attentive_ot", "contrast"])
+def test_order_padding_and_half_precision(loss):
+    sound, picture = make_sets()
+    scorers = TokenScorers(8)
+    value = alignment_loss(loss, sound, picture, scorers=scorers)
+    order = torch.randperm(6)
+    assert_close(alignment_loss(loss, sound[:, order], picture.flip(1), scorers=scorers), value, 1e-4)
+    # Padding has no weight, and a clip without a picture does not count, whatever its tokens are.
+    padded = [
+        torch.cat([torch.cat([tokens, tokens[:1]]), torch.full((4, 2, 8), 99.0)], 1) for tokens in (sound, picture)
+    ]
+    masks = [torch.ones(tokens.shape[:2], dtype=torch.bool) for tokens in padded]
+    for mask in masks:
+        mask[:, -2:] = False
+    masks[1][3] = False
+    padded[0].requires_grad_()
+    found = alignment_loss(loss, *padded, *masks, scorers=scorers)
+    assert_close(found, value, 1e-4)
+    found.backward()
+    assert padded[0].grad.isfinite().all() and not padded[0].grad[3].any() and not padded[0].grad[:, -2:].any()
+    # The squares of such numbers overflow in float16.
+    large = alignment_loss(loss, (300 * sound).half(), (300 * picture).half(), scorers=scorers)
+    assert large.dtype == torch.float32 and large.isfinite()
+    if loss == "ot":
+        assert_close(large / value, torch.tensor(9e4), 90)
+
+
+def test_equal_tokens_have_no_distance():
+    same = torch.ones(2, 5, 8, requires_grad=True)
+    for loss in ("mmd", "ot"):
+        value = alignment_loss(loss, same, same.detach())
+        value.backward()
+        assert value == 0 and same.grad.isfinite().all()
+
+
+def test_the_clips_that_agree_most_are_kept():
+    pictures = torch.eye(4).repeat(2, 1)
+    sounds = torch.cat([pictures[:4], pictures[4:].flip(0)]) + 5
+    counted = torch.ones(8, dtype=torch.bool)
+    assert most_agreeing(sounds, pictures, counted, 0.5).tolist() == [True] * 4 + [False] * 4
+    counted[0] = False
+    assert most_agreeing(sounds, pictures, counted, 0.4).sum() == 3
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    changes = {"model": {"preset": "video-only"}, "data": {"p_mix": 0}, "optimization": {"epochs": 1}}
+    assert run(write_config(folder / "teacher.yaml", changes)) == 0
+    return folder / "teacher" / "model"
+
+
+def changes(teacher, loss: str, **alignment) -> dict:
+    return {
+        "model": {"preset": "audio-only"},
+        "data": {"p_mix": 0},
+        "alignment": {"teacher": str(teacher), "loss": loss, **alignment},
+    }
+
+
+def test_a_student_is_an_audio_only_captioner_with_the_decoder_of_its_teacher(tmp_path, teacher):
+    before = (teacher / "model.safetensors").read_bytes()
+    options = {"tokens": 12, "keep": 1.0}
+    assert run(write_config(tmp_path / "whole.yaml", changes(teacher, "attentive_ot", **options))) == 0
+    # From a checkpoint a run goes on to the same model: the scorers are in it.
+    parts = write_config(tmp_path / "parts.yaml", changes(teacher, "attentive_ot", **options))
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "model")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-00000012")
+    assert run(parts) == 0
+    files = [tmp_path / name / "model" / "model.safetensors" for name in ("whole", "parts")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert (teacher / "model.safetensors").read_bytes() == before
+    log = read_log(tmp_path / "whole")
+    assert len(log) == 12 and log[-1]["loss"] < log[0]["loss"] and log[-1]["entropy"] > 0
+    model = AutoModel.from_pretrained(tmp_path / "whole" / "model", trust_remote_code=False)
+    assert model.config.fusion_type == "audio_only"
+    known = load_file(teacher / "model.safetensors")
+    weights = model.state_dict()
+    assert not any("scorers" in name or "video_tower" in name for name in weights)
+    same = [name for name in known if ".decoder." in name]
+    assert same and all(torch.equal(weights[name], known[name]) for name in same)
+    start = tmp_path / "start.yaml"
+    assert run(write_config(start, changes(teacher, "mmd"), {"optimization": {"max_steps": 0}})) == 0
+    first = load_file(tmp_path / "start" / "model" / "model.safetensors")
+    moved = {name.split(".")[2] for name, value in first.items() if not torch.equal(weights[name], value)}
+    assert moved == {"audio_tower", "joint"}
+    processor = EVACapProcessor.from_pretrained(tmp_path / "whole" / "model")
+    assert processor.modalities == "audio"
+    ids = model.generate(input_features=torch.randn(1, 64, 32), max_new_tokens=5)
+    assert isinstance(processor.batch_decode(ids)[0], str)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"data": {"p_mix": 0.1}}, "data.p_mix"),
+        ({"model": {"preset": "evacap"}}, "model.preset"),
+        ({"validation": {"every_steps": 4, "procedural": 4}}, "validation.every_steps"),
+        ({"model": {"config": {"audio_config": {"hidden_size": 32}}}}, "audio_config.hidden_size"),
+        ({"alignment": {"keep": 0.0}}, "alignment.keep"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, teacher, change, message):
+    config = write_config(tmp_path / "run.yaml", changes(teacher, "mmd"), change)
+    with pytest.raises(ValueError, match=message):
+        run(config)
