@@ -172,7 +172,7 @@ class Study:
         values = {key: value for key, value in flatten(config).items() if key.startswith(SETTLED)}
         values |= {"model.start": values["model.start"] is not None}
         if config.alignment is not None:
-            values |= {"alignment.teacher": Path(config.alignment.teacher).parts[-2]}
+            values |= {"alignment.teacher": Path(config.alignment.teacher).parts[-2].rpartition("-seed")[0]}
         values |= {"test.clips": self.test_clips, "test.seed": TEST_SEED, "test.num_beams": self.num_beams}
         return json.loads(json.dumps(values))
 

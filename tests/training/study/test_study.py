@@ -18,6 +18,7 @@ from transformers import AutoModel
 
 from evacap.modeling_evacap.language_model_evacap import captioner_class
 from evacap.modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
+from evacap.training.alignment import CONTRAST_TEMPERATURE, contrast
 from evacap.training.components import make_processor_and_config
 from evacap.training.metrics.bootstrap import roc_auc
 from evacap.training.procedural.dataset import ProceduralClips
@@ -36,7 +37,7 @@ from evacap.training.study.__main__ import (
     write_result,
 )
 from evacap.training.study.mismatch_detectors import BINS, SUBSETS, _fitted, cross, own_above
-from evacap.training.study.pretraining import TEMPERATURE, contrast, pretrain
+from evacap.training.study.pretraining import pretrain
 from evacap.training.study.report import (
     ORACLE_RESULT,
     PRETRAINED,
@@ -48,6 +49,18 @@ from evacap.training.study.report import (
 )
 
 
+LOSSES = ("mmd", "ot", "attentive-ot", "contrast")
+ALIGNED = {
+    "model.preset": "audio-only",
+    "data.p_mix": 0.0,
+    "alignment.teacher": "video-only",
+    "alignment.loss": "mmd",
+    "alignment.solver": "sinkhorn",
+    "alignment.epsilon": 0.05,
+    "alignment.iterations": 50,
+    "alignment.keep": 0.5,
+    "alignment.entropy_weight": 100.0,
+}
 CHANGES = {
     "audio-only": {"model.preset": "audio-only", "data.p_mix": 0.0},
     "avcap": {"model.preset": "avcap", "data.p_mix": 0.0},
@@ -86,6 +99,9 @@ CHANGES = {
     "vact": {"model.preset": "vact", "data.p_mix": 0},
     "caste": {"model.preset": "evacap-caste"},
     "caste-losses": {"model.preset": "evacap-caste-losses"},
+    "video-only": {"model.preset": "video-only", "data.p_mix": 0.0},
+    **{f"dali-{loss}": {**ALIGNED, "alignment.loss": loss.replace("-", "_")} for loss in LOSSES},
+    "dali-none": {**ALIGNED, "optimization.max_steps": 0},
 }
 """All that a variant's settings have other than EVACap's."""
 NETWORKS = {
@@ -99,6 +115,8 @@ NETWORKS = {
     "lavcap": ("optimal_transport", "entropy"),
     "lavcap-mean": ("optimal_transport", "entropy"),
     "vact": ("concat", "entropy"),
+    "video-only": ("video_only", "entropy"),
+    **{name: ("audio_only", "entropy") for name in CHANGES if name.startswith("dali-")},
 }
 
 
@@ -126,7 +144,10 @@ def test_only_the_network_differs():
         (processor.feature_extractor.to_dict(), processor.video_processor.to_dict()) for processor, _ in built.values()
     ]
     assert all(each == processors[0] for each in processors)
-    assert {name for name, (processor, _) in built.items() if processor.modalities != "audio_video"} == {"audio-only"}
+    modalities = {name: processor.modalities for name, (processor, _) in built.items()}
+    one_stream = {name: kind for name, kind in modalities.items() if kind != "audio_video"}
+    aligned = dict.fromkeys((name for name in built if name.startswith("dali-")), "audio")
+    assert one_stream == {"audio-only": "audio", "video-only": "video", **aligned}
     parts = [
         [part.to_dict() for part in (config.audio_config, config.video_config, config.text_config)]
         for name, (_, config) in built.items()
@@ -325,7 +346,7 @@ def test_the_contrast_is_the_formula():
     sounds, pictures = (
         torch.nn.functional.normalize(torch.randn(5, 8, generator=rng, dtype=torch.float64), dim=1) for _ in range(2)
     )
-    similarities = (sounds @ pictures.T / TEMPERATURE).exp()
+    similarities = (sounds @ pictures.T / CONTRAST_TEMPERATURE).exp()
     rows = -(similarities.diag() / similarities.sum(1)).log().mean()
     columns = -(similarities.diag() / similarities.sum(0)).log().mean()
     assert contrast(sounds, pictures).item() == pytest.approx((rows + columns).item() / 2)
