@@ -280,6 +280,8 @@ class EVACapTextConfig(_TransformerConfig):
         pad_token_id (`int`, defaults to 0): `[PAD]`.
         bos_token_id (`int`, defaults to 101): `[CLS]`, which starts a caption.
         eos_token_id (`int`, defaults to 102): `[SEP]`, which ends a caption.
+        num_prompt_tokens (`int`, defaults to 0): Learned vectors that the text reads behind the tokens of the clip, with
+            `text_fusion="prefix"` (prefix tuning, as in DALI).
         use_cache (`bool`, defaults to `True`): Whether decoding keeps keys and values.
 
     Raises:
@@ -305,6 +307,7 @@ class EVACapTextConfig(_TransformerConfig):
     pad_token_id: int | None = 0
     bos_token_id: int | None = 101
     eos_token_id: int | list[int] | None = 102
+    num_prompt_tokens: int = 0
     use_cache: bool = True
 
     def __post_init__(self, **kwargs):
@@ -316,6 +319,10 @@ class EVACapTextConfig(_TransformerConfig):
             "num_attention_heads",
             "intermediate_size",
             "max_position_embeddings",
+        )
+        number = self.num_prompt_tokens
+        _require(
+            _is_whole(number) and number >= 0, "text_config.num_prompt_tokens", number, "a whole number from 0 up"
         )
 
 
@@ -568,6 +575,13 @@ class EVACapConfig(PreTrainedConfig):
                 "0 without `fusion_type='gated_cross_attention'`, whose attention it is about",
             )
         _require_choice("ot_context", self.ot_context, TRANSPORT_CONTEXTS)
+        number = getattr(self.text_config, "num_prompt_tokens", 0)
+        _require(
+            number == 0 or self.text_fusion == "prefix",
+            "text_config.num_prompt_tokens",
+            number,
+            "0 without `text_fusion='prefix'`",
+        )
         _require_choice("text_fusion", self.text_fusion, TEXT_FUSIONS)
         _require(
             self.text_fusion == "prefix"

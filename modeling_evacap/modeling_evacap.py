@@ -508,6 +508,8 @@ class EVACapPreTrainedModel(PreTrainedModel):
                 table = sincos_position_table(module.grid_size, module.grid_size, dim).repeat(module.num_steps, 1)
             init.copy_(module.position_embeddings, table)
             init.normal_(module.modality_embedding, std=module.config.initializer_range)
+        elif isinstance(module, EVACapDecoder) and module.prompt is not None:
+            init.normal_(module.prompt, std=module.config.initializer_range)
         elif isinstance(module, EVACapCEDEmbeddings):
             init.normal_(module.time_embeddings, std=module.config.initializer_range)
             init.normal_(module.frequency_embeddings, std=module.config.initializer_range)
@@ -1282,6 +1284,9 @@ class EVACapDecoder(EVACapPreTrainedModel):
         encoder_hidden_size = config.hidden_size if encoder_hidden_size is None else encoder_hidden_size
         self.prefix_projection = nn.Linear(encoder_hidden_size, config.hidden_size)
         self.prefix_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.prefix_layer_norm_eps)
+        self.prompt = None
+        if config.num_prompt_tokens > 0:
+            self.prompt = nn.Parameter(torch.empty(config.num_prompt_tokens, config.hidden_size))
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layernorm_embedding = nn.LayerNorm(config.hidden_size, eps=config.embedding_layer_norm_eps)
@@ -1362,6 +1367,8 @@ class EVACapDecoder(EVACapPreTrainedModel):
         prefix_states = prefix_mask = token_mask = None
         if encoder_attention_mask is not None:
             token_mask = encoder_attention_mask.bool()
+            if self.prompt is not None:
+                token_mask = F.pad(token_mask, (0, len(self.prompt)), value=True)
         if cache is None or not cache.is_updated.get(0):
             if encoder_hidden_states is None:
                 raise ValueError("`encoder_hidden_states` is missing: the decoder has no prefix to read.")
@@ -1371,6 +1378,9 @@ class EVACapDecoder(EVACapPreTrainedModel):
                     "but it needs the same number for each clip."
                 )
             prefix_states = self.prefix_layer_norm(self.prefix_projection(encoder_hidden_states))
+            if self.prompt is not None:
+                prompt = self.prompt.to(prefix_states).expand(len(prefix_states), -1, -1)
+                prefix_states = torch.cat([prefix_states, prompt], dim=1)
             if self.text_fusion == "prefix":
                 prefix_mask = _attention_mask(self.config, prefix_states, token_mask)
 

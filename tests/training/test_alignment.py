@@ -200,6 +200,28 @@ def test_a_student_is_an_audio_only_captioner_with_the_decoder_of_its_teacher(tm
     assert isinstance(processor.batch_decode(ids)[0], str)
 
 
+def test_prefix_tuning_of_a_teacher_changes_nothing_else(tmp_path, teacher):
+    prompted = {
+        "model": {
+            "preset": "video-only",
+            "start": str(teacher),
+            "config": {"text_config": {"num_prompt_tokens": 3}},
+            "freeze": ["*"],
+            "freeze_except": ["model.decoder.prompt"],
+        },
+        "data": {"p_mix": 0, "procedural": 16},
+        "optimization": {"epochs": 1, "batch_size": 16},
+    }
+    assert run(write_config(tmp_path / "prompted.yaml", prompted)) == 0
+    known, tuned = (load_file(folder / "model.safetensors") for folder in (teacher, tmp_path / "prompted" / "model"))
+    assert tuned.pop("model.decoder.prompt").shape == (3, 16)
+    assert known.keys() == tuned.keys() and all(torch.equal(value, tuned[name]) for name, value in known.items())
+    # A student has the vectors of its teacher.
+    student = changes(tmp_path / "prompted" / "model", "contrast")
+    assert run(write_config(tmp_path / "student.yaml", student, {"optimization": {"max_steps": 1}})) == 0
+    assert "model.decoder.prompt" in load_file(tmp_path / "student" / "model" / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
