@@ -14,7 +14,7 @@ from torch import nn
 
 from ..modeling_evacap.configuration_evacap import EVACapConfig
 from ..modeling_evacap.language_model_evacap import captioner_class
-from ..modeling_evacap.modeling_evacap import EVACapCaptioner, EVACapEncoderOutput
+from ..modeling_evacap.modeling_evacap import EVACapCaptioner
 from ..processing.model_processor import load_processor, loading
 from ..processing.processing_evacap import EVACapProcessor
 from .alignment import TokenScorers, alignment_loss, entropy, uniform_weights
@@ -47,14 +47,16 @@ class AlignedStudent(nn.Module):
 
     def forward(
         self,
-        picture: EVACapEncoderOutput,
+        picture: torch.Tensor,
+        picture_mask: torch.Tensor | None,
         input_features: torch.Tensor,
         input_features_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compares the tokens of sounds with those of their pictures.
 
         Args:
-            picture ([`EVACapEncoderOutput`]): The output of the teacher's encoder.
+            picture (`torch.Tensor` of shape `(batch_size, T_v, hidden_size)`), picture_mask (`torch.BoolTensor` of shape
+                `(batch_size, T_v)`, *optional*): The tokens of the teacher's encoder, and those that exist.
             input_features, input_features_mask: See [`EVACapEncoder`].
 
         Returns:
@@ -62,8 +64,8 @@ class AlignedStudent(nn.Module):
         """
         encoder = self.student.get_encoder()
         sound = encoder(input_features=input_features, input_features_mask=input_features_mask)
-        sides = [self._drawn(side.last_hidden_state, side.attention_mask) for side in (sound, picture)]
-        (heard, heard_mask), (seen, seen_mask) = sides
+        heard, heard_mask = self._drawn(sound.last_hidden_state, sound.attention_mask)
+        seen, seen_mask = self._drawn(picture, picture_mask)
         section = self.section
         options = {"solver": section.solver, "epsilon": section.epsilon, "iterations": section.iterations}
         loss = alignment_loss(section.loss, heard, seen, heard_mask, seen_mask, self.scorers, section.keep, **options)
@@ -139,6 +141,8 @@ class AlignmentRun(TrainingRun):
 
     def make_model(self) -> AlignedStudent:
         """The student: the audio tower of the start, and joint block and decoder of the teacher, which stays as it is."""
+        if self.accelerator.is_fsdp2:
+            raise ValueError("`alignment` works with one process or several whole copies (DDP), but not with FSDP.")
         section = self.config.model
         towers = make_model(section, self.start_config).state_dict()
         weights = {name: value for name, value in self.teacher.state_dict().items() if ".video_tower." not in name}
@@ -166,7 +170,8 @@ class AlignmentRun(TrainingRun):
                     with torch.no_grad():
                         streams = ("pixel_values_videos", "pixel_values_videos_mask")
                         picture = self.teacher.get_encoder()(**{key: batch[key] for key in streams if key in batch})
-                    loss, spread = model(picture, batch["input_features"], batch.get("input_features_mask"))
+                    tokens = picture.last_hidden_state, picture.attention_mask
+                    loss, spread = model(*tokens, batch["input_features"], batch.get("input_features_mask"))
                 objective = loss if spread is None else loss - (entropy_weight or 0.0) * spread
                 accelerator.backward(objective / len(batches))
             totals[0] += loss.detach() / len(batches)

@@ -194,6 +194,7 @@ def test_a_student_is_an_audio_only_captioner_with_the_decoder_of_its_teacher(tm
     first = load_file(tmp_path / "start" / "model" / "model.safetensors")
     moved = {name.split(".")[2] for name, value in first.items() if not torch.equal(weights[name], value)}
     assert moved == {"audio_tower", "joint"}
+    assert "captions were not read" in (tmp_path / "whole" / "model" / "training.json").read_text()
     processor = EVACapProcessor.from_pretrained(tmp_path / "whole" / "model")
     assert processor.modalities == "audio"
     ids = model.generate(input_features=torch.randn(1, 64, 32), max_new_tokens=5)
