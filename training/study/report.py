@@ -104,7 +104,7 @@ SHUFFLED = (
     "lavcap-mean",
     "vact",
 )
-SYSTEMS = ("audio-only", "avcap", "evacap", "agreement", "lavcap", "caste", "caste-losses", "vact")
+SYSTEMS = ("audio-only", "avcap", "evacap", "agreement", "lavcap", "caste", "caste-losses", "vact", "dali-ot")
 """One row for each system of the sources."""
 OWN, SWAPPED, NO_VIDEO = 0.0, 1.0, None
 SYSTEM_COLUMNS = (
