@@ -106,7 +106,8 @@ style: $(VENV)/.installed-dev
 
 # The first takes 13 minutes on two cores, the second 9; the last command prints the figures of the README.
 tiny: $(VENV)/.installed-dev
-	$(BIN)/evacap train tiny
+	$(BIN)/evacap train tiny model.preset=evacap-agreement data.p_mix=0 data.procedural=115200
+	$(BIN)/python -m evacap.training.evaluation.calibration runs/tiny/model --procedural 500
 	$(BIN)/evacap train tiny model.preset=audio-only output=runs/tiny_audio_only
 	$(BIN)/python -m evacap.training.procedural.scenes --split test --clips 300 --output runs/test_clips
 	$(BIN)/evacap prepare --manifest runs/test_clips/manifest.jsonl --model runs/tiny/model --output runs/test_clips_prepared
