@@ -31,7 +31,7 @@ EXTRAS = {
 setup(
     name="evacap",
     version="0.1.0",
-    description="Audio-visual captioning for Transformers that does not get fooled when sound and picture disagree",
+    description="Audio-visual captioning for Transformers that is seldom fooled when sound and picture disagree",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The EVACap authors",

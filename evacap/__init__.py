@@ -1,4 +1,4 @@
-"""EVACap: audio-visual captioning for Transformers that does not get fooled when sound and picture disagree.
+"""EVACap: audio-visual captioning for Transformers that is seldom fooled when sound and picture disagree.
 
 Importing the package makes its classes known to Transformers: `AutoConfig`, `AutoModel` (which loads the captioner),
 `AutoProcessor` and its parts, and `pipeline("audio-visual-captioning", model=…)` load EVACap, whichever is imported first.

@@ -62,6 +62,10 @@ def with_language_model(
         model = EVACapForCausalLM(config)
     model.encoder, model.language_model = encoder, decoder
     model.multi_modal_projector = nn.Linear(*reversed(model.multi_modal_projector.weight.shape))
+    for part in model.children():
+        # Heads that only training needs.
+        if any(parameter.is_meta for parameter in part.parameters()):
+            part.to_empty(device="cpu").apply(model._init_weights)
     return model.eval()
 
 

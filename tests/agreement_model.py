@@ -9,10 +9,8 @@ import evacap
 
 def save_agreement_model(path: Path) -> None:
     """Saves the bundled checkpoint with a head that says 0.88 of every picture."""
-    config = evacap.EVACapConfig.from_pretrained(evacap.TINY)
-    config.gate_type, config.matching_weight, config.matching_hidden_size = "agreement", 1.0, 16
-    torch.manual_seed(0)
-    model = evacap.EVACapForConditionalGeneration.from_pretrained(evacap.TINY, config=config)
+    model = evacap.EVACapForConditionalGeneration.from_pretrained(evacap.TINY)
+    model.config.agreement_temperature, model.config.agreement_threshold = 1.0, 0.5
     head = model.model.encoder.matching_head
     with torch.no_grad():
         for layer in (head.clip_out, head.step_out):

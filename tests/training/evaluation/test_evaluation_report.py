@@ -63,7 +63,7 @@ def test_markdown_has_the_papers_tables(evaluation):
     first = found["Own videos (layout of the paper's Table 1)"]
     assert first[0] == ["model", "params", *names]
     assert [row[0] for row in first[2:]] == ["looks", "listens"]
-    assert first[2][1] == "2.3 M"
+    assert first[2][1] == "2.4 M"
     figures = evaluation["checkpoints"]["looks"]["conditions"][0]["metrics"]
     low, high = (f"{bound:.3f}".removeprefix("0") for bound in figures["rouge_l"]["interval"])
     assert first[2][-1] == f"{figures['rouge_l']['value']:.3f}<br><sub>{low}–{high}</sub>"
