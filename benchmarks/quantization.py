@@ -34,7 +34,13 @@ WAYS = {
     },
     "bitsandbytes, 8 bits": {"quantization_config": functools.partial(BitsAndBytesConfig, load_in_8bit=True)},
     "bitsandbytes, 4 bits": {
-        "quantization_config": functools.partial(BitsAndBytesConfig, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        "quantization_config": functools.partial(
+            BitsAndBytesConfig,
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            # Its kernels for 4 bits take no layer with one output, as the head of the agreement gate has.
+            llm_int8_skip_modules=["model.encoder.matching_head", "lm_head"],
+        )
     },
 }
 """Arguments of `from_pretrained`, by way; a configuration is made for each call."""
