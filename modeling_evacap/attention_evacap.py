@@ -31,6 +31,14 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def all_where_none(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask (batch_size, tokens) in which a row without any token has all of its padding.
+
+    What is computed for such a row is never used, but a softmax or a mean over nothing would not be a number.
+    """
+    return None if mask is None else mask | ~mask.any(1, keepdim=True)
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,

@@ -32,7 +32,7 @@ none g is 0 and the audio passes unchanged.
 import torch
 from torch import nn
 
-from .attention_evacap import at_least_float32, score_blocks
+from .attention_evacap import all_where_none, at_least_float32, score_blocks
 from .configuration_evacap import EVACapConfig
 from .fusion_kernel_evacap import has_kernel, kernel_attention_and_entropy
 
@@ -133,9 +133,7 @@ def fused_attention_and_entropy(
     It uses Triton kernels on a GPU, and otherwise computes block by block. PyTorch's kernels do not give the entropy, and
     computing it separately would take a second pass over the scores.
     """
-    if mask is not None:
-        # A row without any key sees all of its padding: its result is never used, but it must not be NaN.
-        mask = mask | ~mask.any(1, keepdim=True)
+    mask = all_where_none(mask)
     if torch.compiler.is_exporting():
         # An exported graph would hold the blocks of one batch size, or kernels that no other runtime has.
         return *attention_and_entropy(query, key, value, mask, scaling)[:2], None

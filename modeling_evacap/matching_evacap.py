@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .attention_evacap import at_least_float32
+from .attention_evacap import all_where_none, at_least_float32
 from .configuration_evacap import EVACapConfig
 from .loss_evacap import matching_loss
 
@@ -81,7 +81,7 @@ class EVACapMatchingHead(nn.Module):
         Returns:
             The logits of the clips (batch_size,) and of their audio time steps (batch_size, T), in float32 or better.
         """
-        audio_mask, video_mask = _all_where_none(audio_mask), _all_where_none(video_mask)
+        audio_mask, video_mask = all_where_none(audio_mask), all_where_none(video_mask)
         heard, seen = self.audio_proj(audio), self.video_proj(video)
         scores = at_least_float32(torch.matmul(self.q_proj(audio) * self.scaling, self.k_proj(video).mT))
         lowest = torch.finfo(scores.dtype).min
@@ -110,11 +110,6 @@ class EVACapMatchingHead(nn.Module):
 def picture_of_step(time_steps: int, pictures: int, device: torch.device | None = None) -> torch.Tensor:
     """The picture that is seen in each audio time step (time_steps,), where both streams cover the same time."""
     return torch.arange(time_steps, device=device) * pictures // time_steps
-
-
-def _all_where_none(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """A row without any token has all of its padding: its result is never used, but must not be not a number."""
-    return None if mask is None else mask | ~mask.any(1, keepdim=True)
 
 
 def mean_and_max(tokens: torch.Tensor, mask: torch.Tensor | None, dim: int) -> torch.Tensor:

@@ -46,7 +46,7 @@ from .adaptive_evacap import (
     EVACapTextAttention,
     EVACapTextSelfAttention,
 )
-from .attention_evacap import blockwise_attention_forward, eager_attention_forward
+from .attention_evacap import all_where_none, blockwise_attention_forward, eager_attention_forward
 from .configuration_evacap import (
     EVACapAudioConfig,
     EVACapCEDConfig,
@@ -464,12 +464,10 @@ def _mask_frames(
 def _attention_mask(config, hidden_states: torch.Tensor, token_mask: torch.Tensor | None):
     """The mask with which all tokens see the tokens of `token_mask` (batch_size, tokens).
 
-    It has the form of the attention implementation. A row without any token sees all of its padding: its output is never
-    used, but a softmax over nothing would be NaN.
+    It has the form of the attention implementation.
     """
-    if token_mask is not None:
-        token_mask = token_mask | ~token_mask.any(1, keepdim=True)
-    return create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=token_mask)
+    mask = all_where_none(token_mask)
+    return create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=mask)
 
 
 class EVACapPreTrainedModel(PreTrainedModel):
@@ -876,7 +874,7 @@ class EVACapEncoder(EVACapPreTrainedModel):
         if self.training and video is not None and contrast:
             tokens, mask = video.last_hidden_state, video.attention_mask
             exists = tokens.new_ones(len(tokens), 1, dtype=torch.bool) if mask is None else mask.any(1, keepdim=True)
-            summary = mean_and_max(tokens, None if mask is None else mask | ~exists, 1)
+            summary = mean_and_max(tokens, all_where_none(mask), 1)
             summaries["video_summary"] = summary.masked_fill(~exists, torch.nan)
         return summaries
 

@@ -226,7 +226,7 @@ def as_markdown(results: Sequence[Result], plots: Sequence[str] = ()) -> str:
 
 def _systems(runs: Mapping[str, list[Result]]) -> list[str]:
     """The systems of the sources, with own and with swapped videos, in one table."""
-    runs = {name: runs[name] for name in SYSTEMS if name in runs}
+    runs = _chosen(runs, SYSTEMS)
     if len(runs) < 2:
         return []
     columns = [one for one in SYSTEM_COLUMNS if any(_values(group, one[1], one[0]) for group in runs.values())]
@@ -573,9 +573,9 @@ def _provenance(results: Sequence[Result]) -> list[str]:
 def make_plots(results: Sequence[Result]) -> dict[str, "Figure"]:
     """The plots by name: `fooled` (names of sound-alikes), `shuffle` (metrics over the share of shuffled videos), `entropy`."""
     runs = _by_variant(results)
-    systems = {name: runs[name] for name in SYSTEMS if name in runs}
+    systems = _chosen(runs, SYSTEMS)
     plots = {"fooled": _names(systems)} if len(systems) > 1 else {}
-    plots |= {"shuffle": _curves({name: runs[name] for name in SHUFFLED if name in runs} or runs)}
+    plots |= {"shuffle": _curves(_chosen(runs, SHUFFLED) or runs)}
     looking = {
         name: group for name, group in runs.items() if group[0]["mismatch"] and group[0]["mismatch"]["histograms"]
     }
@@ -692,6 +692,11 @@ def _by_variant(results: Iterable[Result]) -> dict[str, list[Result]]:
     for result in filter(is_run, results):
         groups.setdefault(result["variant"], []).append(result)
     return groups
+
+
+def _chosen(runs: Mapping[str, list[Result]], names: Sequence[str]) -> dict[str, list[Result]]:
+    """The variants among `names`, in that order, that have run."""
+    return {name: runs[name] for name in names if name in runs}
 
 
 def _shares(runs: Mapping[str, list[Result]]) -> list[float | None]:
