@@ -31,6 +31,7 @@ _STREAMS = {
     "audio_only": "It listens and does not look at the picture.",
     "video_only": "It looks at the picture and does not listen.",
     "concat": "It listens and looks: the decoder reads the tokens of both streams.",
+    "late_concat": "It listens and looks: the decoder reads the tokens of both streams.",
     "optimal_transport": "It listens and looks: the decoder reads the tokens of both streams, aligned by optimal transport.",
     "gated_cross_attention": "It listens, and looks where the picture fits.",
 }

@@ -24,7 +24,7 @@ from .versions_evacap import warn_if_untested
 # Every way to load a saved folder imports this module.
 warn_if_untested()
 
-FUSION_TYPES = ("gated_cross_attention", "concat", "optimal_transport", "audio_only", "video_only")
+FUSION_TYPES = ("gated_cross_attention", "concat", "late_concat", "optimal_transport", "audio_only", "video_only")
 GATE_TYPES = ("entropy", "agreement", "learned", "none")
 VIDEO_ATTENTION_TYPES = ("full", "frame")
 AUDIO_POOLINGS = (None, "frequency")
@@ -372,8 +372,10 @@ class EVACapConfig(PreTrainedConfig):
             configuration of any model that `AutoModelForCausalLM` loads, such as `{"model_type": "llama", …}`. The model
             is then an [`EVACapForCausalLM`].
         fusion_type (`str`, defaults to `"gated_cross_attention"`): `"gated_cross_attention"` (EVACap), `"concat"`
-            (AVCap: the joint block and the decoder see audio and video tokens), `"optimal_transport"` (LAVCap: they see
-            the tokens of both, aligned by optimal transport), `"audio_only"` or `"video_only"`.
+            (AVCap: the joint block and the decoder see audio and video tokens), `"late_concat"` (DALI: each stream has
+            joint blocks of its own, and the decoder sees the tokens of both, video first), `"optimal_transport"`
+            (LAVCap: joint block and decoder see the tokens of both, aligned by optimal transport), `"audio_only"` or
+            `"video_only"`.
         gate_type (`str`, defaults to `"entropy"`): The gate of `"gated_cross_attention"`: `"entropy"` (paper,
             equations 2 and 3), `"agreement"` (the entropy's where a matching head says that the picture belongs to the
             sound, else exactly 0: ours), `"learned"` (a linear gate on audio and context: the paper's "w/o E") or
@@ -550,10 +552,10 @@ class EVACapConfig(PreTrainedConfig):
         _require(_is_whole(layers) and layers >= 0, "num_joint_layers", layers, "a whole number from 0 up")
         if self.has_clip_tower:
             _require(
-                self.fusion_type != "video_only",
+                self.fusion_type not in ("video_only", "late_concat"),
                 "video_config.model_type",
                 self.video_config.model_type,
-                f"{EVACapVideoConfig.model_type!r} with `fusion_type='video_only'`",
+                f"{EVACapVideoConfig.model_type!r} with `fusion_type={self.fusion_type!r}`",
             )
         _require_choice("audio_pooling", self.audio_pooling, AUDIO_POOLINGS)
         _require_choice("video_pooling", self.video_pooling, VIDEO_POOLINGS)
@@ -641,7 +643,7 @@ class EVACapConfig(PreTrainedConfig):
             _require(
                 value is None or self.fusion_type != missing, field, value, f"None with `fusion_type={missing!r}`"
             )
-        if self.fusion_type in ("concat", "optimal_transport"):
+        if self.fusion_type in ("concat", "late_concat", "optimal_transport"):
             _require(
                 self.video_width == self.audio_config.hidden_size,
                 "video_config.projection_dim" if self.has_clip_tower else "video_config.hidden_size",

@@ -94,7 +94,7 @@ class EVACapEncoderOutput(BaseModelOutput):
     r"""Output of [`EVACapEncoder`].
 
     T_a and T_v are the numbers of audio and video tokens. T is the length of the fused sequence: T_a, or T_a + T_v for
-    `"concat"`, or T_v for `"video_only"`.
+    `"concat"`, `"late_concat"` and `"optimal_transport"`, or T_v for `"video_only"`.
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`): The fused sequence.
@@ -105,8 +105,8 @@ class EVACapEncoderOutput(BaseModelOutput):
         cross_attentions (`torch.FloatTensor` of shape `(batch_size, num_heads, T_a, T_v)`, *optional*): With
             `output_attentions=True`, the attention probabilities of the fusion (paper, equation 1).
         video_hidden_states (`tuple(torch.FloatTensor)`, *optional*): As `hidden_states`, for a video tower beside an
-            audio tower.
-        video_attentions (`tuple(torch.FloatTensor)`, *optional*): As `attentions`, for that video tower.
+            audio tower; with `"late_concat"` also for the video stream's joint blocks.
+        video_attentions (`tuple(torch.FloatTensor)`, *optional*): As `attentions`, for the same blocks.
         attention_mask (`torch.BoolTensor` of shape `(batch_size, T)`, *optional*): `True` for tokens that exist;
             `None` if all exist.
         fusion_gate (`torch.FloatTensor` of shape `(batch_size, T_a)`, *optional*): The gate g in [0, 1] of each audio
@@ -758,6 +758,8 @@ class EVACapEncoder(EVACapPreTrainedModel):
             self.matching_head = EVACapMatchingHead(config)
         if config.has_joint_encoder:
             self.joint = EVACapJointEncoder(config.encoder_config, config.num_joint_layers)
+        if config.fusion_type == "late_concat":
+            self.video_joint = EVACapJointEncoder(config.video_config, config.num_joint_layers)
         self.post_init()
 
     @can_return_tuple
@@ -780,8 +782,8 @@ class EVACapEncoder(EVACapPreTrainedModel):
             input_features (`torch.FloatTensor` of shape `(batch_size, frames, num_mel_bins)`): The sound. Every
                 `fusion_type` but `"video_only"` needs it.
             pixel_values_videos (`torch.FloatTensor` of shape `(batch_size, frames, channels, height, width)`,
-                *optional*): The picture. Without it the gate of a gated model is exactly 0, and `"concat"` and
-                `"optimal_transport"` read the audio alone. `"audio_only"` ignores it.
+                *optional*): The picture. Without it the gate of a gated model is exactly 0, and `"concat"`,
+                `"late_concat"` and `"optimal_transport"` read the audio alone. `"audio_only"` ignores it.
             input_features_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): The filterbank frames
                 that exist; all by default (AVCap).
             pixel_values_videos_mask (`torch.Tensor` of shape `(batch_size, frames)`, *optional*): The video frames
@@ -833,18 +835,24 @@ class EVACapEncoder(EVACapPreTrainedModel):
             hidden_states, token_mask = fused.last_hidden_state, fused.attention_mask
         elif fusion_type == "concat" and video is not None:
             sound, picture = self.enrich(audio, video)
-            masks = _fill_in_masks((sound, audio.attention_mask), (picture, video.attention_mask))
-            token_mask = None if masks[0] is None else torch.cat(masks, dim=1)
-            hidden_states = torch.cat([sound, picture], dim=1)
+            hidden_states, token_mask = _concatenate((sound, audio.attention_mask), (picture, video.attention_mask))
             is_video = torch.arange(hidden_states.shape[1], device=hidden_states.device) >= sound.shape[1]
             fused.video_token_mask = is_video.expand(hidden_states.shape[0], -1)
             if token_mask is not None:
                 fused.video_token_mask = fused.video_token_mask & token_mask
+        elif fusion_type == "late_concat":
+            hidden_states, picture = self.enrich(audio, video)
         joint = BaseModelOutput(last_hidden_state=hidden_states)
         if self.config.has_joint_encoder:
             joint = self.joint(hidden_states, token_mask, **outputs)
 
         beside = video if audio is not None and video is not None else BaseModelOutput()
+        if fusion_type == "late_concat" and video is not None:
+            seen = self.video_joint(picture, video.attention_mask, **outputs)
+            streams = (seen.last_hidden_state, video.attention_mask), (joint.last_hidden_state, token_mask)
+            joint.last_hidden_state, token_mask = _concatenate(*streams)
+            beside.hidden_states = _chain(video.hidden_states, seen.hidden_states and seen.hidden_states[1:])
+            beside.attentions = _chain(video.attentions, seen.attentions)
         return EVACapEncoderOutput(
             last_hidden_state=joint.last_hidden_state,
             hidden_states=_chain(main.hidden_states, joint.hidden_states and joint.hidden_states[1:]),
@@ -1103,6 +1111,15 @@ def _fill_in_masks(*parts: tuple[torch.Tensor, torch.Tensor | None]) -> list[tor
     return [
         tensor.new_ones(tensor.shape[:2], dtype=torch.bool) if mask is None else mask.bool() for tensor, mask in parts
     ]
+
+
+def _concatenate(*streams: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The tokens of `(tokens, mask)` streams one after the other, and their mask if any stream has one."""
+    masks = _fill_in_masks(*streams)
+    # Where `device_map` has put the streams apart.
+    device = streams[0][0].device
+    tokens = torch.cat([tokens.to(device) for tokens, _ in streams], dim=1)
+    return tokens, None if masks[0] is None else torch.cat([mask.to(device) for mask in masks], dim=1)
 
 
 class EVACapDecoderAttention(EVACapTextAttention):

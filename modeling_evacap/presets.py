@@ -71,6 +71,11 @@ PRESETS = {
     "evacap-ungated": Preset(
         "cross-attention without a gate (the paper's w/o G)", {"gate_type": "none"}, PAPER_PROCESSING
     ),
+    "late-concat": Preset(
+        "a captioner of pictures and one of sounds with the same decoder, which reads the tokens of both (DALI)",
+        {"fusion_type": "late_concat"},
+        PAPER_PROCESSING,
+    ),
     "lavcap": Preset(
         "LAVCap's fusion: one token a time step and one a picture, aligned by optimal transport",
         {

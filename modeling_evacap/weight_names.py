@@ -77,7 +77,8 @@ class NameTable:
 
     The blocks of both towers use the layer norms without a suffix (CAV-MAE, AVCap). The joint blocks have three pairs:
     `_a` for `"audio_only"`, `_v` for `"video_only"`, and the pair without a suffix for a sequence of both modalities,
-    such as EVACap's fused sequence (ours). A decoder with `text_fusion="adaptive"` reads both streams apart, so it has no
+    such as EVACap's fused sequence (ours). With `"late_concat"` the joint blocks of each stream begin as those of the
+    checkpoint, with the norms of the stream (ours). A decoder with `text_fusion="adaptive"` reads both streams apart, so it has no
     use for joint blocks, and its two attentions begin as the one of the checkpoint (ours).
 
     Args:
@@ -86,21 +87,25 @@ class NameTable:
 
     def __init__(self, fusion_type: str, text_fusion: str = "prefix"):
         self.is_adaptive = text_fusion == "adaptive"
-        pair = {"audio_only": "_a", "video_only": "_v"}.get(fusion_type, "")
+        self.is_late = fusion_type == "late_concat"
+        joints = [("joint", {"audio_only": "_a", "late_concat": "_a", "video_only": "_v"}.get(fusion_type, ""))]
+        joints += [("video_joint", "_v")] if self.is_late else []
         streams = {"video_only": "v", "audio_only": "a"}.get(fusion_type, "av")
-        self.rules = [(rf"av_encoder\.norm{pair}\.(\w+)", r"model.encoder.joint.layernorm.\1")]
-        stacks = {} if self.is_adaptive else {"u": ("joint", pair)}
+        self.rules = [
+            (rf"av_encoder\.norm{pair}\.(\w+)", rf"model.encoder.{joint}.layernorm.\1") for joint, pair in joints
+        ]
+        stacks = [] if self.is_adaptive else [("u", *joint) for joint in joints]
         for stream, tower in (("a", "audio_tower"), ("v", "video_tower")):
             if stream not in streams:
                 continue
-            stacks[stream] = (tower, "")
+            stacks.append((stream, tower, ""))
             embeddings = f"model.encoder.{tower}.embeddings"
             self.rules += [
                 (rf"av_encoder\.patch_embed_{stream}\.proj\.(\w+)", rf"{embeddings}.patch_embeddings.\1"),
                 (rf"av_encoder\.pos_embed_{stream}", f"{embeddings}.position_embeddings"),
                 (rf"av_encoder\.modality_{stream}", f"{embeddings}.modality_embedding"),
             ]
-        for letter, (stack, norms) in stacks.items():
+        for letter, stack, norms in stacks:
             self.rules += [
                 (
                     rf"av_encoder\.blocks_{letter}\.(\d+)\." + source.format(pair=norms),
@@ -123,6 +128,9 @@ class NameTable:
 
     def twin(self, parameter: str) -> str | None:
         """The second parameter that begins with the tensor of `parameter`, or `None`."""
+        if self.is_late:
+            match = re.fullmatch(r"(model\.encoder\.)(joint\.layers\.\d+\.(?:self_attn|mlp)\..*)", parameter)
+            return match and f"{match[1]}video_{match[2]}"
         match = re.fullmatch(r"(model\.decoder\.layers\.\d+\.)self(_attn.*)", parameter)
         return f"{match[1]}encoder{match[2]}" if match and self.is_adaptive else None
 

@@ -18,6 +18,7 @@ from ..modeling_evacap.modeling_evacap import EVACapCaptioner
 from ..processing.model_processor import load_processor, loading
 from ..processing.processing_evacap import EVACapProcessor
 from .alignment import TokenScorers, alignment_loss, entropy, uniform_weights
+from .checkpoints import Models
 from .components import make_model
 from .optimization import freeze
 from .run_config import AlignmentSection, RunConfig
@@ -28,6 +29,34 @@ PARTS = 20
 """Parts of a run, for the weight of the entropy: the published run has so many epochs."""
 SAME_SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "hidden_act", "qkv_bias", "layer_norm_eps")
 """What the joint block of the teacher, which the student takes over, has from the configuration of its tower."""
+
+
+def late_concat(picture: EVACapCaptioner, sound: EVACapCaptioner) -> EVACapCaptioner:
+    """Joins two captioners into one whose decoder reads the tokens of both streams (DALI).
+
+    Args:
+        picture ([`EVACapCaptioner`]): A `video_only` captioner, whose decoder the result has.
+        sound ([`EVACapCaptioner`]): An `audio_only` captioner that is aligned with it.
+
+    Returns:
+        A captioner with `fusion_type="late_concat"` and copies of the weights, on the CPU, in evaluation mode.
+
+    Raises:
+        ValueError: If one of the two is of another `fusion_type`.
+    """
+    for name, model, needed in (("picture", picture, "video_only"), ("sound", sound, "audio_only")):
+        found = model.config.fusion_type
+        if found != needed:
+            raise ValueError(f"`{name}` has `fusion_type={found!r}`, but it must be {needed!r}.")
+    fields = {"fusion_type": "late_concat", "audio_pooling": sound.config.audio_pooling}
+    fields["audio_config"] = sound.config.audio_config.to_dict()
+    joined = captioner_class(picture.config)(EVACapConfig.from_dict(picture.config.to_dict() | fields))
+    weights = {
+        name.replace("encoder.joint.", "encoder.video_joint."): value for name, value in picture.state_dict().items()
+    }
+    weights |= {name: value for name, value in sound.state_dict().items() if ".encoder." in f".{name}"}
+    joined.load_state_dict(weights)
+    return joined.eval()
 
 
 class AlignedStudent(nn.Module):
@@ -157,6 +186,14 @@ class AlignmentRun(TrainingRun):
     def captioner(self) -> EVACapCaptioner:
         """The model that is saved."""
         return self.accelerator.unwrap_model(self.model).student
+
+    def end(self) -> None:
+        """See [`TrainingRun.end`]. The folder `late_concat` gets the student and its teacher, joined."""
+        joined = late_concat(self.teacher, self.captioner)
+        models = Models(self.folder, self.accelerator, joined, self.reader, self.models.training, self.models.code)
+        models.final_folder = self.folder / "late_concat"
+        models.save_final()
+        super().end()
 
     def step(self, batches: list[dict[str, torch.Tensor]], stop: StopSignals) -> tuple[dict[str, float], bool]:
         """See [`TrainingRun.step`]. The encoder gets the gradient of the loss, the scorers that of loss - λ entropy."""

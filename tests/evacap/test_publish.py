@@ -351,7 +351,16 @@ def test_card_tells_what_the_folder_is(saved):
 
 @pytest.mark.parametrize(
     "preset",
-    ["audio-only", "avcap", "evacap-caste", "evacap-ungated", "evacap-learned-gate", "vact", "video-only"],
+    [
+        "audio-only",
+        "avcap",
+        "evacap-caste",
+        "evacap-ungated",
+        "evacap-learned-gate",
+        "late-concat",
+        "vact",
+        "video-only",
+    ],
 )
 def test_card_of_each_variant(tmp_path, preset):
     card = fill_model_card(make_folder(tmp_path, preset), REPO_ID)

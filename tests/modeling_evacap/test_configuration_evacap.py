@@ -8,7 +8,7 @@ from evacap.modeling_evacap.configuration_evacap import EVACapConfig, EVACapText
 @pytest.mark.parametrize(
     ("kwargs", "field", "legal"),
     [
-        ({"fusion_type": "late"}, "fusion_type", "'gated_cross_attention', 'concat', 'optimal_transport'"),
+        ({"fusion_type": "late"}, "fusion_type", "'concat', 'late_concat', 'optimal_transport'"),
         ({"gate_type": "soft"}, "gate_type", "'entropy', 'agreement', 'learned', 'none'"),
         ({"label_smoothing": 1.0}, "label_smoothing", "below 1"),
         ({"semantic_consistency_weight": -1.0}, "semantic_consistency_weight", "from 0 up"),
@@ -28,6 +28,12 @@ from evacap.modeling_evacap.configuration_evacap import EVACapConfig, EVACapText
         ({"text_config": {"num_attention_heads": 5}}, "text_config.num_attention_heads", "768"),
         ({"text_config": 3}, "text_config", "a dict"),
         ({"fusion_type": "concat", "video_config": {"hidden_size": 384}}, "video_config.hidden_size", "768"),
+        ({"fusion_type": "late_concat", "video_config": {"hidden_size": 384}}, "video_config.hidden_size", "768"),
+        (
+            {"fusion_type": "late_concat", "video_config": {"model_type": "clip_vision_model"}},
+            "video_config.model_type",
+            "'late_concat'",
+        ),
     ],
 )
 def test_illegal_values_name_the_field_and_what_is_legal(kwargs, field, legal):

@@ -149,6 +149,15 @@ def test_joint_blocks_take_the_norms_of_what_they_see(avcap_file, preset, pair):
     assert torch.equal(joint.layernorm.weight, state[f"av_encoder.norm{pair}.weight"])
 
 
+def test_avcap_as_late_concat_has_its_joint_blocks_twice_each_with_the_norms_of_its_stream(avcap_file):
+    model, report = from_avcap(avcap_file, "late-concat")
+    assert not report.new
+    for stream, joint in (("audio-only", "joint"), ("video-only", "video_joint")):
+        expected = from_avcap(avcap_file, stream)[0].model.encoder.joint.state_dict()
+        found = getattr(model.model.encoder, joint).state_dict()
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
 @pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
 def test_file_types_and_prefixes_make_no_difference(tmp_path, avcap_file, suffix, prefix):

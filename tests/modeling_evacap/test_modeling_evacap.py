@@ -32,7 +32,7 @@ from evacap.modeling_evacap.versions_evacap import TESTED_TRANSFORMERS, UNTESTED
 from evacap.training.components import enable_checkpointing
 
 
-FUSION_TYPES = ["gated_cross_attention", "concat", "optimal_transport", "audio_only", "video_only"]
+FUSION_TYPES = ["gated_cross_attention", "concat", "late_concat", "optimal_transport", "audio_only", "video_only"]
 # With a decoder of another kind.
 VARIANTS = [*FUSION_TYPES, "adaptive"]
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
@@ -74,11 +74,13 @@ def test_parameter_counts_are_the_papers(fusion_type, low, high):
 def test_encoder_output_shapes(fusion_type, attention):
     model = build(fusion_type=fusion_type, attention=attention, attn_implementation="eager")
     output = model.get_encoder()(**tiny_inputs(), output_hidden_states=True, output_attentions=True)
-    both = dict.fromkeys(("concat", "optimal_transport"), AUDIO_TOKENS + VIDEO_TOKENS)
+    both = dict.fromkeys(("concat", "late_concat", "optimal_transport"), AUDIO_TOKENS + VIDEO_TOKENS)
     length = {**both, "video_only": VIDEO_TOKENS}.get(fusion_type, AUDIO_TOKENS)
     assert output.last_hidden_state.shape == (BATCH_SIZE, length, 32)
     assert len(output.hidden_states) == 2 + 1 + 1
     assert len(output.attentions) == 2 + 1
+    if fusion_type == "late_concat":
+        assert len(output.video_hidden_states) == 2 + 1 + 1 and len(output.video_attentions) == 2 + 1
     gated = fusion_type == "gated_cross_attention"
     assert (output.fusion_gate is not None) == gated
     if gated:
@@ -257,7 +259,9 @@ def test_entropy_gate_gradients_stay_finite_with_masks_and_sharp_attention():
         assert tensor.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("fusion_type", ["gated_cross_attention", "concat", "optimal_transport", "adaptive"])
+@pytest.mark.parametrize(
+    "fusion_type", ["gated_cross_attention", "concat", "late_concat", "optimal_transport", "adaptive"]
+)
 @pytest.mark.parametrize("attention", ["full", "frame"])
 def test_rows_of_a_mixed_batch_equal_what_they_give_alone(fusion_type, attention):
     model = build(fusion_type=fusion_type, attention=attention)

@@ -10,6 +10,7 @@ from evacap.modeling_evacap.presets import PRESETS, get_preset
         ("avcap", "concat", None),
         ("evacap", "gated_cross_attention", "entropy"),
         ("evacap-learned-gate", "gated_cross_attention", "learned"),
+        ("late-concat", "late_concat", None),
         ("lavcap", "optimal_transport", None),
         ("evacap-ungated", "gated_cross_attention", "none"),
         ("vact", "concat", None),

@@ -9,6 +9,7 @@ from training_runs import read_log, run, write_config
 from transformers import AutoModel
 
 from evacap.processing.processing_evacap import EVACapProcessor
+from evacap.training.align import late_concat
 from evacap.training.alignment import (
     TokenScorers,
     alignment_loss,
@@ -199,6 +200,32 @@ def test_a_student_is_an_audio_only_captioner_with_the_decoder_of_its_teacher(tm
     assert processor.modalities == "audio"
     ids = model.generate(input_features=torch.randn(1, 64, 32), max_new_tokens=5)
     assert isinstance(processor.batch_decode(ids)[0], str)
+
+
+def test_teacher_and_student_are_joined_in_one_captioner_of_both_streams(tmp_path, teacher):
+    config = write_config(tmp_path / "run.yaml", changes(teacher, "mmd"), {"optimization": {"max_steps": 2}})
+    assert run(config, "saving.code=true") == 0
+    # With its own code, as from the Hub, and with the package.
+    for trusted in (True, False):
+        joined = AutoModel.from_pretrained(tmp_path / "run" / "late_concat", trust_remote_code=trusted).eval()
+        picture, sound = (AutoModel.from_pretrained(path).eval() for path in (teacher, tmp_path / "run" / "model"))
+        inputs = {"input_features": torch.randn(2, 64, 32), "pixel_values_videos": torch.randn(2, 2, 3, 32, 32)}
+        streams = [
+            model.get_encoder()(**{name: inputs[name]}).last_hidden_state
+            for model, name in ((picture, "pixel_values_videos"), (sound, "input_features"))
+        ]
+        assert_close(joined.get_encoder()(**inputs).last_hidden_state, torch.cat(streams, 1))
+        assert_close(joined.get_encoder()(input_features=inputs["input_features"]).last_hidden_state, streams[1])
+        labels = torch.tensor([[5, 6, 2]] * 2)
+        # Without a picture it is the student.
+        mask = torch.zeros(2, 2)
+        alone = sound(input_features=inputs["input_features"], labels=labels).logits
+        assert_close(joined(**inputs, pixel_values_videos_mask=mask, labels=labels).logits, alone, 1e-5)
+    processor = EVACapProcessor.from_pretrained(tmp_path / "run" / "late_concat")
+    assert processor.modalities == "audio_video"
+    assert isinstance(processor.batch_decode(joined.generate(**inputs, num_beams=2, max_new_tokens=5))[0], str)
+    with pytest.raises(ValueError, match="`sound` has `fusion_type='video_only'`"):
+        late_concat(picture, picture)
 
 
 def test_prefix_tuning_of_a_teacher_changes_nothing_else(tmp_path, teacher):
