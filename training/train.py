@@ -117,7 +117,7 @@ class TrainingRun:
         reader = self.reading_processor(processor)
         collator, validation_collator = make_collators(config, reader, self.model_config)
         with accelerator.local_main_process_first():
-            self.clips = make_clips(config.data, reader, config.seed, kept_clips=config.resources.kept_clips)
+            self.clips = self.make_clips(reader)
         self.loader = make_loader(config, self.clips, collator, accelerator)
         model = self.make_model()
         optimizer = make_optimizer(model, config.optimization)
@@ -145,6 +145,11 @@ class TrainingRun:
     def reading_processor(self, processor: EVACapProcessor) -> EVACapProcessor:
         """The processor that reads the clips."""
         return processor
+
+    def make_clips(self, reader: EVACapProcessor) -> Dataset:
+        """The clips to learn from."""
+        config = self.config
+        return make_clips(config.data, reader, config.seed, kept_clips=config.resources.kept_clips)
 
     def make_model(self) -> torch.nn.Module:
         """The model to train, with frozen parameters."""

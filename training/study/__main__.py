@@ -36,7 +36,8 @@ from ..metrics.compute import METRICS
 from ..procedural.dataset import ProceduralClips
 from ..run_config import AlignmentSection, RunConfig, flatten, load_run_config
 from ..run_log import SETTLED, check_run
-from ..train import train
+from ..train import TrainingRun, train
+from .distillation import DistillationRun
 from .lies import HalfDubbedClips
 from .mismatch_detectors import detect_mismatch
 from .oracles import judge_oracles
@@ -51,10 +52,15 @@ class Variant:
     Args:
         changes (`tuple[str, ...]`): Changes of the study's configuration, which is that of EVACap.
         pretrained (`bool`, defaults to `True`): Whether it starts from the towers of the contrastive pretraining.
+        origin (`str`, *optional*): Instead, the model folder that it starts from: that of another variant with the same seed,
+            which has to be there, such as `"dali-ot/model"`.
+        run_class (`type`, *optional*): See [`~train.train`].
     """
 
     changes: tuple[str, ...] = ()
     pretrained: bool = True
+    origin: str | None = None
+    run_class: type[TrainingRun] | None = None
 
 
 AGREEMENT = "model.preset=evacap-agreement"
@@ -71,6 +77,14 @@ LLAMA = (
 """A Llama as large as the decoder of the study's size, whose MLP has two matrices instead of three."""
 ALIGNED = ("model.preset=audio-only", "data.p_mix=0", "alignment.teacher=video-only")
 """A student of the variant `video-only` of the same seed, which has to be there."""
+DISTILLED = (
+    "model.preset=audio-only",
+    "model.freeze=['*']",
+    "model.freeze_except=[model.decoder.prefix_projection.*]",
+    "data.p_mix=0",
+    "data.procedural=3840",
+)
+"""One epoch over a tenth of the clips: DALI distils from a small part of its clips too."""
 LOSSES = get_args(get_type_hints(AlignmentSection)["loss"])
 VARIANTS = {
     "audio-only": Variant(("model.preset=audio-only", "data.p_mix=0")),
@@ -104,6 +118,10 @@ EXTRA = {
     "video-only": Variant(("model.preset=video-only", "data.p_mix=0")),
     **{f"dali-{loss.replace('_', '-')}": Variant((*ALIGNED, f"alignment.loss={loss}")) for loss in LOSSES},
     "dali-none": Variant((*ALIGNED, "optimization.max_steps=0")),
+    "dali-late-concat": Variant(
+        ("model.preset=late-concat", "data.p_mix=0", "optimization.max_steps=0"), origin="dali-ot/late_concat"
+    ),
+    "dali-distilled": Variant(DISTILLED, origin="dali-ot/model", run_class=DistillationRun),
 }
 """Variants that run only on request, which might make the entropy more informative (ours).
 
@@ -146,8 +164,12 @@ class Study:
         variant, output = (VARIANTS | EXTRA)[name], self.output / f"{name}-seed{seed}"
         changes = (*self.overrides, *variant.changes, f"seed={seed}")
         config = load_run_config(self.config, (*changes, f"output={json.dumps(os.fspath(output))}"))
-        if variant.pretrained:
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, start=str(output / "start")))
+        start = output / "start" if variant.pretrained else None
+        if variant.origin is not None:
+            origin, _, folder = variant.origin.partition("/")
+            start = self.output / f"{origin}-seed{seed}" / folder
+        if start is not None:
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, start=os.fspath(start)))
         if config.alignment is not None:
             teacher = self.output / f"{config.alignment.teacher}-seed{seed}" / "model"
             config = dataclasses.replace(
@@ -239,9 +261,9 @@ def remaining(study: Study, runs: int) -> str:
 
 def run_variant(study: Study, name: str, seed: int) -> int:
     """Trains and evaluates a variant, and writes its result file; returns the status of [`~train.train`]."""
-    config = study.run_config(name, seed)
+    config, variant = study.run_config(name, seed), (VARIANTS | EXTRA)[name]
     folder, start = Path(config.output), None
-    if config.model.start is not None:
+    if variant.pretrained and variant.origin is None:
         status = run_pretraining(study)
         if status:
             return status
@@ -251,7 +273,7 @@ def run_variant(study: Study, name: str, seed: int) -> int:
     if not model.exists():
         forget_accelerator()
         with stopwatch(folder, "training"):
-            status = train(config)
+            status = train(config, variant.run_class)
         if status:
             return status
     # Test and validation clips are not kept.

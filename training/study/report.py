@@ -61,6 +61,8 @@ VARIANT_TITLES = {
     "dali-attentive-ot": "sound aligned with video only, attentive OT",
     "dali-contrast": "sound aligned with video only, contrast",
     "dali-none": "sound with video only's decoder, not aligned",
+    "dali-late-concat": "video only and the aligned sound (OT), read together",
+    "dali-distilled": "the aligned sound (OT), taught by these captions",
 }
 """The variants, in the order of the rows."""
 TABLES = {
@@ -88,6 +90,8 @@ TABLES = {
         "dali-attentive-ot",
         "dali-contrast",
         "dali-none",
+        "dali-late-concat",
+        "dali-distilled",
     ),
     "Further variants": ("evacap", "gate-stability", "semantic-consistency", "closed-gate"),
 }

@@ -102,6 +102,14 @@ CHANGES = {
     "video-only": {"model.preset": "video-only", "data.p_mix": 0.0},
     **{f"dali-{loss}": {**ALIGNED, "alignment.loss": loss.replace("-", "_")} for loss in LOSSES},
     "dali-none": {**ALIGNED, "optimization.max_steps": 0},
+    "dali-late-concat": {"model.preset": "late-concat", "data.p_mix": 0, "optimization.max_steps": 0},
+    "dali-distilled": {
+        "model.preset": "audio-only",
+        "model.freeze": ["*"],
+        "model.freeze_except": ["model.decoder.prefix_projection.*"],
+        "data.p_mix": 0,
+        "data.procedural": 3840,
+    },
 }
 """All that a variant's settings have other than EVACap's."""
 NETWORKS = {
@@ -117,6 +125,7 @@ NETWORKS = {
     "vact": ("concat", "entropy"),
     "video-only": ("video_only", "entropy"),
     **{name: ("audio_only", "entropy") for name in CHANGES if name.startswith("dali-")},
+    "dali-late-concat": ("late_concat", "entropy"),
 }
 
 
@@ -146,8 +155,8 @@ def test_only_the_network_differs():
     assert all(each == processors[0] for each in processors)
     modalities = {name: processor.modalities for name, (processor, _) in built.items()}
     one_stream = {name: kind for name, kind in modalities.items() if kind != "audio_video"}
-    aligned = dict.fromkeys((name for name in built if name.startswith("dali-")), "audio")
-    assert one_stream == {"audio-only": "audio", "video-only": "video", **aligned}
+    aligned = dict.fromkeys((name for name, (kind, _) in NETWORKS.items() if kind == "audio_only"), "audio")
+    assert one_stream == {"video-only": "video", **aligned}
     parts = [
         [part.to_dict() for part in (config.audio_config, config.video_config, config.text_config)]
         for name, (_, config) in built.items()
