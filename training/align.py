@@ -196,7 +196,11 @@ class AlignmentRun(TrainingRun):
         super().end()
 
     def step(self, batches: list[dict[str, torch.Tensor]], stop: StopSignals) -> tuple[dict[str, float], bool]:
-        """See [`TrainingRun.step`]. The encoder gets the gradient of the loss, the scorers that of loss - λ entropy."""
+        """See [`TrainingRun.step`]. The encoder gets the gradient of the loss, the scorers that of loss - λ entropy.
+
+        One AdamW for both does what two would, because it treats each parameter alone: gradients are clipped for the student
+        alone, and what has no gradient is left as it is. Unlike in DALI, the scorers follow the learning rate schedule.
+        """
         accelerator, model = self.accelerator, self.model
         entropy_weight = self.entropy_weight()
         totals = torch.zeros(3, device=accelerator.device)

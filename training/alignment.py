@@ -18,6 +18,7 @@ from torch import nn
 from transformers.utils.generic import maybe_autocast
 
 from ..modeling_evacap.attention_evacap import at_least_float32
+from ..modeling_evacap.loss_evacap import caption_contrast
 from ..modeling_evacap.transport_evacap import sinkhorn
 
 
@@ -25,18 +26,6 @@ CONTRAST_TEMPERATURE = 0.05
 """Temperature of the similarities (CAV-MAE, DALI)."""
 SCORE_TEMPERATURE = 20.0
 """Temperature of the scores of [`TokenScorers`] (DALI)."""
-
-
-def contrast(sounds: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
-    """The contrastive loss of CAV-MAE: cross-entropy over the similarities within the batch, in both directions.
-
-    Args:
-        sounds (`torch.Tensor` of shape `(batch_size, hidden_size)`): Embeddings of the sounds, of unit length.
-        pictures (`torch.Tensor` of shape `(batch_size, hidden_size)`): Embeddings of the pictures, of unit length.
-    """
-    similarities = sounds @ pictures.T / CONTRAST_TEMPERATURE
-    own = torch.arange(len(sounds), device=sounds.device)
-    return (F.cross_entropy(similarities, own) + F.cross_entropy(similarities.T, own)) / 2
 
 
 def uniform_weights(tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -278,7 +267,7 @@ def alignment_loss(
         if keep < 1:
             counted = most_agreeing(sounds, pictures, counted, keep)
         if loss == "contrast":
-            return contrast(F.normalize(sounds, dim=-1)[counted], F.normalize(pictures, dim=-1)[counted])
+            return caption_contrast(sounds, pictures, sounds.new_tensor(CONTRAST_TEMPERATURE), counted)
         if loss == "attentive_ot":
             weights = scorers(sound, picture, *weights)
         if loss == "mmd":

@@ -8,8 +8,10 @@ from safetensors.torch import load_file
 from training_runs import read_log, run, write_config
 from transformers import AutoModel
 
+from evacap.modeling_evacap.configuration_evacap import EVACapConfig
+from evacap.modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from evacap.processing.processing_evacap import EVACapProcessor
-from evacap.training.align import late_concat
+from evacap.training.align import AlignedStudent, late_concat
 from evacap.training.alignment import (
     TokenScorers,
     alignment_loss,
@@ -19,6 +21,7 @@ from evacap.training.alignment import (
     transport_cost,
     uniform_weights,
 )
+from evacap.training.run_config import AlignmentSection
 
 
 FOLDER = "peers/eye_for_an_ear"
@@ -150,6 +153,20 @@ def test_the_clips_that_agree_most_are_kept():
     assert most_agreeing(sounds, pictures, counted, 0.5).tolist() == [True] * 4 + [False] * 4
     counted[0] = False
     assert most_agreeing(sounds, pictures, counted, 0.4).sum() == 3
+
+
+def test_the_encoder_gets_no_gradient_of_the_entropy(teacher):
+    config = EVACapConfig.from_pretrained(teacher).to_dict() | {"fusion_type": "audio_only"}
+    student = EVACapForConditionalGeneration(EVACapConfig.from_dict(config))
+    aligned = AlignedStudent(student, AlignmentSection("", loss="attentive_ot"))
+    loss, spread = aligned(torch.randn(2, 4, 16), None, torch.randn(2, 64, 32))
+    spread.backward(retain_graph=True)
+    assert all(parameter.grad is None for parameter in student.parameters())
+    of_entropy = [parameter.grad.clone() for parameter in aligned.scorers.parameters()]
+    assert any(gradient.any() for gradient in of_entropy)
+    loss.backward()
+    assert student.get_encoder().joint.layernorm.weight.grad.any()
+    assert any((p.grad != before).any() for p, before in zip(aligned.scorers.parameters(), of_entropy))
 
 
 @pytest.fixture(scope="module")

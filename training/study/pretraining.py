@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from ...modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
-from ..alignment import contrast
+from ..alignment import CONTRAST_TEMPERATURE
 from ..data.collator import EVACapDataCollator
 from ..run_config import RunConfig
 from ..train import StopSignals, TrainingRun, train
@@ -57,6 +57,20 @@ def embed(model: EVACapForConditionalGeneration, batch: dict[str, torch.Tensor])
     )
     sounds, pictures = (F.normalize(stream.float().mean(1), dim=-1) for stream in tokens)
     return sounds, pictures
+
+
+def contrast(sounds: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+    """The contrastive loss of CAV-MAE: cross-entropy over the similarities within the batch, in both directions.
+
+    [`caption_contrast`] is the same but for its rounding, which would give the study another start.
+
+    Args:
+        sounds (`torch.Tensor` of shape `(batch_size, hidden_size)`): Embeddings of the sounds, of unit length.
+        pictures (`torch.Tensor` of shape `(batch_size, hidden_size)`): Embeddings of the pictures, of unit length.
+    """
+    similarities = sounds @ pictures.T / CONTRAST_TEMPERATURE
+    own = torch.arange(len(sounds), device=sounds.device)
+    return (F.cross_entropy(similarities, own) + F.cross_entropy(similarities.T, own)) / 2
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from transformers import AutoModel
 
 from evacap.modeling_evacap.language_model_evacap import captioner_class
 from evacap.modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
-from evacap.training.alignment import CONTRAST_TEMPERATURE, contrast
+from evacap.training.alignment import CONTRAST_TEMPERATURE
 from evacap.training.components import make_processor_and_config
 from evacap.training.metrics.bootstrap import roc_auc
 from evacap.training.procedural.dataset import ProceduralClips
@@ -37,7 +37,7 @@ from evacap.training.study.__main__ import (
     write_result,
 )
 from evacap.training.study.mismatch_detectors import BINS, SUBSETS, _fitted, cross, own_above
-from evacap.training.study.pretraining import pretrain
+from evacap.training.study.pretraining import contrast, pretrain
 from evacap.training.study.report import (
     ORACLE_RESULT,
     PRETRAINED,
