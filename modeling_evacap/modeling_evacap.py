@@ -366,6 +366,30 @@ class EVACapEncoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.layernorm_after(hidden_states))
 
 
+class _PatchProjection:
+    """A convolution whose kernels do not overlap, as one matrix product.
+
+    In bfloat16 that is several times as fast, and as the channels of its result lie together, so do those of all blocks:
+    with a convolution's own layout each layer norm would make a copy.
+    """
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        dims = len(self.kernel_size)
+        for dim, size in enumerate(self.kernel_size):
+            inputs = inputs.unflatten(2 + 2 * dim, (-1, size))
+        positions, kernels = range(2, 2 + 2 * dims, 2), range(3, 3 + 2 * dims, 2)
+        patches = inputs.permute(0, *positions, 1, *kernels).flatten(1 + dims)
+        return F.linear(patches, self.weight.flatten(1), self.bias).movedim(-1, 1)
+
+
+class EVACapPatchProjection2d(_PatchProjection, nn.Conv2d):
+    """Projects square patches (batch_size, channels, height, width) to (batch_size, hidden_size, rows, columns)."""
+
+
+class EVACapPatchProjection3d(_PatchProjection, nn.Conv3d):
+    """Projects tubelets (batch_size, channels, frames, height, width) to (batch_size, hidden_size, steps, rows, columns)."""
+
+
 class EVACapAudioEmbeddings(nn.Module):
     """Cuts the (mel × time) picture in square patches; token index = mel row · time steps + time step (AVCap)."""
 
@@ -374,7 +398,9 @@ class EVACapAudioEmbeddings(nn.Module):
         self.config = config
         self.num_rows = config.num_mel_bins // config.patch_size
         self.num_steps = config.max_frames // config.patch_size
-        self.patch_embeddings = nn.Conv2d(1, config.hidden_size, config.patch_size, stride=config.patch_size)
+        self.patch_embeddings = EVACapPatchProjection2d(
+            1, config.hidden_size, config.patch_size, stride=config.patch_size
+        )
         self.position_embeddings = nn.Parameter(torch.empty(self.num_rows * self.num_steps, config.hidden_size))
         self.modality_embedding = nn.Parameter(torch.empty(config.hidden_size))
 
@@ -411,7 +437,7 @@ class EVACapVideoEmbeddings(nn.Module):
         self.num_steps = config.num_frames // config.tubelet_size
         self.grid_size = config.image_size // config.patch_size
         kernel = (config.tubelet_size, config.patch_size, config.patch_size)
-        self.patch_embeddings = nn.Conv3d(config.num_channels, config.hidden_size, kernel, stride=kernel)
+        self.patch_embeddings = EVACapPatchProjection3d(config.num_channels, config.hidden_size, kernel, stride=kernel)
         self.position_embeddings = nn.Parameter(torch.empty(self.num_steps * self.grid_size**2, config.hidden_size))
         self.modality_embedding = nn.Parameter(torch.empty(config.hidden_size))
 
@@ -541,7 +567,9 @@ class EVACapCEDEmbeddings(nn.Module):
         self.num_steps = config.max_frames // config.patch_size
         # Its running statistics belong to the filterbank that it was trained with last.
         self.input_norm = nn.BatchNorm1d(config.num_mel_bins, momentum=0.01)
-        self.patch_embeddings = nn.Conv2d(1, config.hidden_size, config.patch_size, stride=config.patch_size)
+        self.patch_embeddings = EVACapPatchProjection2d(
+            1, config.hidden_size, config.patch_size, stride=config.patch_size
+        )
         self.time_embeddings = nn.Parameter(torch.empty(self.num_steps, config.hidden_size))
         self.frequency_embeddings = nn.Parameter(torch.empty(self.num_rows, config.hidden_size))
 

@@ -25,6 +25,8 @@ from evacap.modeling_evacap.modeling_evacap import (
     EVACapEncoderOutput,
     EVACapForConditionalGeneration,
     EVACapModel,
+    EVACapPatchProjection2d,
+    EVACapPatchProjection3d,
     interpolate_in_time,
     sincos_position_table,
 )
@@ -774,6 +776,20 @@ def test_an_mlp_in_pieces_is_the_mlp(monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(mlp(hidden_states), whole, **TOLERANCE)
     assert pieces == [2, 3, 3, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("projection", "convolve", "kernel", "size"),
+    [
+        (EVACapPatchProjection2d, F.conv2d, (16, 16), (1, 64, 32)),
+        (EVACapPatchProjection3d, F.conv3d, (2, 16, 16), (3, 4, 32, 48)),
+    ],
+)
+def test_a_patch_projection_is_the_convolution_with_the_channels_together(projection, convolve, kernel, size):
+    patches, inputs = projection(size[0], 8, kernel, stride=kernel).double(), torch.randn(2, *size).double()
+    output = patches(inputs)
+    torch.testing.assert_close(output, convolve(inputs, patches.weight, patches.bias, stride=kernel))
+    assert output.movedim(1, -1).is_contiguous()
 
 
 @torch.no_grad()
