@@ -55,14 +55,13 @@ class EVACapTextAttention(nn.Module):
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _weights(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         scores = torch.matmul(query * self.scaling, key.mT)
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-        dropped = F.dropout(weights, self.config.attention_probs_dropout_prob, self.training)
-        return torch.matmul(dropped, value), weights
+        return F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+
+    def _dropout(self, weights: torch.Tensor) -> torch.Tensor:
+        return F.dropout(weights, self.config.attention_probs_dropout_prob, self.training)
 
 
 class EVACapTextSelfAttention(EVACapTextAttention):
@@ -74,7 +73,8 @@ class EVACapTextSelfAttention(EVACapTextAttention):
         key, value = self._heads(self.k_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
         if cache is not None:
             key, value = cache.self_attention_cache.update(key, value, self.layer_idx)
-        context, weights = self._attend(self._heads(self.q_proj(hidden_states)), key, value, attention_mask)
+        weights = self._weights(self._heads(self.q_proj(hidden_states)), key, attention_mask)
+        context = torch.matmul(self._dropout(weights), value)
         return self.o_proj(context.transpose(1, 2).flatten(2)), weights
 
 
@@ -90,7 +90,8 @@ class EVACapAdaptiveAttention(EVACapTextAttention):
         self,
         hidden_states: torch.Tensor,
         memory: torch.Tensor | None,
-        stream_masks: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        video_mask: torch.Tensor | None = None,
         cache: EncoderDecoderCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         r"""Reads both memories, whose keys and values all captions of a clip share.
@@ -99,8 +100,9 @@ class EVACapAdaptiveAttention(EVACapTextAttention):
             hidden_states (`torch.Tensor` of shape `(text_batch_size, length, hidden_size)`): The text.
             memory (`torch.Tensor` of shape `(batch_size, T, hidden_size)`, *optional*): The tokens of sound and picture;
                 `None` if their keys and values are in `cache`.
-            stream_masks (`torch.BoolTensor` of shape `(batch_size, 2, T)`): The tokens of the sound, and those of the
-                picture.
+            token_mask (`torch.BoolTensor` of shape `(batch_size, T)`, *optional*): The tokens that exist; all by default.
+            video_mask (`torch.BoolTensor` of shape `(batch_size, T)`, *optional*): The tokens of the picture; none by
+                default.
             cache ([`EncoderDecoderCache`], *optional*): See [`EVACapDecoder`].
 
         Returns:
@@ -116,23 +118,36 @@ class EVACapAdaptiveAttention(EVACapTextAttention):
             if cache is not None:
                 key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
                 cache.is_updated[self.layer_idx] = True
-        clips, captions = key.shape[0], hidden_states.shape[0] // key.shape[0]
-        # The captions of a clip become more queries of one row: (clips, 1, heads, captions * length, head_dim).
-        query = self._heads(self.q_proj(hidden_states)).unflatten(0, (clips, captions)).transpose(1, 2).flatten(2, 3)
-        context, weights = self._attend(query[:, None], key[:, None], value[:, None], stream_masks[:, :, None, None])
-
-        exists = stream_masks.any(-1)
-        weights = weights.masked_fill(~exists[..., None, None, None], 0).sum(1)
-        weights = weights.unflatten(2, (captions, -1)).transpose(1, 2).flatten(0, 1)
+        exists = torch.ones_like(key[:, 0, :, 0], dtype=torch.bool) if token_mask is None else token_mask
+        is_video = torch.zeros_like(exists) if video_mask is None else video_mask
+        # (clips, 2, 1, 1, T)
+        streams = torch.stack([exists & ~is_video, exists & is_video], dim=1)[:, :, None, None]
+        clips, captions = key.shape[0], hidden_states.shape[0]
+        query = _by_clip(self._heads(self.q_proj(hidden_states)), clips)
+        # A memory without tokens has no weights.
+        weights = _by_caption((self._weights(query[:, None], key[:, None], streams) * streams).sum(1), captions)
+        # (clips, 2, num_heads, captions * length, head_dim)
+        context = torch.matmul(_by_clip(self._dropout(weights), clips)[:, None] * streams, value[:, None])
         # (text_batch_size, length, 2, hidden_size)
-        context = context.unflatten(3, (captions, -1)).permute(0, 3, 4, 1, 2, 5).flatten(4).flatten(0, 1)
+        context = _by_caption(context.flatten(1, 2), captions).transpose(1, 2).unflatten(2, (2, -1)).flatten(3)
         states = torch.cat([hidden_states[:, :, None].expand_as(context), context], dim=-1)
         # As a sum of products, because autocast would take a dot product in half precision.
         logits = (at_least_float32(states) * self.confidence_weight).sum(-1) + self.confidence_bias
         confidence = torch.sigmoid(at_least_float32(logits))
-        confidence = confidence.masked_fill(~exists.repeat_interleave(captions, 0)[:, None], 0.0)
+        is_empty = ~streams.any(-1)[..., 0].mT.repeat_interleave(captions // clips, 0)
+        confidence = confidence.masked_fill(is_empty, 0.0)
         mixed = (confidence[..., None] * context).sum(2).to(hidden_states.dtype)
         return self.o_proj(mixed), weights, confidence
+
+
+def _by_clip(states: torch.Tensor, clips: int) -> torch.Tensor:
+    """The captions of a clip as more queries of one row: (clips, num_heads, captions * length, n)."""
+    return states.unflatten(0, (clips, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _by_caption(states: torch.Tensor, captions: int) -> torch.Tensor:
+    """What [`_by_clip`] has put together apart again: (captions, num_heads, length, n)."""
+    return states.unflatten(2, (captions // states.shape[0], -1)).transpose(1, 2).flatten(0, 1)
 
 
 __all__ = ["EVACapAdaptiveAttention", "EVACapTextAttention", "EVACapTextSelfAttention"]

@@ -99,7 +99,8 @@ class EVACapEncoderOutput(BaseModelOutput):
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, T, hidden_size)`): The fused sequence.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): With `output_hidden_states=True`, the embeddings and the
-            output of each block, of the audio tower (of the video tower for `"video_only"`), then of the joint blocks.
+            output of each block, of the audio tower (of the video tower for `"video_only"`), then of the joint blocks;
+            `last_hidden_state` instead of the last of them.
         attentions (`tuple(torch.FloatTensor)`, *optional*): With `output_attentions=True`, the self-attention
             probabilities of the same blocks.
         cross_attentions (`torch.FloatTensor` of shape `(batch_size, num_heads, T_a, T_v)`, *optional*): With
@@ -129,7 +130,7 @@ class EVACapEncoderOutput(BaseModelOutput):
             the transport plan of audio and video tokens, which sums to 1; zeros for a clip without a picture.
         transport_loss (`torch.FloatTensor` of shape `(1,)`, *optional*): With `"optimal_transport"`: its loss.
         video_token_mask (`torch.BoolTensor` of shape `(batch_size, T)`, *optional*): With `"concat"` and a picture: the
-            tokens of the picture that exist.
+            tokens of the picture.
     """
 
     cross_attentions: torch.FloatTensor | None = None
@@ -866,14 +867,13 @@ class EVACapEncoder(EVACapPreTrainedModel):
             hidden_states, token_mask = _concatenate((sound, audio.attention_mask), (picture, video.attention_mask))
             is_video = torch.arange(hidden_states.shape[1], device=hidden_states.device) >= sound.shape[1]
             fused.video_token_mask = is_video.expand(hidden_states.shape[0], -1)
-            if token_mask is not None:
-                fused.video_token_mask = fused.video_token_mask & token_mask
         elif fusion_type == "late_concat":
             hidden_states, picture = self.enrich(audio, video)
         joint = BaseModelOutput(last_hidden_state=hidden_states)
         if self.config.has_joint_encoder:
             joint = self.joint(hidden_states, token_mask, **outputs)
 
+        states = _chain(main.hidden_states, joint.hidden_states and joint.hidden_states[1:])
         beside = video if audio is not None and video is not None else BaseModelOutput()
         if fusion_type == "late_concat" and video is not None:
             seen = self.video_joint(picture, video.attention_mask, **outputs)
@@ -883,7 +883,8 @@ class EVACapEncoder(EVACapPreTrainedModel):
             beside.attentions = _chain(video.attentions, seen.attentions)
         return EVACapEncoderOutput(
             last_hidden_state=joint.last_hidden_state,
-            hidden_states=_chain(main.hidden_states, joint.hidden_states and joint.hidden_states[1:]),
+            # As elsewhere in Transformers the last one is `last_hidden_state`, also without joint blocks.
+            hidden_states=states and (*states[:-1], joint.last_hidden_state),
             attentions=_chain(main.attentions, joint.attentions),
             cross_attentions=fused.cross_attentions,
             video_hidden_states=beside.hidden_states,
@@ -1294,13 +1295,14 @@ class EVACapAdaptiveDecoderLayer(EVACapDecoderLayer):
         hidden_states: torch.Tensor,
         memory: torch.Tensor | None,
         attention_mask: torch.Tensor,
-        stream_masks: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        video_mask: torch.Tensor | None = None,
         cache: EncoderDecoderCache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         output, _ = self.self_attn(hidden_states, attention_mask, cache)
         hidden_states = self.self_attn_layer_norm(hidden_states + self.dropout(output))
-        output, _, confidence = self.encoder_attn(hidden_states, memory, stream_masks, cache)
+        output, _, confidence = self.encoder_attn(hidden_states, memory, token_mask, video_mask, cache)
         hidden_states = self.encoder_attn_layer_norm(hidden_states + self.dropout(output))
         return self._mlp(hidden_states), memory, confidence
 
@@ -1376,8 +1378,8 @@ class EVACapDecoder(EVACapPreTrainedModel):
                 sequence. It is read only if its keys and values are not in `cache`.
             encoder_attention_mask (`torch.Tensor` of shape `(batch_size, T)`, *optional*): The tokens of the fused
                 sequence that exist.
-            encoder_video_mask (`torch.Tensor` of shape `(batch_size, T)`, *optional*): Those among them that come from
-                the picture, for `text_fusion="adaptive"`; none by default.
+            encoder_video_mask (`torch.BoolTensor` of shape `(batch_size, T)`, *optional*): Those that come from the
+                picture, for `text_fusion="adaptive"`; none by default.
 
         Raises:
             ValueError: If the text is missing or too long, or if the prefix is missing or does not fit the text.
@@ -1429,10 +1431,7 @@ class EVACapDecoder(EVACapPreTrainedModel):
 
         positions = self.embed_positions(position_ids).to(inputs_embeds.device)
         hidden_states = self.dropout(self.layernorm_embedding(inputs_embeds + positions))
-        if self.text_fusion == "adaptive":
-            masks = (self._stream_masks(prefix_states, cache, token_mask, encoder_video_mask),)
-        else:
-            masks = (prefix_mask, token_mask)
+        masks = (token_mask, encoder_video_mask) if self.text_fusion == "adaptive" else (prefix_mask, token_mask)
         confidences = []
         for layer in self.layers:
             hidden_states, prefix_states, *confidence = layer(
@@ -1449,20 +1448,6 @@ class EVACapDecoder(EVACapPreTrainedModel):
             **{CACHE_FIELD: cache if use_cache else None},
             confidence=torch.stack(confidences).mean(0) if confidences else None,
         )
-
-    @staticmethod
-    def _stream_masks(
-        memory: torch.Tensor | None,
-        cache: EncoderDecoderCache | None,
-        token_mask: torch.Tensor | None,
-        video_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The tokens of the sound, and those of the picture (batch_size, 2, T)."""
-        if token_mask is None:
-            keys = cache.cross_attention_cache.layers[0].keys[:, 0] if memory is None else memory
-            token_mask = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
-        video_mask = torch.zeros_like(token_mask) if video_mask is None else video_mask.bool()
-        return torch.stack([token_mask & ~video_mask, token_mask & video_mask], dim=1)
 
 
 def _pooled(output: EVACapEncoderOutput) -> EVACapFeaturesOutput:

@@ -126,8 +126,16 @@ def require_transport(config: PreTrainedConfig) -> None:
         )
 
 
-def _words(tokenizer: PreTrainedTokenizerBase, ids: list[int], confidence: list[list[float]]) -> list[dict[str, Any]]:
-    """The words of a caption with their confidence, of which each token has a pair; a token `##…` goes on with a word."""
+def words_with_confidence(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], confidence: list[list[float]]
+) -> list[dict[str, Any]]:
+    """The words of a caption as in [`CaptionedBatch`]; special tokens are left out, and a token `##…` goes on with a word.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): The tokenizer.
+        ids (`list[int]`): The tokens of the caption.
+        confidence (`list[list[float]]`): The confidence in sound and picture with which each of them was predicted.
+    """
     words: list[tuple[str, list[list[float]]]] = []
     for token, token_id, pair in zip(tokenizer.convert_ids_to_tokens(ids), ids, confidence):
         if token_id in tokenizer.all_special_ids:
@@ -214,7 +222,7 @@ def caption_batch(
         # The state of each token predicts the next one.
         scored = model(encoder_outputs=encoder_outputs, decoder_input_ids=tokens[:, :-1], use_cache=False)
         pairs = zip(tokens[:, 1:].tolist(), scored.confidence.tolist(), strict=True)
-        curves["words"] = by_clip([_words(processor.tokenizer, ids, confidence) for ids, confidence in pairs])
+        curves["words"] = by_clip([words_with_confidence(processor.tokenizer, *pair) for pair in pairs])
     if return_transport:
         found = encoder_outputs.transport_map
         if found is None:
@@ -237,4 +245,5 @@ __all__ = [
     "require_gate",
     "require_transport",
     "time_map",
+    "words_with_confidence",
 ]

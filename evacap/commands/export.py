@@ -52,7 +52,7 @@ class Prefill(nn.Module):
         if mask is None:
             mask = torch.ones_like(encoded.last_hidden_state[..., 0], dtype=torch.bool)
         if self.model.config.text_fusion == "adaptive":
-            mask = mask.long() + encoded.video_token_mask
+            mask = mask.long() * (1 + encoded.video_token_mask)
         text, prefix = _stack(cache.self_attention_cache), _stack(cache.cross_attention_cache)
         return output.logits[:, -1], *text, *prefix, mask
 

@@ -20,7 +20,7 @@ def build(**kwargs) -> EVACapForConditionalGeneration:
     model = EVACapForConditionalGeneration(tiny_config(**ADAPTIVE, **kwargs)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "confidence" in name:
+            if "confidence" in name or name.endswith("block.scale"):
                 parameter.normal_(std=0.5)
     return model
 
@@ -62,19 +62,20 @@ def test_a_layer_is_the_formula():
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     text, memory = torch.randn(3, 5, 24), torch.randn(3, 7, 24)
-    streams = torch.zeros(3, 2, 7, dtype=torch.bool)
-    streams[:, 0, :4] = True
-    streams[0, 1, 4:], streams[2, 1, 4:6] = True, True
+    is_video = (torch.arange(7) >= 4).expand(3, -1)
+    exists = torch.ones(3, 7, dtype=torch.bool)
+    exists[1, 4:], exists[2, 6:] = False, False
     causal = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
-    output, _, confidence = layer(text, memory, causal, streams)
+    output, _, confidence = layer(text, memory, causal, exists, is_video)
     for row, pictures in enumerate((memory[0, 4:], None, memory[2, 4:6])):
         expected, weights = plain_layer(layer, text[row], memory[row, :4], pictures)
         torch.testing.assert_close(output[row], expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(confidence[row], weights, atol=1e-6, rtol=0)
 
 
-def test_confidence_is_that_of_each_token_and_exactly_zero_without_a_picture():
-    model, inputs = build(), tiny_inputs()
+@pytest.mark.parametrize("enrichment", [None, "caste"])
+def test_confidence_is_that_of_each_token_and_exactly_zero_without_a_picture(enrichment):
+    model, inputs = build(enrichment=enrichment), tiny_inputs()
     batch = model(**inputs, pixel_values_videos_mask=MASK, decoder_input_ids=IDS)
     assert batch.confidence.shape == (BATCH_SIZE, 4, 2)
     assert torch.equal(batch.confidence[1, :, 1], torch.zeros(4))
@@ -110,6 +111,7 @@ def test_attentions_sum_to_one_over_each_memory():
     inputs = {**tiny_inputs(), "pixel_values_videos_mask": MASK, "decoder_input_ids": IDS}
     output = model(**inputs, output_attentions=True, output_hidden_states=True)
     assert len(output.decoder_hidden_states) == 4
+    assert torch.equal(output.encoder_hidden_states[-1], output.encoder_last_hidden_state)
     assert [weights.shape for weights in output.decoder_attentions] == [(BATCH_SIZE, 4, 4, 4)] * 3
     for weights in output.cross_attentions:
         assert weights.shape == (BATCH_SIZE, 4, 4, 16)
@@ -117,6 +119,9 @@ def test_attentions_sum_to_one_over_each_memory():
         pictures = torch.tensor([1.0, 0.0, 1.0])[:, None, None].expand(-1, 4, 4)
         torch.testing.assert_close(weights[..., 8:].sum(-1), pictures)
         assert torch.equal(weights[2, ..., 12:], torch.zeros(4, 4, 4))
+        weights.retain_grad()
+    output.logits.sum().backward()
+    assert all(weights.grad.abs().sum() > 0 for weights in output.cross_attentions)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import BATCH_SIZE, FRAMES, tiny_config, tiny_inputs, tiny_labels
+from tiny import ADAPTIVE, BATCH_SIZE, FRAMES, tiny_config, tiny_inputs, tiny_labels
 
 from evacap.modeling_evacap.enrichment_evacap import EVACapCASTEBlock
 from evacap.modeling_evacap.loss_evacap import caption_contrast, picture_entropy
@@ -98,6 +98,7 @@ FUSIONS = [
     {"gate_type": "agreement"},
     {"fusion_type": "concat", "audio_pooling": "frequency"},
     {"fusion_type": "optimal_transport", "video_pooling": "frame"},
+    ADAPTIVE,
 ]
 
 

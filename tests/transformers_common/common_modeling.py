@@ -2,6 +2,7 @@
 
 import unittest
 import unittest.mock
+from typing import ClassVar
 
 import torch
 from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor, random_attention_mask
@@ -15,13 +16,14 @@ from evacap import EVACapConfig, EVACapForConditionalGeneration, EVACapModel
 
 class EVACapModelTester:
     batch_size = 3
-    fusion_type = "gated_cross_attention"
+    fusion: ClassVar[dict[str, object]] = {}
     frames, mel_bins, patch_size = 64, 32, 16
     video_frames, image_size = 4, 32
     vocab_size, seq_length = 99, 7
     is_training = True
-    # What the outputs have: of the encoder, a tower of one layer and the joint one.
+    # What the outputs have: of the encoder, those of a tower and of the joint blocks.
     hidden_size, num_hidden_layers, num_attention_heads = 32, 2, 4
+    num_joint_layers = 1
     # Audio tokens: what the joint blocks and the decoder's prefix see.
     encoder_seq_length = (mel_bins // patch_size) * (frames // patch_size)
     decoder_seq_length = seq_length
@@ -32,7 +34,7 @@ class EVACapModelTester:
     def get_config(self) -> EVACapConfig:
         tower = {
             "hidden_size": self.hidden_size,
-            "num_hidden_layers": self.num_hidden_layers - 1,
+            "num_hidden_layers": self.num_hidden_layers - self.num_joint_layers,
             "num_attention_heads": self.num_attention_heads,
             "intermediate_size": 37,
         }
@@ -50,7 +52,8 @@ class EVACapModelTester:
                 "attention_probs_dropout_prob": 0.0,
             },
             decoder_start_token_id=1,
-            fusion_type=self.fusion_type,
+            num_joint_layers=self.num_joint_layers,
+            **self.fusion,
             # The tests compare with plain cross-entropy, which AVCap's smoothed loss is without smoothing.
             label_smoothing=0.0,
         )
@@ -87,17 +90,17 @@ class EVACapModelTest(ModelTesterMixin, unittest.TestCase):
             self.addCleanup(patch.stop)
 
     def _audio_features_get_expected_num_attentions(self, model_tester=None):
-        return self.model_tester.num_hidden_layers - 1
+        return self.model_tester.num_hidden_layers - self.model_tester.num_joint_layers
 
     def _audio_features_get_expected_num_hidden_states(self, model_tester=None):
-        return self.model_tester.num_hidden_layers
+        return self._audio_features_get_expected_num_attentions() + 1
 
     _video_features_get_expected_num_attentions = _audio_features_get_expected_num_attentions
     _video_features_get_expected_num_hidden_states = _audio_features_get_expected_num_hidden_states
 
     def test_attention_outputs(self):
         # The gate and its entropy are two outputs more than the test counts.
-        self.model_tester.fusion_type = "audio_only"
+        self.model_tester.fusion = {"fusion_type": "audio_only"}
         super().test_attention_outputs()
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
@@ -107,3 +110,18 @@ class EVACapModelTest(ModelTesterMixin, unittest.TestCase):
                 (self.model_tester.batch_size, self.model_tester.seq_length), dtype=torch.long
             )
         return inputs
+
+
+class EVACapAdaptiveModelTest(EVACapModelTest):
+    """The decoder that reads sound and picture as two memories."""
+
+    def setUp(self):
+        super().setUp()
+        self.model_tester.num_joint_layers = 0
+        self.model_tester.fusion = {"fusion_type": "concat", "text_fusion": "adaptive"}
+
+    def test_attention_outputs(self):
+        self.skipTest(
+            "The confidence is one output more than the test counts; `tests/modeling_evacap/test_adaptive_evacap.py` looks at "
+            "the attentions."
+        )
