@@ -120,11 +120,13 @@ def describe_words(words: Mapping[str, Words]) -> dict[str, Any]:
         own, swapped = means["own", "video"], means["swapped", "video"]
         falls = own.resampled(draws) - swapped.resampled(draws)
         figures["fall"][group] = {"value": own.value - swapped.value, "interval": interval(falls)}
+    # Of the clips whose captions have words in both settings.
+    both = [n for n, pair in enumerate(zip(words["own"], words["swapped"])) if all(pair)]
     own, swapped = (
-        np.array([np.mean([word["video"] for word in clip]) if clip else np.nan for clip in words[place]])
-        for place in ("own", "swapped")
+        np.array([np.mean([word["video"] for word in words[place][n]]) for n in both]) for place in ("own", "swapped")
     )
-    figures["auc"] = {"value": roc_auc(own, swapped), "interval": interval(roc_auc(own, swapped, draws))}
+    areas = roc_auc(own, swapped, draws[:, both])
+    figures["auc"] = {"value": roc_auc(own, swapped), "interval": interval(areas)}
     return figures
 
 
