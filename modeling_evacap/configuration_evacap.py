@@ -31,7 +31,7 @@ AUDIO_POOLINGS = (None, "frequency")
 VIDEO_POOLINGS = (None, "frame")
 TRANSPORT_CONTEXTS = ("mass", "mean")
 TEXT_FUSIONS = ("prefix", "adaptive")
-ENRICHMENTS = (None, "caste")
+ENRICHMENTS = (None, "caste", "case")
 
 # The classes of captioners, by their decoder: the one of GIT, or a language model.
 SEQ2SEQ_CLASS, CAUSAL_CLASS = "EVACapForConditionalGeneration", "EVACapForCausalLM"
@@ -386,9 +386,11 @@ class EVACapConfig(PreTrainedConfig):
             before the fusion (LAVCap). By default all tokens are kept.
         video_pooling (`str`, *optional*): `"frame"` averages the video tokens of each tubelet before the fusion. By
             default all tokens are kept.
-        enrichment (`str`, *optional*): `"caste"` enriches the tokens of both streams before the fusion, guided by their
-            agreement (CAE-AV, [`EVACapEnrichment`]). It is initially without effect. By default they stay as they are.
-        enrichment_hidden_size (`int`, defaults to 128): Width in which it compares the streams (CAE-AV).
+        enrichment (`str`, *optional*): Enriches the tokens of both streams before the fusion (CAE-AV): `"caste"` by their
+            agreement ([`EVACapCASTEBlock`]), `"case"` by a caption of each, which the model then takes beside sound and
+            picture ([`EVACapCASEBlock`]). Both are initially without effect. By default the tokens stay as they are.
+        enrichment_hidden_size (`int`, defaults to 128): Width in which `"caste"` compares the streams (CAE-AV), and to which
+            `"case"` narrows the words of the captions (there 48).
         ot_epsilon (`float`, defaults to 0.1): Entropic regularisation of `"optimal_transport"` (LAVCap).
         ot_iterations (`int`, defaults to 50): Rounds of Sinkhorn's algorithm (LAVCap).
         ot_attention (`bool`, defaults to `True`): Whether tokens take over what the transport plan assigns to them
@@ -568,6 +570,19 @@ class EVACapConfig(PreTrainedConfig):
                 "enrichment",
                 self.enrichment,
                 f"None with `fusion_type={self.fusion_type!r}`, which has one stream",
+            )
+        if self.enrichment == "case":
+            _require(
+                self.is_encoder_decoder,
+                "enrichment",
+                self.enrichment,
+                "'caste' or None with a language model, as 'case' reads the words of EVACap's own decoder",
+            )
+            _require(
+                self.semantic_consistency_weight == 0,
+                "semantic_consistency_weight",
+                self.semantic_consistency_weight,
+                "0 with `enrichment='case'`, which would need captions of the own videos of swapped clips",
             )
         if self.fusion_type != "gated_cross_attention":
             _require(

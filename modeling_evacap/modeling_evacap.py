@@ -56,7 +56,7 @@ from .configuration_evacap import (
     EVACapVideoConfig,
 )
 from .contrast_evacap import INITIAL_TEMPERATURE, EVACapContrastHead
-from .enrichment_evacap import EVACapCASTEBlock, EVACapEnrichment
+from .enrichment_evacap import EVACapCASEStream, EVACapCASTEBlock, EVACapEnrichment
 from .fusion_evacap import EVACapGatedCrossAttention
 from .loss_evacap import gate_stability, heard_words, label_smoothed_kl, picture_entropy, semantic_consistency
 from .matching_evacap import EVACapMatchingHead, match_in_batch, mean_and_max, picture_of_step
@@ -513,6 +513,7 @@ class EVACapPreTrainedModel(PreTrainedModel):
         "EVACapGatedCrossAttention",
         "EVACapMatchingHead",
         "EVACapCASTEBlock",
+        "EVACapCASEBlock",
         "EVACapDecoderLayer",
         "EVACapAdaptiveDecoderLayer",
     ]
@@ -549,6 +550,9 @@ class EVACapPreTrainedModel(PreTrainedModel):
             init.zeros_(module.scale)
             init.ones_(module.spatial_scale)
             init.ones_(module.temporal_scale)
+        elif isinstance(module, EVACapCASEStream):
+            init.zeros_(module.scale)
+            init.ones_(module.temperature)
         elif isinstance(module, EVACapContrastHead):
             init.constant_(module.temperature, INITIAL_TEMPERATURE)
         elif isinstance(module, EVACapOptimalTransport) and hasattr(module, "logit_scale"):
@@ -799,6 +803,8 @@ class EVACapEncoder(EVACapPreTrainedModel):
         input_features_mask: torch.Tensor | None = None,
         pixel_values_videos_mask: torch.Tensor | None = None,
         video_features: torch.Tensor | None = None,
+        audio_caption_ids: torch.Tensor | None = None,
+        video_caption_ids: torch.Tensor | None = None,
         audio_index: torch.Tensor | None = None,
         video_index: torch.Tensor | None = None,
         picture_index: torch.Tensor | None = None,
@@ -820,6 +826,9 @@ class EVACapEncoder(EVACapPreTrainedModel):
             video_features (`torch.FloatTensor` of shape `(batch_size, frames, video_width)`, *optional*): What the video
                 tower would give for each frame, computed before (LAVCap), instead of `pixel_values_videos`; with the same
                 mask.
+            audio_caption_ids, video_caption_ids (`torch.LongTensor` of shape `(batch_size, length)`, *optional*): The token
+                ids of a caption of each sound and of each picture, padded by -100. A model with `enrichment="case"` needs
+                both for clips with a picture; others ignore them.
             audio_index, video_index (`torch.LongTensor` of shape `(pairs,)`, *optional*): The rows of `input_features`
                 and of `pixel_values_videos` that make each pair, for several pictures to one sound or several sounds
                 to one picture; each row passes its tower once. By default row n goes with row n.
@@ -853,22 +862,27 @@ class EVACapEncoder(EVACapPreTrainedModel):
         if fusion_type == "video_only" and video is None:
             raise ValueError(missing_stream(self.config))
 
+        summaries = self._summarise(audio, video)
+        # Before the enrichment: a picture that its sound has enriched would tell that it is its own.
+        opening, matched = self.match(audio, video, audio_index, picture_index)
+        captions = ((audio_caption_ids, audio_index), (video_caption_ids, video_index))
+        self.enrich(audio, video, *(ids if ids is None or index is None else ids[index] for ids, index in captions))
+
         main = video if audio is None else audio
         hidden_states, token_mask = main.last_hidden_state, main.attention_mask
         fused = EVACapEncoderOutput()
         if fusion_type == "gated_cross_attention":
-            fused = self.fuse(audio, video, audio_index, picture_index, outputs["output_attentions"])
+            fused = self.fuse(audio, video, opening, outputs["output_attentions"])
             hidden_states = fused.last_hidden_state
         elif fusion_type == "optimal_transport":
             fused = self.transport(audio, video)
             hidden_states, token_mask = fused.last_hidden_state, fused.attention_mask
         elif fusion_type == "concat" and video is not None:
-            sound, picture = self.enrich(audio, video)
-            hidden_states, token_mask = _concatenate((sound, audio.attention_mask), (picture, video.attention_mask))
-            is_video = torch.arange(hidden_states.shape[1], device=hidden_states.device) >= sound.shape[1]
+            streams = ((stream.last_hidden_state, stream.attention_mask) for stream in (audio, video))
+            hidden_states, token_mask = _concatenate(*streams)
+            is_video = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+            is_video = is_video >= audio.last_hidden_state.shape[1]
             fused.video_token_mask = is_video.expand(hidden_states.shape[0], -1)
-        elif fusion_type == "late_concat":
-            hidden_states, picture = self.enrich(audio, video)
         joint = BaseModelOutput(last_hidden_state=hidden_states)
         if self.config.has_joint_encoder:
             joint = self.joint(hidden_states, token_mask, **outputs)
@@ -876,7 +890,7 @@ class EVACapEncoder(EVACapPreTrainedModel):
         states = _chain(main.hidden_states, joint.hidden_states and joint.hidden_states[1:])
         beside = video if audio is not None and video is not None else BaseModelOutput()
         if fusion_type == "late_concat" and video is not None:
-            seen = self.video_joint(picture, video.attention_mask, **outputs)
+            seen = self.video_joint(video.last_hidden_state, video.attention_mask, **outputs)
             streams = (seen.last_hidden_state, video.attention_mask), (joint.last_hidden_state, token_mask)
             joint.last_hidden_state, token_mask = _concatenate(*streams)
             beside.hidden_states = _chain(video.hidden_states, seen.hidden_states and seen.hidden_states[1:])
@@ -892,10 +906,8 @@ class EVACapEncoder(EVACapPreTrainedModel):
             attention_mask=token_mask,
             fusion_gate=fused.fusion_gate,
             attention_entropy=fused.attention_entropy,
-            agreement=fused.agreement,
-            agreement_by_step=fused.agreement_by_step,
-            matching_loss=fused.matching_loss,
-            **self._summarise(audio, video),
+            **matched,
+            **summaries,
             transport_map=fused.transport_map,
             transport_loss=fused.transport_loss,
             video_token_mask=fused.video_token_mask,
@@ -916,19 +928,37 @@ class EVACapEncoder(EVACapPreTrainedModel):
         return summaries
 
     def enrich(
-        self, audio: EVACapEncoderOutput, video: EVACapEncoderOutput | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The tokens of both towers, as the fusion reads them.
+        self,
+        audio: EVACapEncoderOutput | None,
+        video: EVACapEncoderOutput | None,
+        audio_caption_ids: torch.Tensor | None = None,
+        video_caption_ids: torch.Tensor | None = None,
+    ) -> None:
+        """Enriches the tokens in the outputs of the towers, if `enrichment` says so and there is a picture.
 
         Args:
             audio, video ([`EVACapEncoderOutput`]): As in [`~EVACapEncoder.fuse`].
+            audio_caption_ids, video_caption_ids: See [`~EVACapEncoder.forward`].
+
+        Raises:
+            ValueError: If captions are missing or are not one for each pair.
         """
-        sound, picture = audio.last_hidden_state, None if video is None else video.last_hidden_state
         if self.config.enrichment is None or video is None:
-            return sound, picture
-        tokens = self.enrichment(sound, picture, audio.attention_mask, video.attention_mask)
+            return
+        captions = {"audio_caption_ids": audio_caption_ids, "video_caption_ids": video_caption_ids}
+        sound, picture = audio.last_hidden_state, video.last_hidden_state
+        if self.config.enrichment == "case":
+            for name, ids in captions.items():
+                if ids is None:
+                    raise ValueError(missing_caption(name))
+                if ids.ndim != 2 or len(ids) != len(sound):
+                    raise ValueError(
+                        f"`{name}` has shape {tuple(ids.shape)}, but it must be ({len(sound)}, length): the token ids of "
+                        "one caption a clip, padded by -100."
+                    )
+        tokens = self.enrichment(sound, picture, audio.attention_mask, video.attention_mask, tuple(captions.values()))
         # Where `device_map` has put the two blocks apart.
-        return tuple(stream.to(sound.device) for stream in tokens)
+        audio.last_hidden_state, video.last_hidden_state = (stream.to(sound.device) for stream in tokens)
 
     def transport(self, audio: EVACapEncoderOutput, video: EVACapEncoderOutput | None) -> EVACapEncoderOutput:
         """Fuses the tokens of the towers by optimal transport.
@@ -941,7 +971,8 @@ class EVACapEncoder(EVACapPreTrainedModel):
             return EVACapEncoderOutput(
                 last_hidden_state=unit_length(sound).to(sound.dtype), attention_mask=audio.attention_mask
             )
-        output = self.fusion(*self.enrich(audio, video), audio.attention_mask, video.attention_mask)
+        streams = (audio.last_hidden_state, video.last_hidden_state)
+        output = self.fusion(*streams, audio.attention_mask, video.attention_mask)
         return EVACapEncoderOutput(
             last_hidden_state=output.fused,
             attention_mask=output.mask,
@@ -953,8 +984,7 @@ class EVACapEncoder(EVACapPreTrainedModel):
         self,
         audio: EVACapEncoderOutput,
         video: EVACapEncoderOutput | None,
-        audio_index: torch.Tensor | None = None,
-        picture_index: torch.Tensor | None = None,
+        opening: torch.Tensor | None = None,
         output_attentions: bool = False,
     ) -> EVACapEncoderOutput:
         """Fuses the tokens of the towers, before the joint blocks.
@@ -962,19 +992,16 @@ class EVACapEncoder(EVACapPreTrainedModel):
         Args:
             audio, video ([`EVACapEncoderOutput`]): Outputs of the towers, with one row for each pair; `video` is `None`
                 without a picture.
-            audio_index, picture_index: See [`~EVACapEncoder.forward`].
+            opening (`torch.Tensor` of shape `(pairs, T_a)`, *optional*): As in [`EVACapGatedCrossAttention`].
             output_attentions (`bool`, *optional*, defaults to `False`): Whether to return the `cross_attentions`.
         """
         sound, token_mask = audio.last_hidden_state, audio.attention_mask
-        opening, matched = None, {}
-        if self.config.has_matching_head:
-            opening, matched = self._match(audio, video, audio_index, picture_index)
         if video is None:
             gate = sound.new_zeros(sound.shape[:2], dtype=torch.float32)
-            return EVACapEncoderOutput(last_hidden_state=sound, fusion_gate=gate, attention_entropy=gate, **matched)
-        # Behind the matching head: a picture that its sound has enriched would tell that it is its own.
-        sound, picture = self.enrich(audio, video)
-        fused, gate, entropy, weights = self.fusion(sound, picture, video.attention_mask, output_attentions, opening)
+            return EVACapEncoderOutput(last_hidden_state=sound, fusion_gate=gate, attention_entropy=gate)
+        fused, gate, entropy, weights = self.fusion(
+            sound, video.last_hidden_state, video.attention_mask, output_attentions, opening
+        )
         if token_mask is not None:
             padding = ~token_mask.to(gate.device)
             gate, entropy = gate.masked_fill(padding, 0.0), entropy.masked_fill(padding, 0.0)
@@ -983,7 +1010,6 @@ class EVACapEncoder(EVACapPreTrainedModel):
             cross_attentions=weights,
             fusion_gate=gate,
             attention_entropy=entropy,
-            **matched,
         )
 
     def hear(
@@ -1046,16 +1072,27 @@ class EVACapEncoder(EVACapPreTrainedModel):
         features, mask = _mask_frames("pixel_values_videos_mask", features, mask, 1)
         return EVACapEncoderOutput(last_hidden_state=features, attention_mask=mask)
 
-    def _match(
+    def match(
         self,
-        audio: EVACapEncoderOutput,
+        audio: EVACapEncoderOutput | None,
         video: EVACapEncoderOutput | None,
-        audio_index: torch.Tensor | None,
-        picture_index: torch.Tensor | None,
+        audio_index: torch.Tensor | None = None,
+        picture_index: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-        """How far the gate of each audio token may open (pairs, T_a), and the outputs of the matching head."""
-        config, sound = self.config, audio.last_hidden_state
-        num_rows = config.audio_rows
+        """Tells how far the picture belongs to the sound, if there is a matching head.
+
+        Args:
+            audio, video ([`EVACapEncoderOutput`]): As in [`~EVACapEncoder.fuse`].
+            audio_index, picture_index: See [`~EVACapEncoder.forward`].
+
+        Returns:
+            How far the gate of each audio token may open (pairs, T_a), `None` for all the way, and the outputs of the head
+            by their names in [`EVACapEncoderOutput`].
+        """
+        config = self.config
+        if not config.has_matching_head:
+            return None, {}
+        sound, num_rows = audio.last_hidden_state, config.audio_rows
         if video is None:
             nothing = sound.new_full((len(sound), sound.shape[1] // num_rows), torch.nan, dtype=torch.float32)
             return None, {"agreement": nothing[:, 0], "agreement_by_step": nothing}
@@ -1130,6 +1167,15 @@ def missing_stream(config: EVACapConfig) -> str:
     return (
         f"`input_features` is missing: a model with `fusion_type='{config.fusion_type}'` needs the sound. Only a model "
         "with `fusion_type='video_only'` captions a clip without it."
+    )
+
+
+def missing_caption(name: str) -> str:
+    stream, argument = ("picture", "videos") if name.startswith("video") else ("sound", "audio")
+    return (
+        f"`{name}` is missing: a model with `enrichment='case'` reads a caption of the {stream} of every clip, as a model of "
+        f"that stream alone writes it. Give it to the processor as `{name.removesuffix('_ids')}s`, to the pipeline and in "
+        f"manifests as `{name.removesuffix('_ids')}`."
     )
 
 
@@ -1474,6 +1520,8 @@ class EVACapModel(EVACapPreTrainedModel):
     _supports_flex_attn = False
 
     def __init__(self, config: EVACapConfig):
+        if config.enrichment == "case":
+            self._tied_weights_keys = {"encoder.enrichment.embed_tokens.weight": "decoder.embed_tokens.weight"}
         if not config.is_encoder_decoder:
             raise ValueError(
                 f"`text_config` is that of a language model ({config.text_config.model_type}), which is the decoder of "
@@ -1550,6 +1598,8 @@ class EVACapModel(EVACapPreTrainedModel):
         decoder_inputs_embeds: torch.FloatTensor | None = None,
         decoder_position_ids: torch.LongTensor | None = None,
         video_features: torch.FloatTensor | None = None,
+        audio_caption_ids: torch.LongTensor | None = None,
+        video_caption_ids: torch.LongTensor | None = None,
         audio_index: torch.LongTensor | None = None,
         video_index: torch.LongTensor | None = None,
         picture_index: torch.LongTensor | None = None,
@@ -1574,6 +1624,8 @@ class EVACapModel(EVACapPreTrainedModel):
                 from 0.
             video_features (`torch.FloatTensor` of shape `(batch_size, frames, video_width)`, *optional*): See
                 [`EVACapEncoder`].
+            audio_caption_ids (`torch.LongTensor` of shape `(batch_size, length)`, *optional*): See [`EVACapEncoder`].
+            video_caption_ids (`torch.LongTensor` of shape `(batch_size, length)`, *optional*): See [`EVACapEncoder`].
             audio_index (`torch.LongTensor` of shape `(pairs,)`, *optional*): See [`EVACapEncoder`].
             video_index (`torch.LongTensor` of shape `(pairs,)`, *optional*): See [`EVACapEncoder`].
             picture_index (`torch.LongTensor` of shape `(pairs,)`, *optional*): See [`EVACapEncoder`].
@@ -1588,6 +1640,8 @@ class EVACapModel(EVACapPreTrainedModel):
                 input_features_mask,
                 pixel_values_videos_mask,
                 video_features=video_features,
+                audio_caption_ids=audio_caption_ids,
+                video_caption_ids=video_caption_ids,
                 audio_index=audio_index,
                 video_index=video_index,
                 picture_index=picture_index,
@@ -1856,6 +1910,8 @@ class EVACapForConditionalGeneration(EVACapCaptioner, GenerationMixin):
         matched_pixel_values_videos: torch.FloatTensor | None = None,
         matched_pixel_values_videos_mask: torch.Tensor | None = None,
         video_features: torch.FloatTensor | None = None,
+        audio_caption_ids: torch.LongTensor | None = None,
+        video_caption_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -1888,6 +1944,8 @@ class EVACapForConditionalGeneration(EVACapCaptioner, GenerationMixin):
                 the matched videos that exist.
             video_features (`torch.FloatTensor` of shape `(batch_size, frames, video_width)`, *optional*): See
                 [`EVACapEncoder`].
+            audio_caption_ids (`torch.LongTensor` of shape `(batch_size, length)`, *optional*): See [`EVACapEncoder`].
+            video_caption_ids (`torch.LongTensor` of shape `(batch_size, length)`, *optional*): See [`EVACapEncoder`].
         """
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -1913,6 +1971,8 @@ class EVACapForConditionalGeneration(EVACapCaptioner, GenerationMixin):
             input_features=input_features,
             input_features_mask=input_features_mask,
             video_features=video_features,
+            audio_caption_ids=audio_caption_ids,
+            video_caption_ids=video_caption_ids,
             **pairs,
             **dict(zip(TEXT_ARGUMENTS, text, strict=True)),
             encoder_outputs=encoder_outputs,

@@ -1,11 +1,12 @@
-"""CASTE, which enriches the streams before their fusion, and the objectives beside it."""
+"""CASTE and CASE, which enrich the streams before their fusion, and the objectives beside them."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from tiny import ADAPTIVE, BATCH_SIZE, FRAMES, tiny_config, tiny_inputs, tiny_labels
 
-from evacap.modeling_evacap.enrichment_evacap import EVACapCASTEBlock
+from evacap.modeling_evacap.enrichment_evacap import EVACapCASEBlock, EVACapCASTEBlock
 from evacap.modeling_evacap.loss_evacap import caption_contrast, picture_entropy
 from evacap.modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from evacap.training.components import enable_checkpointing
@@ -46,8 +47,8 @@ def test_the_block_gives_the_known_answers(shared, own, other):
         module, _, kind = name.partition(".")
         published[name] = ".".join([NAMES[module], kind]).rstrip(".")
         parameter.data.copy_(answers[f"parameter.{published[name]}"].view(parameter.shape))
-    exists, segments = torch.ones(2, 5, dtype=torch.bool), torch.arange(5).expand(2, -1)
-    enriched = block(tokens.transpose(1, 2), exists, segments, others.mean(2)).transpose(1, 2)
+    frames = torch.eye(5, dtype=torch.bool).expand(2, -1, -1)
+    enriched = block(tokens.transpose(1, 2), frames, others.mean(2)).transpose(1, 2)
     residual = (enriched - tokens).flatten(0, 1)
     torch.testing.assert_close(residual, answers["residual"], **EXACT)
     loss = (residual * known[f"probe_{own}"]).sum()
@@ -57,6 +58,89 @@ def test_the_block_gives_the_known_answers(shared, own, other):
     torch.testing.assert_close(others.grad.flatten(0, 1), answers["grad_other"], **EXACT)
     for name, parameter in block.named_parameters():
         torch.testing.assert_close(parameter.grad, answers[f"grad.{published[name]}"].view(parameter.shape), **EXACT)
+
+
+CASE_NAMES = {
+    "caption_down": "{stream}_adapter.down_proj",
+    "caption_up": "{stream}_adapter.up_proj",
+    "caption_self_attn": "case.sa_{s}cap",
+    "self_attn": "case.sa_{s}",
+    "caption_attn": "case.ca_{s}_qcap",
+    "cross_attn": {"video": "case.ca_vqa", "audio": "case.ca_aqv"},
+    "other_proj": "case.linear_{s}_from_{o}",
+    "feed_forward": "case.ffn_{s}",
+    "caption_feed_forward": "case.ffn_{s}cap",
+    "depthwise": "case.tmp_{s}.dw",
+    "pointwise": "case.tmp_{s}.pw",
+    "temporal_norm": "case.tmp_{s}.norm",
+    "norm": "case.norm_{s}",
+    "temperature": "case.topk.tau",
+    "q_proj": "attention.linear_q",
+    "k_proj": "attention.linear_k",
+    "v_proj": "attention.linear_v",
+    "o_proj": "attention.linear_merge",
+    "fc1": "ffn.dense1",
+    "fc2": "ffn.dense2",
+}
+"""The published names of the parameters of CASE, with the first letters of a stream and of the other one."""
+
+
+def published_case_name(name: str) -> str:
+    if name.startswith("caption_attn."):
+        return name.replace("caption_attn", "mapper").replace("norm", "norm1").replace("_proj", "").replace(
+            "mapper.", "mapper.mhatt.linear_"
+        ).replace("mhatt.linear_norm1", "norm1").replace("linear_o", "linear_merge")
+    stream, module, *rest = name.split(".")
+    letters = {"stream": stream, "s": stream[0], "o": "av"[stream == "audio"]}
+    found = CASE_NAMES[module]
+    found = (found if isinstance(found, str) else found[stream]).format(**letters)
+    return ".".join([found, *(CASE_NAMES[part] if part.endswith("proj") or part.startswith("fc") else part for part in rest)])
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_case_gives_the_known_answers(shared, monkeypatch, training, dtype):
+    known = load_file(shared("peers/cae_av/cae_case.safetensors"))
+    known = {name: tensor.to(dtype) for name, tensor in known.items()}
+    tolerance = EXACT if dtype == torch.float64 else {"atol": 1e-6, "rtol": 1e-5}
+    block = EVACapCASEBlock(8, 16, 24, 6, 8).to(dtype).train(training)
+    for name, parameter in block.named_parameters():
+        # The published module changes the tokens at once.
+        value = torch.ones(1) if name.endswith(".scale") else known[f"parameter.{published_case_name(name)}"]
+        parameter.data.copy_(value.view(parameter.shape))
+    for module in block.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    noise = {known[f"{name}"].shape[1] * 5: known[f"train.gumbel_{name}"] for name in ("audio", "video")}
+
+    def gumbel_softmax(scores, temperature, dim):
+        # The noise of a token, which stands in the row of its frame.
+        rows = noise[scores.shape[-1]].unflatten(0, (2, 5)).mT.flatten(1)[:, None]
+        return ((scores + rows) / temperature).softmax(dim)
+
+    monkeypatch.setattr(F, "gumbel_softmax", gumbel_softmax)
+    # There the 5 frames of a clip stand together, with their tokens behind them.
+    streams = {name: known[name].unflatten(0, (2, 5)).requires_grad_() for name in ("audio", "video")}
+    frames, words = torch.eye(5, dtype=torch.bool).expand(2, -1, -1), torch.ones(2, 1, 3, dtype=torch.bool)
+    enriched = block(
+        *(stream.transpose(1, 2) for stream in streams.values()),
+        frames,
+        frames,
+        frames,
+        known["audio_caption"],
+        known["video_caption"],
+        words,
+        words,
+    )
+    case, loss = "train" if training else "eval", 0
+    for name, tokens in zip(streams, enriched, strict=True):
+        tokens = tokens.transpose(1, 2).flatten(0, 1)
+        torch.testing.assert_close(tokens, known[f"{case}.{name}"], **tolerance)
+        loss = loss + (tokens * known[f"probe_{name}"]).sum()
+    loss.backward()
+    torch.testing.assert_close(loss[None], known[f"{case}.loss"], **tolerance)
+    for name, stream in streams.items():
+        torch.testing.assert_close(stream.grad.flatten(0, 1), known[f"{case}.grad_{name}"], **tolerance)
 
 
 def test_the_objectives_give_the_known_answers(shared):

@@ -232,11 +232,14 @@ def _look(
     parts = []
     for streams in zip(sounds.split(batch_size), pictures.split(batch_size)):
         audio, video = (EVACapEncoderOutput(last_hidden_state=stream.to(device)) for stream in streams)
-        outputs = encoder.fuse(audio, video, output_attentions=True)
+        opening, matched = encoder.match(audio, video)
+        encoder.enrich(audio, video)
+        outputs = encoder.fuse(audio, video, opening, output_attentions=True)
         weights = outputs.cross_attentions
         entropy = (torch.special.entr(weights).sum(-1) / np.log(weights.shape[-1])).clamp(0, 1)
-        part = [entropy, outputs.fusion_gate, outputs.agreement, outputs.agreement_by_step]
-        parts.append([figure.double().cpu() for figure in part if figure is not None])
+        part = [entropy, outputs.fusion_gate]
+        part += [matched[name] for name in ("agreement", "agreement_by_step") if name in matched]
+        parts.append([figure.double().cpu() for figure in part])
     return [torch.cat(figure).numpy() for figure in zip(*parts)]
 
 
