@@ -174,7 +174,7 @@ class EVACapCASEStream(nn.Module):
         members = segments.repeat(1, 1, tokens.shape[1])
 
         means = segment_means(refined, members), segment_means(self.caption_feed_forward(caption), words)
-        agreement = F.cosine_similarity(*map(at_least_float32, means), dim=-1).sigmoid().detach()[..., None]
+        agreement = F.cosine_similarity(*map(at_least_float32, means), dim=-1).sigmoid()[..., None]
         energy = at_least_float32(refined).square().sum(-1)[:, None]
         shares = members.to(energy.dtype)
         if self.training:
@@ -198,12 +198,17 @@ class EVACapCASEBlock(GradientCheckpointingLayer):
         κ ← att(c, c),   κ ← W GELU(W' κ),   κ ← att(κ, κ)                    c: the word embeddings of the caption
         x' = att(att(x, x), κ),   y' likewise,   x'' = ff(att(x', W y'))
         u = LN(pointwise(depthwise(x'')))                                     over three neighbouring time steps
-        w = σ(cos(ū, mean(ff(κ)))), without a gradient                         ū: the mean of u over the segment
+        w = σ(cos(ū, mean(ff(κ))))                                            ū: the mean of u over the segment
         x ← x + γ (LN(x + w m ⊙ u + (1 - w) u) - x)
 
     m is shared equally by the 30 % of the tokens of the segment that have the greatest norm of u, but at least one. In training
-    it is the softmax of the squared norms with Gumbel noise and a learned temperature, over those 30 % of it. With γ = 1 this is
-    the published form. γ is ours: it is initially 0, so that the block changes nothing.
+    it is the softmax of the squared norms with Gumbel noise and a learned temperature, over those 30 % of it. As u comes from a
+    layer norm, the norms hardly differ before training.
+
+    With γ = 1 this computes what the published module does, without its heads for losses, whose formulas were not published.
+    γ is ours: it is initially 0, so that the block changes nothing. Ours are also the word embeddings (there CLIP's text
+    encoder), the gradient of w, from which the last ff(κ) learns (there it learns from the losses alone), and a temperature
+    of each stream (there one for both).
     """
 
     def __init__(self, audio_size: int, video_size: int, caption_size: int, bottleneck: int, num_heads: int):

@@ -57,6 +57,8 @@ STREAMS = (
     "input_features_mask",
     "pixel_values_videos_mask",
     "video_features",
+    "audio_caption_ids",
+    "video_caption_ids",
 )
 # What a `quantization_config` leaves as it is: all but the language model, and of that the output layer, as usual.
 NOT_QUANTIZED = ("encoder", "multi_modal_projector", "hearing_head", "contrast_head", "language_model.lm_head")
@@ -218,6 +220,8 @@ class EVACapForCausalLM(EVACapCaptioner, GenerationMixin):
         matched_pixel_values_videos: torch.FloatTensor | None = None,
         matched_pixel_values_videos_mask: torch.Tensor | None = None,
         video_features: torch.FloatTensor | None = None,
+        audio_caption_ids: torch.LongTensor | None = None,
+        video_caption_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -243,6 +247,8 @@ class EVACapForCausalLM(EVACapCaptioner, GenerationMixin):
                 padded with -100. The loss is [`label_smoothed_kl`], of the caption alone.
             shuffled, video_index, matched_pixel_values_videos, matched_pixel_values_videos_mask, video_features: See
                 [`EVACapForConditionalGeneration`].
+            audio_caption_ids, video_caption_ids (`torch.LongTensor` of shape `(batch_size, length)`, *optional*): Ignored;
+                clips that are prepared for a model with `enrichment="case"` have them.
 
         Returns:
             [`EVACapSeq2SeqLMOutput`], whose `logits` (batch_size, caption_length, vocab_size) belong to `labels`. Without

@@ -31,6 +31,8 @@ STREAMS = (
     "pixel_values_videos",
     "pixel_values_videos_mask",
     "video_features",
+    "audio_caption_ids",
+    "video_caption_ids",
 )
 """The inputs of the encoder."""
 
@@ -90,6 +92,11 @@ def require_agreement(config: PreTrainedConfig) -> None:
     if not has_agreement(config):
         found = f"gate_type={config.gate_type!r}" if has_gate(config) else f"fusion_type={config.fusion_type!r}"
         raise ValueError(f"The agreement of sound and picture needs a model with gate_type='agreement', not {found}.")
+
+
+def reads_captions(config: PreTrainedConfig) -> bool:
+    """Whether a model of this configuration reads a caption of each stream beside sound and picture."""
+    return config.enrichment == "case"
 
 
 def has_confidence(config: PreTrainedConfig) -> bool:
@@ -240,6 +247,7 @@ __all__ = [
     "has_confidence",
     "has_gate",
     "has_transport",
+    "reads_captions",
     "require_agreement",
     "require_confidence",
     "require_gate",

@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from transformers.video_utils import VideoMetadata
 
+from .captioning_evacap import reads_captions
+
 
 KNOWN_ANSWER_FILE = "known_answer.json"
 
@@ -95,6 +97,8 @@ def answer(model, processor) -> dict[str, Any]:
         # Some processors sample so many frames a second.
         metadata = VideoMetadata(total_num_frames=len(frames), fps=FRAMES_PER_SECOND)
         streams |= {"videos": [frames], "video_metadata": [metadata]}
+    if reads_captions(model.config):
+        streams |= {"audio_captions": ["a siren wails"], "video_captions": ["a bar crosses a screen"]}
     inputs = processor(**streams, return_tensors="pt").to(model.device)
     was_training = model.training
     model.eval()

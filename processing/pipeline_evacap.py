@@ -32,7 +32,14 @@ from transformers.pipelines.base import ChunkPipeline
 from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import logging
 
-from .captioning_evacap import caption_batch, require_agreement, require_confidence, require_gate, require_transport
+from .captioning_evacap import (
+    caption_batch,
+    reads_captions,
+    require_agreement,
+    require_confidence,
+    require_gate,
+    require_transport,
+)
 from .known_answer_evacap import write_known_answer
 from .media_evacap import (
     Media,
@@ -62,6 +69,8 @@ STREAMS = {
     "videos": "videos",
     "images": "images",
 }
+CAPTIONS = ("audio_caption", "video_caption")
+"""Keys of an input for what a model of the sound alone, and one of the picture alone, say of it."""
 
 
 def split_streams(inputs: Any, processor: EVACapProcessor) -> dict[str, Any]:
@@ -115,6 +124,7 @@ def read_windows(
     stride: tuple[float, float] = (0.0, 0.0),
     start: float = 0.0,
     end: float | None = None,
+    needs_captions: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Reads one input window by window, so that memory does not grow with its length.
 
@@ -132,6 +142,10 @@ def read_windows(
             to its neighbours. Nothing is taken from the left of the first window and the right of the last.
         start (`float`): Where the first window begins, in seconds.
         end (`float`, *optional*): Where the last window ends at the latest, in seconds.
+        needs_captions (`bool`): Whether a window with a picture needs `CAPTIONS`.
+
+    Raises:
+        ValueError: If the input cannot be read, or if a window lacks captions.
 
     Yields:
         `{"span": (start, end), "timestamp": (start, end), "is_last": bool, "is_silent": bool, "inputs": BatchFeature}`:
@@ -168,24 +182,49 @@ def read_windows(
                     number = int(begin / total * len(stream))
                     stream = stream[number : max(number + 1, math.ceil(stop / total * len(stream)))]
                 window[name] = [stream]
+            window |= _captions_of(inputs, index)
             is_silent = first is not None and first.silent
             if is_silent and not warned:
                 warned = True
                 logger.warning(
                     f"{first.name} is silent from {begin:g} to {stop:g} s: what is said of its sound there is invented."
                 )
+            made = processor(**window, return_tensors="pt")
+            if needs_captions and "pixel_values_videos" in made:
+                _require_captions(window, index)
             read = {
                 "span": (begin, stop),
                 "timestamp": (begin + left if index else begin, stop if is_last else stop - right),
                 "is_last": is_last,
                 "is_silent": is_silent,
-                "inputs": processor(**window, return_tensors="pt"),
+                "inputs": made,
             }
             if is_last:
                 break
             yield read
     # After the files have been closed, which warns of damage: nobody need ask for more than the last window.
     yield read
+
+
+def _captions_of(inputs: Any, index: int) -> dict[str, list[str]]:
+    """The captions of a window, as arguments of the processor."""
+    captions = {}
+    for name in CAPTIONS if isinstance(inputs, Mapping) else ():
+        given = inputs.get(name)
+        given = [given] if isinstance(given, str) else given or []
+        captions |= {f"{name}s": [caption] for caption in given[index : index + 1]}
+    return captions
+
+
+def _require_captions(window: Mapping[str, Any], index: int) -> None:
+    missing = [name for name in CAPTIONS if f"{name}s" not in window]
+    if missing:
+        raise ValueError(
+            f"Window {index + 1} has no {' and no '.join(f'`{name}`' for name in missing)}: a model with "
+            "`enrichment='case'` reads what a model of the sound alone, and one of the picture alone, say of each window. "
+            "Give the input as a dict with `media`, `audio_caption` and `video_caption`, each a sentence, or a list of "
+            "one for each window."
+        )
 
 
 class _FileWindows:
@@ -351,6 +390,11 @@ def collate_windows(items: list[tuple[int, dict[str, Any] | Exception]]) -> Wind
     videos = [window["pixel_values_videos"][0] if "pixel_values_videos" in window else None for window in batch]
     if any(video is not None for video in videos):
         inputs.update(stack_videos(videos))
+    for name in ("audio_caption_ids", "video_caption_ids"):
+        # A window without a picture needs none.
+        rows = [window[name][0] if name in window else torch.full((1,), -100) for window in batch]
+        if any(name in window for window in batch):
+            inputs[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
     return WindowBatch(items, inputs)
 
 
@@ -452,7 +496,9 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
                 `datasets`), or a dict with `"media"`, or a dict with `"audio"` (file or `{"array": …, "sampling_rate":
                 …}`) and optionally `"video"` (file, array, list of PIL images or picture files) or `"image"`. The
                 names of the processor, `"videos"` and `"images"`, are accepted too; other keys are ignored. A
-                `"video"` file alone also gives the sound. A list or tuple of inputs gives a list. A generator, a
+                `"video"` file alone also gives the sound. For a model with `enrichment="case"` a dict also has
+                `"audio_caption"` and `"video_caption"`: what a model of the sound alone, and one of the picture alone,
+                say of it, each a sentence, or a list with one for each window. A list or tuple of inputs gives a list. A generator, a
                 PyTorch or `datasets` dataset, or a column of one, gives an iterator that reads as it goes.
             batch_size (`int`, *optional*, defaults to 1): Number of windows in a batch, across inputs.
             num_workers (`int`, *optional*, defaults to 0):
@@ -629,6 +675,7 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
         return {
             "processor": self.processor,
             "window_seconds": chunk_length_s or self.processor.window_seconds,
+            "needs_captions": reads_captions(self.model.config),
             **options,
         }
 

@@ -151,6 +151,8 @@ class EVACapProcessor(ProcessorMixin):
         videos=None,
         images=None,
         prompt: str | list[str] | None = None,
+        audio_captions: str | list[str] | None = None,
+        video_captions: str | list[str | None] | None = None,
         **kwargs: Unpack[EVACapProcessorKwargs],
     ) -> BatchFeature:
         r"""Makes the inputs of one clip, or of a batch of clips.
@@ -170,6 +172,9 @@ class EVACapProcessor(ProcessorMixin):
                 clock: it is on display whatever `start` is.
             prompt (`str` or `list[str]`, *optional*): For a language model: instructions instead of the one that it was
                 saved with, one for all clips or one for each.
+            audio_captions (`str` or list of `str`, *optional*), video_captions (`str` or list of `str`, *optional*): For a
+                model with `enrichment="case"`: what a model of the sound alone, and one of the picture alone, say of each
+                clip. `None` is a clip without a picture.
             start (`float`, *optional*, defaults to 0.0): Where the clip begins, in seconds.
             duration (`float`, *optional*):
                 Seconds to use, at most and by default `window_seconds`. `start` and `duration` apply to files and
@@ -194,6 +199,7 @@ class EVACapProcessor(ProcessorMixin):
             - `pixel_values_videos` (batch, frames, 3, height, width), unless no clip has a picture, and
               `pixel_values_videos_mask` (batch, frames) if some frames do not exist;
             - `input_ids` and `attention_mask` (batch, length), if `prompt` is given: padded on the left;
+            - `audio_caption_ids` and `video_caption_ids` (batch, length), made as `labels`;
             - `labels` (batch, length): the caption without `[CLS]`, with `[SEP]`, padded by -100. The model shifts
               them itself.
 
@@ -232,12 +238,17 @@ class EVACapProcessor(ProcessorMixin):
         else:
             waveforms, known_rate = self._read_audio(audio, rate, window)
             pixels = self._read_pictures(videos, images, window, videos_kwargs)
-        captions = self._check_captions(text)
-        sizes = {len(batch) for batch in (waveforms, pixels, captions) if batch}
+        texts = {
+            "labels": self._check_captions("text", text),
+            "audio_caption_ids": self._check_captions("audio_captions", audio_captions),
+            "video_caption_ids": self._check_captions("video_captions", video_captions, may_lack=True),
+        }
+        sizes = {len(batch) for batch in (waveforms, pixels, *texts.values()) if batch}
         if len(sizes) != 1:
+            numbers = ", ".join(str(len(batch)) for batch in texts.values())
             raise ValueError(
                 f"Expected the same number of sounds, videos or images, and captions, and at least one of them, got "
-                f"{len(waveforms)}, {len(pixels)} and {len(captions)} (modalities={self.modalities!r})."
+                f"{len(waveforms)}, {len(pixels)} and {numbers} (modalities={self.modalities!r})."
             )
 
         data = {}
@@ -249,8 +260,9 @@ class EVACapProcessor(ProcessorMixin):
             data.update(stack_videos(pixels))
         if return_tensors != "pt":
             data = {name: list(value.cpu().numpy()) for name, value in data.items()}
-        if captions:
-            data["labels"] = self._to_labels(captions, return_tensors is not None, options["text_kwargs"])
+        for name, captions in texts.items():
+            if captions:
+                data[name] = self._to_labels(captions, return_tensors is not None, options["text_kwargs"])
         if prompt is not None:
             data.update(self._to_prompts(prompt, sizes.pop()))
         return BatchFeature(data, tensor_type=return_tensors)
@@ -449,13 +461,14 @@ class EVACapProcessor(ProcessorMixin):
         return pixels.repeat(num_frames + -num_frames % tubelet_size, 1, 1, 1)
 
     @staticmethod
-    def _check_captions(text: Any) -> list[str]:
+    def _check_captions(name: str, text: Any, may_lack: bool = False) -> list[str]:
         if text is None:
             return []
         captions = list(text) if isinstance(text, Iterable) and not isinstance(text, str) else [text]
+        captions = ["" if caption is None and may_lack else caption for caption in captions]
         for index, caption in enumerate(captions):
             if not isinstance(caption, str):
-                raise ValueError(f"`text[{index}]` must be a string, got {type(caption).__name__}.")
+                raise ValueError(f"`{name}[{index}]` must be a string, got {type(caption).__name__}.")
         return captions
 
     def _to_labels(self, captions: list[str], pad: bool, text_kwargs: dict) -> list[list[int]]:

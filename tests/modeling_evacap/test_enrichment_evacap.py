@@ -4,7 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tiny import ADAPTIVE, BATCH_SIZE, FRAMES, tiny_config, tiny_inputs, tiny_labels
+from tiny import (
+    ADAPTIVE,
+    BATCH_SIZE,
+    FRAMES,
+    VOCABULARY,
+    tiny_config,
+    tiny_inputs,
+    tiny_labels,
+    tiny_language_config,
+)
 
 from evacap.modeling_evacap.enrichment_evacap import EVACapCASEBlock, EVACapCASTEBlock
 from evacap.modeling_evacap.loss_evacap import caption_contrast, picture_entropy
@@ -87,14 +96,21 @@ CASE_NAMES = {
 
 def published_case_name(name: str) -> str:
     if name.startswith("caption_attn."):
-        return name.replace("caption_attn", "mapper").replace("norm", "norm1").replace("_proj", "").replace(
-            "mapper.", "mapper.mhatt.linear_"
-        ).replace("mhatt.linear_norm1", "norm1").replace("linear_o", "linear_merge")
+        return (
+            name.replace("caption_attn", "mapper")
+            .replace("norm", "norm1")
+            .replace("_proj", "")
+            .replace("mapper.", "mapper.mhatt.linear_")
+            .replace("mhatt.linear_norm1", "norm1")
+            .replace("linear_o", "linear_merge")
+        )
     stream, module, *rest = name.split(".")
     letters = {"stream": stream, "s": stream[0], "o": "av"[stream == "audio"]}
     found = CASE_NAMES[module]
     found = (found if isinstance(found, str) else found[stream]).format(**letters)
-    return ".".join([found, *(CASE_NAMES[part] if part.endswith("proj") or part.startswith("fc") else part for part in rest)])
+    return ".".join(
+        [found, *(CASE_NAMES[part] if part.endswith("proj") or part.startswith("fc") else part for part in rest)]
+    )
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -118,7 +134,10 @@ def test_case_gives_the_known_answers(shared, monkeypatch, training, dtype):
         rows = noise[scores.shape[-1]].unflatten(0, (2, 5)).mT.flatten(1)[:, None]
         return ((scores + rows) / temperature).softmax(dim)
 
+    cosine_similarity = F.cosine_similarity
     monkeypatch.setattr(F, "gumbel_softmax", gumbel_softmax)
+    # The published agreement has no gradient.
+    monkeypatch.setattr(F, "cosine_similarity", lambda *streams, dim: cosine_similarity(*streams, dim=dim).detach())
     # There the 5 frames of a clip stand together, with their tokens behind them.
     streams = {name: known[name].unflatten(0, (2, 5)).requires_grad_() for name in ("audio", "video")}
     frames, words = torch.eye(5, dtype=torch.bool).expand(2, -1, -1), torch.ones(2, 1, 3, dtype=torch.bool)
@@ -162,19 +181,36 @@ def test_the_objectives_give_the_known_answers(shared):
     torch.testing.assert_close(weights.grad, known["selection_entropy.grad_prob"], **EXACT)
 
 
-def build(active: bool = True, **kwargs) -> EVACapForConditionalGeneration:
-    """A model with CASTE, in which it has an effect if it is `active`."""
-    torch.manual_seed(0)
-    model = EVACapForConditionalGeneration(tiny_config(enrichment="caste", enrichment_hidden_size=16, **kwargs)).eval()
-    enrichment = model.model.encoder.enrichment
+ENRICHMENTS = ("caste", "case")
+
+
+def activate(model: EVACapForConditionalGeneration, scale: float = 0.7) -> None:
+    """Gives the enrichment an effect, and CASE a choice of tokens that is not one of rounding errors."""
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for block in (enrichment.audio_block, enrichment.video_block):
-            block.scale.fill_(0.7 if active else 0.0)
+        for name, parameter in model.model.encoder.enrichment.named_parameters():
+            if name.endswith(("audio_block.scale", "video_block.scale", "audio.scale", "video.scale")):
+                parameter.fill_(scale)
+            if name.endswith(("audio.temporal_norm.weight", "video.temporal_norm.weight")):
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) * 2)
+
+
+def build(enrichment: str = "caste", **kwargs) -> EVACapForConditionalGeneration:
+    """A model with an enrichment that has an effect."""
+    torch.manual_seed(0)
+    config = tiny_config(enrichment=enrichment, enrichment_hidden_size=16, **kwargs)
+    model = EVACapForConditionalGeneration(config).eval()
+    activate(model)
     return model
 
 
 def encode(model: EVACapForConditionalGeneration, **inputs) -> torch.Tensor:
     return model.model.encoder(**inputs).last_hidden_state
+
+
+def with_captions() -> dict[str, torch.Tensor]:
+    """Inputs with captions of both streams, which only CASE reads."""
+    return tiny_inputs() | {"audio_caption_ids": tiny_labels(1), "video_caption_ids": tiny_labels(2)[:, :6]}
 
 
 FUSIONS = [
@@ -186,30 +222,35 @@ FUSIONS = [
 ]
 
 
+@pytest.mark.parametrize("enrichment", ENRICHMENTS)
 @pytest.mark.parametrize("fields", FUSIONS)
-def test_a_checkpoint_starts_as_it_was(tmp_path, fields):
+def test_a_checkpoint_starts_as_it_was(tmp_path, fields, enrichment):
     torch.manual_seed(0)
     before = EVACapForConditionalGeneration(tiny_config(**fields)).eval()
     before.save_pretrained(tmp_path)
     model, report = EVACapForConditionalGeneration.from_pretrained(
-        tmp_path, enrichment="caste", output_loading_info=True
+        tmp_path, enrichment=enrichment, output_loading_info=True
     )
     assert report["missing_keys"] and all(".enrichment." in name for name in report["missing_keys"])
-    assert torch.equal(encode(model, **tiny_inputs()), encode(before, **tiny_inputs()))
+    assert torch.equal(encode(model, **with_captions()), encode(before, **tiny_inputs()))
     # What is learned is saved, and has an effect.
-    for block in model.model.encoder.enrichment.children():
-        block.scale.data.fill_(0.5)
-    enriched = encode(model, **tiny_inputs())
+    activate(model, 0.5)
+    enriched = encode(model, **with_captions())
     model.save_pretrained(tmp_path / "again")
     again = EVACapForConditionalGeneration.from_pretrained(tmp_path / "again")
-    assert torch.equal(encode(again, **tiny_inputs()), enriched)
+    assert torch.equal(encode(again, **with_captions()), enriched)
     assert not torch.allclose(enriched, encode(before, **tiny_inputs()), atol=1e-3)
 
 
 # The matching head takes padding for time.
+@pytest.mark.parametrize("enrichment", ENRICHMENTS)
 @pytest.mark.parametrize("fields", [fields for fields in FUSIONS if "gate_type" not in fields])
-def test_a_padded_clip_is_enriched_as_alone(fields):
-    model, inputs = build(**fields), tiny_inputs()
+def test_a_padded_clip_is_enriched_as_alone(fields, enrichment):
+    model, inputs = build(enrichment, **fields), with_captions()
+    # The caption of the first sound is padded; the second clip, without a picture, has no caption of it.
+    inputs["video_caption_ids"][1] = -100
+    first = {name: ids[:1] for name, ids in inputs.items() if name.endswith("ids")}
+    first["audio_caption_ids"] = first["audio_caption_ids"][:, :5]
     sounds = torch.ones(BATCH_SIZE, FRAMES, dtype=torch.bool)
     # Of four steps and two pictures the first clip has three steps and one picture, the second one no picture.
     sounds[0, 48:] = False
@@ -220,6 +261,7 @@ def test_a_padded_clip_is_enriched_as_alone(fields):
             model,
             input_features=inputs["input_features"][:1, :48],
             pixel_values_videos=inputs["pixel_values_videos"][:1, :2],
+            **first,
         ),
         encode(model, input_features=inputs["input_features"][1:2]),
         encode(model, **{name: stream[2:] for name, stream in inputs.items()}),
@@ -257,13 +299,15 @@ def test_streams_of_other_lengths_meet_in_time():
             assert set((moved > 1e-6).nonzero().flatten().tolist()) <= set(expected)
 
 
+@pytest.mark.parametrize("enrichment", ENRICHMENTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype):
-    model, inputs = build(), tiny_inputs()
+def test_half_precision(dtype, enrichment):
+    model, inputs = build(enrichment), with_captions()
     expected = encode(model, **inputs)
     with torch.autocast("cpu", dtype):
         torch.testing.assert_close(encode(model, **inputs).float(), expected, atol=0.15, rtol=0.1)
-    model, inputs = model.to(dtype), {name: stream.to(dtype) for name, stream in inputs.items()}
+    model = model.to(dtype)
+    inputs = {name: given if name.endswith("ids") else given.to(dtype) for name, given in inputs.items()}
     tokens = encode(model, **inputs)
     assert tokens.dtype == dtype
     torch.testing.assert_close(tokens.float(), expected, atol=0.25, rtol=0.1)
@@ -277,12 +321,13 @@ def collated(swapped: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
     rows = torch.arange(BATCH_SIZE)
     shuffled = torch.isin(rows, torch.tensor(swapped, dtype=torch.long))
     video_index = torch.where(shuffled, rows.roll(1), rows)
-    batch = tiny_inputs() | {"labels": tiny_labels(), "shuffled": shuffled, "video_index": video_index}
-    return batch | {"pixel_values_videos": batch["pixel_values_videos"][video_index]}
+    batch = with_captions() | {"labels": tiny_labels(), "shuffled": shuffled, "video_index": video_index}
+    return batch | {name: batch[name][video_index] for name in ("pixel_values_videos", "video_caption_ids")}
 
 
-def test_the_objectives_are_terms_of_the_loss_by_name():
-    model = build(**OBJECTIVES).train()
+@pytest.mark.parametrize("enrichment", ENRICHMENTS)
+def test_the_objectives_are_terms_of_the_loss_by_name(enrichment):
+    model = build(enrichment, **OBJECTIVES).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -300,11 +345,11 @@ def test_the_objectives_are_terms_of_the_loss_by_name():
     )
     torch.testing.assert_close(outputs.loss, parts)
     torch.testing.assert_close(losses[True], losses[False])
-    # A number that is added to all scores changes nothing.
+    # A number that is added to all scores of an attention changes nothing, and the share of a single token is 1.
     still = {
-        name for name, gradient in losses[False][1].items() if "enrichment" in name and gradient.abs().sum() < 1e-7
+        name for name, gradient in losses[False][1].items() if "enrichment" in name and gradient.abs().sum() < 1e-5
     }
-    assert all(name.endswith("score_proj.bias") for name in still)
+    assert still and all(name.endswith(("score_proj.bias", "k_proj.bias", "temperature")) for name in still), still
     outputs = model.eval()(**collated((1,)))
     assert outputs.caption_contrast is None and outputs.picture_entropy is None
 
@@ -346,6 +391,7 @@ def test_swapped_and_missing_pictures_in_the_objectives():
         ({"enrichment": "casting"}, "enrichment"),
         ({"enrichment": "caste", "fusion_type": "audio_only"}, "enrichment"),
         ({"enrichment_hidden_size": 1}, "enrichment_hidden_size"),
+        ({"enrichment": "case", "semantic_consistency_weight": 1.0}, "semantic_consistency_weight"),
         ({"entropy_weight": 1.0, "fusion_type": "concat"}, "entropy_weight"),
         ({"caption_contrast_weight": -1.0}, "caption_contrast_weight"),
     ],
@@ -353,3 +399,37 @@ def test_swapped_and_missing_pictures_in_the_objectives():
 def test_it_is_refused_where_it_has_no_place(fields, field):
     with pytest.raises(ValueError, match=f"`{field}`"):
         tiny_config(**fields)
+
+
+def test_case_reads_both_captions_with_the_words_of_the_decoder():
+    model, inputs = build("case"), with_captions()
+    embed_tokens = model.model.encoder.enrichment.embed_tokens
+    assert embed_tokens.weight is model.get_input_embeddings().weight
+    encoded = encode(model, **inputs)
+    for name in ("audio_caption_ids", "video_caption_ids"):
+        other = inputs | {name: inputs[name].roll(1, 0)}
+        assert not torch.allclose(encode(model, **other), encoded, atol=1e-3)
+    # Longer padding changes nothing, and a pair has the captions of its sound and its picture.
+    padded = inputs | {"video_caption_ids": F.pad(inputs["video_caption_ids"], (0, 3), value=-100)}
+    torch.testing.assert_close(encode(model, **padded), encoded, **TOLERANCE)
+    pairs = {"audio_index": torch.tensor([2, 0]), "video_index": torch.tensor([2, 0])}
+    torch.testing.assert_close(encode(model, **inputs, **pairs), encoded[[2, 0]], **TOLERANCE)
+    # New words are known to both.
+    model.resize_token_embeddings(VOCABULARY + 2)
+    assert model.model.encoder.enrichment.embed_tokens.weight is model.get_input_embeddings().weight
+    inputs["audio_caption_ids"][0, 0] = VOCABULARY + 1
+    tokens = model.generate(**inputs, num_beams=2, max_length=8)
+    assert tokens.shape[0] == BATCH_SIZE
+
+
+def test_case_says_what_is_missing():
+    model, inputs = build("case"), with_captions()
+    sounds = {"input_features": inputs["input_features"]}
+    assert encode(model, **sounds).isfinite().all()
+    for name in ("audio_caption_ids", "video_caption_ids"):
+        with pytest.raises(ValueError, match=f"`{name}` is missing"):
+            encode(model, **{key: value for key, value in inputs.items() if key != name})
+    with pytest.raises(ValueError, match=r"`audio_caption_ids` has shape \(1, 7\)"):
+        encode(model, **inputs | {"audio_caption_ids": inputs["audio_caption_ids"][:1]})
+    with pytest.raises(ValueError, match="`enrichment`"):
+        tiny_language_config(enrichment="case")

@@ -86,7 +86,9 @@ class EVACapDataCollator:
                   frames than others are padded with zeros;
                 * `video_features` (F, D) instead, as a video tower gives them; the same holds;
                 * `pixel_values_videos_mask` (F,), optional: true for a frame that exists;
-                * `labels` (L,): token ids, padded with -100; in all clips or in none.
+                * `labels` (L,): token ids, padded with -100; in all clips or in none;
+                * `audio_caption_ids` and `video_caption_ids` (L,), for a model with `enrichment="case"`: left out of the
+                  batch if they are missing in one of its clips; a clip without a picture needs none of the picture.
 
                 Other keys are ignored.
 
@@ -94,7 +96,8 @@ class EVACapDataCollator:
             `dict[str, torch.Tensor]`: `input_features` (B, T, M), `pixel_values_videos` (B, F, 3, H, W) or
             `video_features` (B, F, D),
             `pixel_values_videos_mask` (B, F; bool, only where a frame is missing), `labels` (B, L), with a `model`
-            `decoder_input_ids` (B, L), and
+            `decoder_input_ids` (B, L), `audio_caption_ids` and `video_caption_ids` (B, L), the latter of the videos that the
+            samples carry, and
 
             * `shuffled` (B,), bool: the sample carries another sample's video;
             * `video_index` (B,), long: the sample of the batch that the video comes from.
@@ -112,11 +115,7 @@ class EVACapDataCollator:
         if _in_all(features, "input_features"):
             batch["input_features"] = _stack("input_features", [clip["input_features"] for clip in features])
         if _in_all(features, "labels"):
-            batch["labels"] = torch.nn.utils.rnn.pad_sequence(
-                [torch.as_tensor(clip["labels"], dtype=torch.long) for clip in features],
-                batch_first=True,
-                padding_value=-100,
-            )
+            batch["labels"] = _pad_ids([clip["labels"] for clip in features])
             if self.text_tokens is not None:
                 batch["decoder_input_ids"] = shift_tokens_right(batch["labels"], *self.text_tokens)
         stream = "pixel_values_videos"
@@ -128,8 +127,17 @@ class EVACapDataCollator:
                     "(keep_matched) needs pictures"
                 )
         videos, masks = self._read_videos(features, stream)
+        captions = [clip.get("audio_caption_ids") for clip in features]
+        if all(caption is not None for caption in captions):
+            batch["audio_caption_ids"] = _pad_ids(captions)
         if videos:
             video_index = self._draw_video_index(features)
+            nothing = torch.full((1,), -100)
+            captions = [
+                clip.get("video_caption_ids", nothing if clip.get(stream) is None else None) for clip in features
+            ]
+            if all(caption is not None for caption in captions):
+                batch["video_caption_ids"] = _pad_ids(captions)[video_index]
             shuffled = video_index != torch.arange(len(features))
             num_frames = max(map(len, videos))
             # Each video is copied once, to its place in the batch.
@@ -206,6 +214,12 @@ def _fingerprint(features: Sequence[Mapping[str, Any]]) -> int:
             content = torch.as_tensor(() if clip.get(stream) is None else clip[stream])
         checksum = crc32(content.contiguous().view(torch.uint8).numpy(), checksum)
     return checksum
+
+
+def _pad_ids(rows: Sequence[Any]) -> torch.Tensor:
+    """The token ids (batch_size, length), padded with -100."""
+    rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
 
 
 def _stack(name: str, values: list[Any]) -> torch.Tensor:

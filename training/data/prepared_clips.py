@@ -24,6 +24,9 @@ from .augmentation import Augmentation
 from .prepare import PREPARATION_FILE, describe
 
 
+STREAMS_OF = {"audio_video": ("audio", "video"), "audio": ("audio",), "video": ("video",)}
+"""The streams of which a processor of these `modalities` takes captions."""
+
 GROUPS_AT_ONCE = 8
 """Number of row groups that a stream has in memory and shuffles together."""
 
@@ -68,6 +71,10 @@ class _Clips:
         clip: dict[str, Any] = {}
         caption = captions[0] if self.augmentation is None else captions[rng.integers(len(captions))]
         clip["labels"] = self.processor(text=caption)["labels"][0]
+        extra = json.loads(row["extra"][0].as_py())
+        for stream in STREAMS_OF[self.processor.modalities]:
+            if isinstance(extra.get(f"{stream}_caption"), str):
+                clip[f"{stream}_caption_ids"] = self.processor(text=extra[f"{stream}_caption"])["labels"][0]
         if self.processor.modalities != "video":
             features = row["input_features"].chunk(0).flatten().to_numpy().reshape(-1, extractor.feature_size)
             features = features.astype(np.float32)

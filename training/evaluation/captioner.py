@@ -347,11 +347,12 @@ class PairReader:
         """The input of a pair as the data collator takes it, without a caption."""
         features = {}
         if self.sounds is not None:
-            features["input_features"] = self.sounds[pair.clip]["input_features"]
+            sound = self.sounds[pair.clip]
+            features = {name: sound[name] for name in ("input_features", "audio_caption_ids") if name in sound}
         if pair.video is not None and pair.frames in self.pictures:
             picture = self.pictures[pair.frames][pair.video]
-            stream = "video_features" if "video_features" in picture else "pixel_values_videos"
-            features[stream] = picture[stream]
+            names = ("video_features", "pixel_values_videos", "video_caption_ids")
+            features |= {name: picture[name] for name in names if name in picture}
         return features
 
 
