@@ -50,6 +50,11 @@ PRESETS = {
         AGREEMENT,
         PAPER_PROCESSING,
     ),
+    "evacap-case": Preset(
+        "EVACap behind CAE-AV's CASE: before the fusion each stream reads what a model of it alone says of the clip",
+        {"gate_type": "entropy", "enrichment": "case"},
+        PAPER_PROCESSING,
+    ),
     "evacap-caste": Preset(
         "EVACap behind CAE-AV's CASTE: each stream is enriched where it agrees with the other, before the fusion",
         {"gate_type": "entropy", "enrichment": "caste"},

@@ -16,6 +16,7 @@ from ..caption_outputs import Outputs, plan_outputs
 from ..caption_processes import Processes, is_launched
 from ..cli import positive, positive_int, whole_number
 from ..media_list import STANDARD_INPUT, Media, find_media, require_some
+from ..stream_captions import Captions, add_caption_arguments, captions_of, read_captions, require_captions
 from ..training.files import JsonLines, locked
 from ..training.terminal import one_line, printable
 
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="media files, URLs, folders, which are searched recursively, or - for standard input",
     )
     add_model_arguments(parser, "model folder or Hub name (default: the bundled checkpoint, which is for trying)")
+    add_caption_arguments(parser)
     parser.add_argument(
         "--beams", "--num-beams", type=positive_int, help=f"number of beams (default: {BEAMS}; 1 with --temperature)"
     )
@@ -153,6 +155,8 @@ def run(arguments: argparse.Namespace) -> int:
     media = find_media(arguments.media)
     outputs.name_clips(media, arguments.media)
     require_some(media, "evacap caption")
+    # Before a model is loaded for them.
+    read_captions(arguments)
     return write_outputs(arguments, media, outputs) if arguments.output else print_captions(arguments, media, outputs)
 
 
@@ -164,6 +168,7 @@ def load_captioner(arguments: argparse.Namespace) -> "AudioVisualCaptioningPipel
 
     import evacap
 
+    from ..processing.captioning_evacap import reads_captions
     from ..processing.model_processor import loading
 
     begin = time.perf_counter()
@@ -181,6 +186,7 @@ def load_captioner(arguments: argparse.Namespace) -> "AudioVisualCaptioningPipel
             trust_remote_code=arguments.trust_remote_code,
             **({"dtype": arguments.dtype} if arguments.dtype else {}),
         )
+    require_captions(arguments, model, reads_captions(captioner.model.config))
     if arguments.channels:
         captioner.processor.feature_extractor.channels = arguments.channels
     if not arguments.quiet:
@@ -257,6 +263,7 @@ def print_captions(arguments: argparse.Namespace, media: list[Media], outputs: O
         show,
         batch_size=arguments.batch_size or 1,
         num_workers=arguments.workers or 0,
+        captions=read_captions(arguments),
         **caption_options(arguments, captioner, outputs, with_gate=form is None or arguments.json),
     )
     if results and not (form in SUBTITLES and failures):
@@ -380,6 +387,7 @@ def _caption_with_progress(
             take_and_count,
             batch_size=arguments.batch_size or BATCH_SIZE,
             num_workers=min(usable_cores(), MAX_WORKERS) if arguments.workers is None else arguments.workers,
+            captions=read_captions(arguments),
             **caption_options(arguments, captioner, outputs, with_gate=arguments.json),
         )
 
@@ -463,22 +471,28 @@ def caption(
     take: Callable[[Media, dict[str, Any]], None],
     num_workers: int,
     batch_size: int,
+    captions: Captions | None = None,
     **options: Any,
 ) -> None:
     """Passes each file with its caption or error to `take`, in order, as soon as it is done.
+
+    `captions` are those of single streams, for a model that reads them.
 
     If a file crashes the process that reads it, for example in a decoder, no other file is lost: the files that were
     being read are read once more, each in its own process.
     """
     from torch.utils.data import Subset
 
+    inputs: list[Any] = list(media)
+    if captions:
+        inputs = [{"media": file, **captions_of(captions, audio=file, video=file)} for file in media]
     position = careful = 0
     while position < len(media):
         count = 1 if careful else len(media) - position
         # The signal of an ended process may arrive anywhere in this block, even in `take`.
         try:
             for result in captioner(
-                Subset(media, range(position, position + count)),
+                Subset(inputs, range(position, position + count)),
                 num_workers=num_workers,
                 batch_size=batch_size,
                 on_error="skip",

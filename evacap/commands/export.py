@@ -12,6 +12,7 @@ from transformers import AutoModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from ..modeling_evacap.modeling_evacap import CACHE_FIELD, EVACapForConditionalGeneration
+from ..processing.captioning_evacap import reads_captions
 from ..processing.model_processor import load_processor, loading
 from ..training.files import whole_folder, write_json
 
@@ -142,6 +143,8 @@ def export(model: str | os.PathLike, form: str, output: str | os.PathLike) -> di
             f"{model}: its decoder is a language model ({captioner.config.text_config.model_type}), which is not exported here. "
             "`optimum` exports language models."
         )
+    if reads_captions(captioner.config):
+        raise ValueError(f"{model}: reads captions (enrichment='case'), which the graphs have no input for.")
 
     with whole_folder(output) as partial:
         differences = write_graphs(captioner, form, partial)

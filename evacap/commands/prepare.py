@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..cli import positive_int
 from ..modeling_evacap.presets import PRESETS
+from ..stream_captions import Captions, add_caption_arguments, captions_of, read_captions
 from ..training.terminal import printable
 
 
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="instead of pictures, ID.npy of this folder for each clip: vectors of a video tower, (frames, width)",
     )
+    add_caption_arguments(parser)
     parser.add_argument(
         "--output", required=True, metavar="FOLDER", help="the prepared folder; each split is added to it"
     )
@@ -94,6 +96,9 @@ def run(arguments: argparse.Namespace) -> int:
     entries, split = read_clips(arguments)
     if arguments.video_features is not None:
         entries = with_features(entries, Path(arguments.video_features))
+    captions = read_captions(arguments)
+    if captions:
+        entries = with_captions(entries, captions)
     try:
         counts = prepare(
             entries[: arguments.max_clips],
@@ -126,6 +131,26 @@ def with_features(entries: list["Entry"], folder: Path) -> list["Entry"]:
     if not found:
         raise ValueError(f"{folder}: has no file of the clips, such as {entries[0].id}.npy")
     return [replace(entry, video=None, frames=None, video_features=found.get(entry.id)) for entry in entries]
+
+
+def with_captions(entries: list["Entry"], captions: Captions) -> list["Entry"]:
+    """The clips with `audio_caption` and `video_caption` among their fields, those of their first window."""
+    found = [
+        captions_of(captions, audio=entry.media or entry.audio, video=entry.media or entry.video) for entry in entries
+    ]
+    for name, of_files in captions.items():
+        lacking = [entry.id for entry, those in zip(entries, found) if name not in those]
+        if len(lacking) == len(entries):
+            raise ValueError(
+                f"none of the {len(entries)} clips has an `{name}`: of {len(of_files)} captioned files, such as "
+                f"{next(iter(of_files), 'none')}, none is one of theirs, such as {entries[0].path}"
+            )
+        if lacking:
+            print(f"note: {len(lacking)} of {len(entries)} clips have no `{name}`, such as {printable(lacking[0])}")
+    return [
+        replace(entry, extra={**entry.extra, **{name: windows[0] for name, windows in those.items()}})
+        for entry, those in zip(entries, found)
+    ]
 
 
 def read_clips(arguments: argparse.Namespace) -> tuple[list["Entry"], str]:
