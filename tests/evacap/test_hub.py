@@ -27,9 +27,10 @@ from test_processing_evacap import run_in_a_process  # noqa: E402
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hub") / "saved"
-    model = make_model(enrichment="caste")
-    for block in model.get_encoder().enrichment.children():
-        block.scale.data.fill_(0.5)
+    model = make_model(enrichment="case")
+    block = model.get_encoder().enrichment.block
+    for stream in (block.audio, block.video):
+        stream.scale.data.fill_(0.5)
     model.save_pretrained(folder)
     make_processor().save_pretrained(folder)
     return folder
@@ -38,6 +39,9 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> str:
     return str(write_clip(tmp_path_factory.mktemp("clips") / "clip.mp4", seconds=2))
+
+
+CAPTIONS = {"audio_caption": "dog", "video_caption": "rain"}
 
 
 def test_the_folder_names_its_classes_and_its_task(folder):
@@ -66,7 +70,7 @@ def test_with_the_package_no_remote_code_is_needed(folder, clip):
     assert type(AutoProcessor.from_pretrained(folder)) is evacap.EVACapProcessor
     captioner = pipeline(evacap.TASK, model=str(folder))
     assert type(captioner) is evacap.AudioVisualCaptioningPipeline
-    assert set(captioner(clip, return_gate=True)) == {"text", "times", "gate", "entropy"}
+    assert set(captioner({"media": clip, **CAPTIONS}, return_gate=True)) == {"text", "times", "gate", "entropy"}
 
 
 WITHOUT_THE_PACKAGE = """
@@ -79,7 +83,10 @@ WITHOUT_THE_PACKAGE = """
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules")
     AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True)
-    ids = model.generate(**processor(media=clip, return_tensors="pt"), num_beams=2)
+    captions = {"audio_caption": "dog", "video_caption": "rain"}
+    inputs = processor(media=clip, audio_captions="dog", video_captions="rain", return_tensors="pt")
+    ids = model.generate(**inputs, num_beams=2)
+    clip = {"media": clip, **captions}
     text = pipeline("audio-visual-captioning", folder, trust_remote_code=True)(clip, num_beams=2)["text"]
     model.save_pretrained(folder + "_again")
     processor.save_pretrained(folder + "_again")
@@ -92,9 +99,10 @@ WITHOUT_THE_PACKAGE = """
 def test_without_the_package_the_folder_brings_its_own_code(folder, clip, tmp_path):
     printed = json.loads(run_in_a_process(WITHOUT_THE_PACKAGE, str(folder), clip, cache=tmp_path))
     processor, model = AutoProcessor.from_pretrained(folder), AutoModel.from_pretrained(folder)
-    ids = model.generate(**processor(media=clip, return_tensors="pt"), num_beams=2)
+    inputs = processor(media=clip, audio_captions="dog", video_captions="rain", return_tensors="pt")
+    ids = model.generate(**inputs, num_beams=2)
     assert torch.equal(torch.tensor(printed[0]), ids)
-    assert printed[1] == pipeline(evacap.TASK, model=str(folder))(clip, num_beams=2)["text"]
+    assert printed[1] == pipeline(evacap.TASK, model=str(folder))({"media": clip, **CAPTIONS}, num_beams=2)["text"]
     assert (tmp_path / "transformers_modules").is_dir()
 
 

@@ -217,6 +217,7 @@ FUSIONS = [
     {},
     {"gate_type": "agreement"},
     {"fusion_type": "concat", "audio_pooling": "frequency"},
+    {"fusion_type": "late_concat"},
     {"fusion_type": "optimal_transport", "video_pooling": "frame"},
     ADAPTIVE,
 ]
