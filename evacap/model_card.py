@@ -17,6 +17,7 @@ from jinja2 import StrictUndefined, Template
 from .modeling_evacap.configuration_evacap import EVACapConfig
 from .modeling_evacap.language_model_evacap import captioner_class
 from .modeling_evacap.presets import PRESETS
+from .processing.captioning_evacap import reads_captions
 from .processing.model_processor import load_processor, loading
 from .processing.processing_evacap import EVACapProcessor
 from .training.evaluation.tables import markdown_table
@@ -181,6 +182,7 @@ def _describe(config: EVACapConfig, processor: EVACapProcessor) -> dict[str, Any
         "vocabulary_size": f"{config.text_config.get_text_config(decoder=True).vocab_size:,}",
         "gated": fusion_type == "gated_cross_attention" and config.gate_type != "none",
         "looks": fusion_type != "audio_only",
+        "reads_captions": reads_captions(config),
     }
 
 

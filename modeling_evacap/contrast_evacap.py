@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_evacap import EVACapConfig
+from .enrichment_evacap import segment_means
 from .loss_evacap import caption_contrast
 
 
@@ -61,11 +62,8 @@ class EVACapContrastHead(nn.Module):
             swapped (`torch.BoolTensor` of shape `(batch_size,)`, *optional*): The clips with another's picture, which is not
                 compared.
         """
-        counted = (labels != -100)[..., None]
-        captions = F.embedding(labels.clamp(min=0), words).masked_fill(~counted, 0).sum(1) / counted.sum(1).clamp(
-            min=1
-        )
-        captions = self.caption_proj(captions.to(words.dtype))
+        captions = segment_means(F.embedding(labels.clamp(min=0), words), (labels != -100)[:, None]).squeeze(1)
+        captions = self.caption_proj(captions)
         losses = []
         if audio is not None:
             losses.append(caption_contrast(self.audio_proj(audio), captions, self.temperature))

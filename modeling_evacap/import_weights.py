@@ -400,11 +400,13 @@ def _convert(
             "trained, or download it again."
         )
     if config.tie_word_embeddings:
-        # One tensor with two names, which Transformers ties.
-        state.pop("lm_head.weight", None)
+        # Other names of the word embeddings, which Transformers ties.
+        for name in ("lm_head.weight", "model.encoder.enrichment.embed_tokens.weight"):
+            state.pop(name, None)
+            shapes.pop(name, None)
     missing = []
     for name in shapes:
-        if name in state or (name == "lm_head.weight" and config.tie_word_embeddings):
+        if name in state:
             continue
         expected = any(re.fullmatch(pattern, name) for pattern in expected_new)
         allowed = expected or any(fnmatch.fnmatchcase(name, pattern) for pattern in allow_missing)

@@ -354,6 +354,7 @@ def test_card_tells_what_the_folder_is(saved):
     [
         "audio-only",
         "avcap",
+        "evacap-case",
         "evacap-caste",
         "evacap-ungated",
         "evacap-learned-gate",
@@ -367,7 +368,9 @@ def test_card_of_each_variant(tmp_path, preset):
     assert f"| Variant | `{preset}`: " in card.text
     assert ("| Sound | not used |" in card.text) == (preset == "video-only")
     assert ("| Picture | not used |" in card.text) == (preset == "audio-only")
-    assert ("The gate weighs" in card.text) == (preset in ("evacap-caste", "evacap-learned-gate"))
+    assert ("The gate weighs" in card.text) == (preset in ("evacap-case", "evacap-caste", "evacap-learned-gate"))
+    assert card.text.count("a dog on a lawn") == (2 if preset == "evacap-case" else 0)
+    python_examples(card.text)
 
 
 def test_card_of_an_enriched_variant_without_a_preset(saved, tmp_path):

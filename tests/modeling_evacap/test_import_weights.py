@@ -137,6 +137,13 @@ def test_avcap_as_evacap_behind_caste_has_fresh_enrichment(avcap_file):
     assert {next(part for part in parts if name.startswith(part)) for name in report.new} == parts
     assert all(block.scale.item() == 0 for block in model.model.encoder.enrichment.children())
     assert model.contrast_head.temperature.item() == pytest.approx(0.2)
+    model, report = from_avcap(avcap_file, "evacap-case")
+    enrichment = model.model.encoder.enrichment
+    assert enrichment.embed_tokens.weight is model.get_input_embeddings().weight
+    assert any(".enrichment." in name for name in report.new) and not any(
+        "embed_tokens" in name for name in report.new
+    )
+    assert enrichment.block.audio.scale.item() == enrichment.block.video.scale.item() == 0
 
 
 @pytest.mark.parametrize(("preset", "pair"), [("avcap", ""), ("audio-only", "_a"), ("video-only", "_v")])
