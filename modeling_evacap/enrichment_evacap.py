@@ -13,7 +13,7 @@
 # limitations under the License.
 """Enrichment of the tokens of sound and picture before their fusion (CAE-AV): by their agreement, or by captions of each."""
 
-from functools import partial
+import math
 
 import torch
 import torch.nn.functional as F
@@ -91,11 +91,11 @@ class EVACapCASTEBlock(GradientCheckpointingLayer):
 
 
 class EVACapCASEAttention(nn.Module):
-    """LN(x + dropout(MHA(x, y, y))), a post-norm attention with CAE-AV's rates of dropout."""
+    """LN(x + dropout(MHA(x, y, y))), with CAE-AV's 8 heads, or fewer where they divide the width, and its rates of dropout."""
 
-    def __init__(self, hidden_size: int, num_heads: int):
+    def __init__(self, hidden_size: int):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads = math.gcd(8, hidden_size)
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(hidden_size, hidden_size) for _ in range(4))
         self.norm = nn.LayerNorm(hidden_size)
         self.attention_dropout, self.dropout = nn.Dropout(0.1), nn.Dropout(0.2)
@@ -132,13 +132,15 @@ class EVACapCASEFeedForward(nn.Module):
 class EVACapCASEStream(nn.Module):
     """One stream of [`EVACapCASEBlock`]: it reads its caption, then the other stream, and takes over what it has read."""
 
-    def __init__(self, hidden_size: int, other_size: int, caption_size: int, bottleneck: int, num_heads: int):
+    def __init__(self, hidden_size: int, other_size: int, caption_size: int, bottleneck: int):
         super().__init__()
-        attention = partial(EVACapCASEAttention, hidden_size, num_heads)
         self.caption_down = nn.Linear(caption_size, bottleneck)
         self.caption_up = nn.Linear(bottleneck, hidden_size)
-        self.caption_self_attn, self.caption_feed_forward = attention(), EVACapCASEFeedForward(hidden_size)
-        self.self_attn, self.caption_attn, self.cross_attn = attention(), attention(), attention()
+        self.caption_self_attn = EVACapCASEAttention(hidden_size)
+        self.caption_feed_forward = EVACapCASEFeedForward(hidden_size)
+        self.self_attn = EVACapCASEAttention(hidden_size)
+        self.caption_attn = EVACapCASEAttention(hidden_size)
+        self.cross_attn = EVACapCASEAttention(hidden_size)
         self.other_proj = nn.Linear(other_size, hidden_size)
         self.feed_forward = EVACapCASEFeedForward(hidden_size)
         self.depthwise = nn.Conv1d(hidden_size, hidden_size, 3, padding=1, groups=hidden_size)
@@ -150,7 +152,14 @@ class EVACapCASEStream(nn.Module):
     def read(
         self, tokens: torch.Tensor, segments: torch.Tensor, caption: torch.Tensor, words: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens (batch_size, n, hidden_size) after their caption, and the caption (batch_size, length, hidden_size)."""
+        """Lets the tokens read each other and the caption.
+
+        Args:
+            tokens, segments, caption, words: Those of this stream, as in [`EVACapCASEBlock`].
+
+        Returns:
+            The tokens (batch_size, rows * steps, hidden_size) and the caption (batch_size, length, hidden_size).
+        """
         caption = self.caption_up(F.gelu(self.caption_down(caption)))
         caption = self.caption_self_attn(caption, caption, words)
         rows, tokens = tokens.shape[1], tokens.flatten(1, 2)
@@ -168,7 +177,17 @@ class EVACapCASEStream(nn.Module):
         caption: torch.Tensor,
         words: torch.Tensor,
     ) -> torch.Tensor:
-        """The tokens with what they and the other stream have `read`; `meets` (batch_size, n, m) are the tokens it sees."""
+        """Lets the tokens read the other stream, and adds what they have read to those that stand out.
+
+        Args:
+            tokens, segments, words: Those of this stream, as in [`EVACapCASEBlock`].
+            read, caption: What [`~EVACapCASEStream.read`] has returned.
+            other (`torch.Tensor` of shape `(batch_size, m, other_size)`): What it has returned of the other stream.
+            meets (`torch.BoolTensor` of shape `(batch_size, rows * steps, m)`): The tokens of the other stream to read.
+
+        Returns:
+            `torch.Tensor` of the shape of `tokens`.
+        """
         refined = self.feed_forward(self.cross_attn(read, self.other_proj(other), meets)).view(tokens.shape)
         refined = self.temporal_norm(mix_steps(refined, segments, self.depthwise, self.pointwise)).flatten(1, 2)
         members = segments.repeat(1, 1, tokens.shape[1])
@@ -211,12 +230,11 @@ class EVACapCASEBlock(GradientCheckpointingLayer):
     of each stream (there one for both).
     """
 
-    def __init__(self, audio_size: int, video_size: int, caption_size: int, bottleneck: int, num_heads: int):
+    def __init__(self, audio_size: int, video_size: int, caption_size: int, bottleneck: int):
         super().__init__()
-        sizes = (caption_size, bottleneck, num_heads)
-        self.caption_attn = EVACapCASEAttention(caption_size, num_heads)
-        self.audio = EVACapCASEStream(audio_size, video_size, *sizes)
-        self.video = EVACapCASEStream(video_size, audio_size, *sizes)
+        self.caption_attn = EVACapCASEAttention(caption_size)
+        self.audio = EVACapCASEStream(audio_size, video_size, caption_size, bottleneck)
+        self.video = EVACapCASEStream(video_size, audio_size, caption_size, bottleneck)
 
     def forward(
         self,
@@ -272,7 +290,7 @@ class EVACapEnrichment(nn.Module):
         if self.reads_captions:
             text = config.text_config
             self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size)
-            self.block = EVACapCASEBlock(audio, video, text.hidden_size, width, text.num_attention_heads)
+            self.block = EVACapCASEBlock(audio, video, text.hidden_size, width)
         else:
             self.audio_block = EVACapCASTEBlock(audio, video, width)
             self.video_block = EVACapCASTEBlock(video, audio, width)

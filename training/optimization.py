@@ -16,7 +16,7 @@ def freeze(model: nn.Module, patterns: Iterable[str], exceptions: Iterable[str] 
     """Freezes the parameters whose name fits one of `patterns` and none of `exceptions`.
 
     Args:
-        model (`nn.Module`): The model. Tied weights go by the first of their names only.
+        model (`nn.Module`): The model. Tied weights are frozen if one of their names is.
         patterns (`Iterable[str]`): Shell patterns, such as `"model.decoder.*"`.
         exceptions (`Iterable[str]`): Shell patterns of parameters that stay trainable.
 
@@ -26,7 +26,7 @@ def freeze(model: nn.Module, patterns: Iterable[str], exceptions: Iterable[str] 
     Raises:
         ValueError: If a pattern fits no parameter, or if nothing is left to train.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     frozen = _matches(parameters, patterns) - _matches(parameters, exceptions)
     if frozen == parameters.keys():
         raise ValueError("`model.freeze` fits every parameter: there is nothing left to train.")

@@ -14,6 +14,7 @@ from evacap.cli import main
 from evacap.training.data.collator import EVACapDataCollator
 from evacap.training.data.prepared_clips import PreparedClips
 from evacap.training.evaluation.captioner import Pair, PairReader
+from evacap.training.optimization import freeze
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "processing"))
@@ -154,6 +155,8 @@ def test_prepared_clips_have_them_and_swapped_videos_bring_theirs(folder, captio
     assert (batch["video_caption_ids"][2] == -100).all()
     model(**batch).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    freeze(model, ["model.decoder.*", "lm_head.*"])
+    assert not model.get_input_embeddings().weight.requires_grad
     lacking = {name: value for name, value in batch.items() if name != "video_caption_ids"}
     with pytest.raises(ValueError, match="`video_caption_ids` is missing: .* `video_captions`"):
         model(**lacking)

@@ -119,7 +119,7 @@ def test_case_gives_the_known_answers(shared, monkeypatch, training, dtype):
     known = load_file(shared("peers/cae_av/cae_case.safetensors"))
     known = {name: tensor.to(dtype) for name, tensor in known.items()}
     tolerance = EXACT if dtype == torch.float64 else {"atol": 1e-6, "rtol": 1e-5}
-    block = EVACapCASEBlock(8, 16, 24, 6, 8).to(dtype).train(training)
+    block = EVACapCASEBlock(8, 16, 24, 6).to(dtype).train(training)
     for name, parameter in block.named_parameters():
         # The published module changes the tokens at once.
         value = torch.ones(1) if name.endswith(".scale") else known[f"parameter.{published_case_name(name)}"]
