@@ -11,6 +11,8 @@ from evacap.modeling_evacap.modeling_evacap import CACHE_FIELD
 
 
 TOLERANCE = 1e-5
+# AVCap's logits, computed in float32, are up to 1.7e-5 from those of float64.
+AVCAP_LOGITS_TOLERANCE = 2.5e-5
 AVCAP_PRESETS = {
     "av_4_frames": "avcap",
     "av_1_frame": "avcap",
@@ -21,12 +23,12 @@ CLS, SEP = 101, 102
 MAX_LENGTH = 16
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, record_property) -> None:
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, record_property, tolerance: float = TOLERANCE) -> None:
     difference = (actual - expected).abs().max().item()
     record_property("largest_difference", difference)
     print(f"largest difference {difference:.1e}")
     assert actual.shape == expected.shape
-    assert difference <= TOLERANCE
+    assert difference <= tolerance
 
 
 @pytest.fixture(scope="module", params=AVCAP_PRESETS)
@@ -63,7 +65,7 @@ def test_avcap_encoder_features(avcap, record_property):
 def test_avcap_logits(avcap, record_property):
     model, inputs, known = avcap
     logits = model(**inputs, decoder_input_ids=known["caption_tokens"]).logits
-    assert_close(logits, known["logits"], record_property)
+    assert_close(logits, known["logits"], record_property, AVCAP_LOGITS_TOLERANCE)
 
 
 @torch.no_grad()
