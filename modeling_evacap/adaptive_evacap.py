@@ -55,6 +55,19 @@ class EVACapTextAttention(nn.Module):
     def _heads(self, states: torch.Tensor) -> torch.Tensor:
         return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+    def _keys_and_values(
+        self, memory: torch.Tensor | None, cache: EncoderDecoderCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of the encoded clips, which are in the cache if `memory` is `None`."""
+        if memory is None:
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            return layer.keys, layer.values
+        key, value = self._heads(self.k_proj(memory)), self._heads(self.v_proj(memory))
+        if cache is not None:
+            key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
+            cache.is_updated[self.layer_idx] = True
+        return key, value
+
     def _weights(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         scores = torch.matmul(query * self.scaling, key.mT)
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
@@ -110,26 +123,19 @@ class EVACapAdaptiveAttention(EVACapTextAttention):
             length, T), which sum to 1 over the sound and to 1 over the picture, and the confidence (text_batch_size,
             length, 2) in sound and picture, in float32.
         """
-        if memory is None:
-            layer = cache.cross_attention_cache.layers[self.layer_idx]
-            key, value = layer.keys, layer.values
-        else:
-            key, value = self._heads(self.k_proj(memory)), self._heads(self.v_proj(memory))
-            if cache is not None:
-                key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
-                cache.is_updated[self.layer_idx] = True
+        key, value = self._keys_and_values(memory, cache)
         exists = torch.ones_like(key[:, 0, :, 0], dtype=torch.bool) if token_mask is None else token_mask
         is_video = torch.zeros_like(exists) if video_mask is None else video_mask
         # (clips, 2, 1, 1, T)
         streams = torch.stack([exists & ~is_video, exists & is_video], dim=1)[:, :, None, None]
         clips, captions = key.shape[0], hidden_states.shape[0]
-        query = _by_clip(self._heads(self.q_proj(hidden_states)), clips)
+        query = by_clip(self._heads(self.q_proj(hidden_states)), clips)
         # A memory without tokens has no weights.
-        weights = _by_caption((self._weights(query[:, None], key[:, None], streams) * streams).sum(1), captions)
+        weights = by_caption((self._weights(query[:, None], key[:, None], streams) * streams).sum(1), captions)
         # (clips, 2, num_heads, captions * length, head_dim)
-        context = torch.matmul(_by_clip(self._dropout(weights), clips)[:, None] * streams, value[:, None])
+        context = torch.matmul(by_clip(self._dropout(weights), clips)[:, None] * streams, value[:, None])
         # (text_batch_size, length, 2, hidden_size)
-        context = _by_caption(context.flatten(1, 2), captions).transpose(1, 2).unflatten(2, (2, -1)).flatten(3)
+        context = by_caption(context.flatten(1, 2), captions).transpose(1, 2).unflatten(2, (2, -1)).flatten(3)
         states = torch.cat([hidden_states[:, :, None].expand_as(context), context], dim=-1)
         # As a sum of products, because autocast would take a dot product in half precision.
         logits = (at_least_float32(states) * self.confidence_weight).sum(-1) + self.confidence_bias
@@ -140,13 +146,13 @@ class EVACapAdaptiveAttention(EVACapTextAttention):
         return self.o_proj(mixed), weights, confidence
 
 
-def _by_clip(states: torch.Tensor, clips: int) -> torch.Tensor:
+def by_clip(states: torch.Tensor, clips: int) -> torch.Tensor:
     """The captions of a clip as more queries of one row: (clips, num_heads, captions * length, n)."""
     return states.unflatten(0, (clips, -1)).transpose(1, 2).flatten(2, 3)
 
 
-def _by_caption(states: torch.Tensor, captions: int) -> torch.Tensor:
-    """What [`_by_clip`] has put together apart again: (captions, num_heads, length, n)."""
+def by_caption(states: torch.Tensor, captions: int) -> torch.Tensor:
+    """What [`by_clip`] has put together apart again: (captions, num_heads, length, n)."""
     return states.unflatten(2, (captions // states.shape[0], -1)).transpose(1, 2).flatten(0, 1)
 
 

@@ -45,6 +45,8 @@ from .adaptive_evacap import (
     EVACapAdaptiveAttention,
     EVACapTextAttention,
     EVACapTextSelfAttention,
+    by_caption,
+    by_clip,
 )
 from .attention_evacap import all_where_none, blockwise_attention_forward, eager_attention_forward
 from .configuration_evacap import (
@@ -1223,46 +1225,36 @@ class EVACapDecoderAttention(EVACapTextAttention):
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
 
         prefix_output = None
-        if prefix_states is None:
-            cached_layer = cache.cross_attention_cache.layers[self.layer_idx]
-            prefix_key, prefix_value = cached_layer.keys, cached_layer.values
-        else:
-            prefix_key = self._heads(self.k_proj(prefix_states))
-            prefix_value = self._heads(self.v_proj(prefix_states))
-            if cache is not None:
-                prefix_key, prefix_value = cache.cross_attention_cache.update(prefix_key, prefix_value, self.layer_idx)
-                cache.is_updated[self.layer_idx] = True
-            # Nothing reads the prefix after the last layer.
-            if not is_last:
-                attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-                    self.config._attn_implementation, eager_attention_forward
-                )
-                prefix_output, _ = attention_interface(
-                    self,
-                    self._heads(self.q_proj(prefix_states)),
-                    prefix_key,
-                    prefix_value,
-                    prefix_attention_mask,
-                    dropout=dropout,
-                    scaling=self.scaling,
-                    **kwargs,
-                )
-                prefix_output = self.o_proj(prefix_output.reshape(prefix_states.shape))
+        prefix_key, prefix_value = self._keys_and_values(prefix_states, cache)
+        # Nothing reads the prefix after the last layer.
+        if prefix_states is not None and not is_last:
+            attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            prefix_output, _ = attention_interface(
+                self,
+                self._heads(self.q_proj(prefix_states)),
+                prefix_key,
+                prefix_value,
+                prefix_attention_mask,
+                dropout=dropout,
+                scaling=self.scaling,
+                **kwargs,
+            )
+            prefix_output = self.o_proj(prefix_output.reshape(prefix_states.shape))
 
         key, value = self._heads(self.k_proj(hidden_states)), self._heads(self.v_proj(hidden_states))
         if cache is not None:
             key, value = cache.self_attention_cache.update(key, value, self.layer_idx)
         query = self._heads(self.q_proj(hidden_states)) * self.scaling
 
-        clips, beams = prefix_key.shape[0], query.shape[0] // prefix_key.shape[0]
-        # The beams of a clip become more queries of one row: (clips, heads, beams * queries, head_dim).
-        grouped_query = query.unflatten(0, (clips, beams)).transpose(1, 2).flatten(2, 3)
-        prefix_scores = torch.matmul(grouped_query, prefix_key.transpose(2, 3))
+        clips, captions = prefix_key.shape[0], query.shape[0]
+        prefix_scores = torch.matmul(by_clip(query, clips), prefix_key.transpose(2, 3))
         if prefix_token_mask is not None:
             prefix_scores = prefix_scores.masked_fill(
                 ~prefix_token_mask[:, None, None, :], torch.finfo(prefix_scores.dtype).min
             )
-        prefix_scores = prefix_scores.unflatten(2, (beams, -1)).transpose(1, 2).flatten(0, 1)
+        prefix_scores = by_caption(prefix_scores, captions)
         scores = torch.matmul(query, key.transpose(2, 3))
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
 
@@ -1270,9 +1262,7 @@ class EVACapDecoderAttention(EVACapTextAttention):
         weights = F.dropout(weights.to(query.dtype), p=dropout, training=self.training)
         prefix_weights, text_weights = weights.split([prefix_scores.shape[-1], scores.shape[-1]], dim=-1)
 
-        grouped_weights = prefix_weights.unflatten(0, (clips, beams)).transpose(1, 2).flatten(2, 3)
-        context = torch.matmul(grouped_weights, prefix_value)
-        context = context.unflatten(2, (beams, -1)).transpose(1, 2).flatten(0, 1)
+        context = by_caption(torch.matmul(by_clip(prefix_weights, clips), prefix_value), captions)
         context = context + torch.matmul(text_weights, value)
         output = self.o_proj(context.transpose(1, 2).flatten(2))
         return output, prefix_output, text_weights, prefix_weights
