@@ -11,8 +11,8 @@ from .training.files import JsonLines
 
 STREAMS = ("audio", "video")
 
-Captions = Mapping[str, Mapping[str, list[str]]]
-"""By `"audio_caption"` and `"video_caption"`: the captions of the windows of each file, by its absolute path."""
+Captions = Mapping[str, Mapping[str, Any]]
+"""By `"audio_caption"` and `"video_caption"`: what is said of each file, by its absolute path, as the pipeline takes it."""
 
 
 def add_caption_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,20 +48,21 @@ def read_captions(arguments: argparse.Namespace) -> Captions:
     return captions
 
 
-def _parse(result: dict[str, Any]) -> tuple[str, list[str]]:
-    windows = [] if "error" in result else result.get("chunks", [result])
-    return os.path.abspath(result["file"]), [window["text"] for window in windows]
+def _parse(result: dict[str, Any]) -> tuple[str, Any]:
+    said = None if "error" in result else result["text"]
+    return os.path.abspath(result["file"]), result.get("chunks", said)
 
 
-def captions_of(captions: Captions, **sources: Any) -> dict[str, list[str]]:
-    """The captions of one clip, as far as there are any.
+def captions_of(captions: Captions, **sources: Any) -> dict[str, Any]:
+    """What is said of one clip, as far as there is anything.
 
     Args:
         captions (`Captions`): Those of all files.
         sources: By `audio` and `video`, the file that the model of each stream has captioned.
     """
     paths = {f"{stream}_caption": os.path.abspath(str(source)) for stream, source in sources.items()}
-    return {name: captions[name][path] for name, path in paths.items() if captions.get(name, {}).get(path)}
+    found = {name: captions[name].get(path) for name, path in paths.items()}
+    return {name: said for name, said in found.items() if said is not None}
 
 
 def require_captions(arguments: argparse.Namespace, model: str, reads_captions: bool) -> None:

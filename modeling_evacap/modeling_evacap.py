@@ -949,15 +949,15 @@ class EVACapEncoder(EVACapPreTrainedModel):
             return
         captions = {"audio_caption_ids": audio_caption_ids, "video_caption_ids": video_caption_ids}
         sound, picture = audio.last_hidden_state, video.last_hidden_state
-        if self.config.enrichment == "case":
-            for name, ids in captions.items():
-                if ids is None:
-                    raise ValueError(missing_caption(name))
-                if ids.ndim != 2 or len(ids) != len(sound):
-                    raise ValueError(
-                        f"`{name}` has shape {tuple(ids.shape)}, but it must be ({len(sound)}, length): the token ids of "
-                        "one caption a clip, padded by -100."
-                    )
+        for name, ids in captions.items() if self.config.enrichment == "case" else ():
+            if ids is None or ids.ndim != 2 or len(ids) != len(sound):
+                found = "is missing" if ids is None else f"has shape {tuple(ids.shape)}"
+                text = name.removesuffix("_ids")
+                raise ValueError(
+                    f"`{name}` {found}, but a model with `enrichment='case'` needs ({len(sound)}, length): the token ids of what "
+                    f"a model of the {text.removesuffix('_caption')} alone says of each clip, padded by -100. The processor "
+                    f"makes them from `{text}s`; in the pipeline and in manifests they are called `{text}`."
+                )
         tokens = self.enrichment(sound, picture, audio.attention_mask, video.attention_mask, tuple(captions.values()))
         # Where `device_map` has put the two blocks apart.
         audio.last_hidden_state, video.last_hidden_state = (stream.to(sound.device) for stream in tokens)
@@ -1169,15 +1169,6 @@ def missing_stream(config: EVACapConfig) -> str:
     return (
         f"`input_features` is missing: a model with `fusion_type='{config.fusion_type}'` needs the sound. Only a model "
         "with `fusion_type='video_only'` captions a clip without it."
-    )
-
-
-def missing_caption(name: str) -> str:
-    stream, argument = ("picture", "videos") if name.startswith("video") else ("sound", "audio")
-    return (
-        f"`{name}` is missing: a model with `enrichment='case'` reads a caption of the {stream} of every clip, as a model of "
-        f"that stream alone writes it. Give it to the processor as `{name.removesuffix('_ids')}s`, to the pipeline and in "
-        f"manifests as `{name.removesuffix('_ids')}`."
     )
 
 

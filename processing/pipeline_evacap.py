@@ -182,7 +182,10 @@ def read_windows(
                     number = int(begin / total * len(stream))
                     stream = stream[number : max(number + 1, math.ceil(stop / total * len(stream)))]
                 window[name] = [stream]
-            window |= _captions_of(inputs, index)
+            for name in CAPTIONS if isinstance(inputs, Mapping) else ():
+                caption = caption_at(inputs.get(name), (begin + stop) / 2)
+                if caption is not None:
+                    window[f"{name}s"] = [caption]
             is_silent = first is not None and first.silent
             if is_silent and not warned:
                 warned = True
@@ -190,8 +193,14 @@ def read_windows(
                     f"{first.name} is silent from {begin:g} to {stop:g} s: what is said of its sound there is invented."
                 )
             made = processor(**window, return_tensors="pt")
-            if needs_captions and "pixel_values_videos" in made:
-                _require_captions(window, index)
+            missing = [name for name in CAPTIONS if f"{name}s" not in window]
+            if needs_captions and missing and "pixel_values_videos" in made:
+                raise ValueError(
+                    f"The window from {begin:g} to {stop:g} s has no {' and no '.join(f'`{name}`' for name in missing)}: a "
+                    "model with `enrichment='case'` reads what a model of the sound alone, and one of the picture alone, say "
+                    "of it. Give the input as a dict with `media`, `audio_caption` and `video_caption`, each a sentence or "
+                    "the `chunks` of a result."
+                )
             read = {
                 "span": (begin, stop),
                 "timestamp": (begin + left if index else begin, stop if is_last else stop - right),
@@ -206,25 +215,25 @@ def read_windows(
     yield read
 
 
-def _captions_of(inputs: Any, index: int) -> dict[str, list[str]]:
-    """The captions of a window, as arguments of the processor."""
-    captions = {}
-    for name in CAPTIONS if isinstance(inputs, Mapping) else ():
-        given = inputs.get(name)
-        given = [given] if isinstance(given, str) else given or []
-        captions |= {f"{name}s": [caption] for caption in given[index : index + 1]}
-    return captions
+def caption_at(captions: Any, seconds: float) -> str | None:
+    """What is said of an input at a moment: the caption of all of it, or of its window there, if there is one.
 
+    Args:
+        captions: A sentence, or `[{"timestamp": (start, end), "text": str}, …]` as in the `"chunks"` of a result.
+        seconds (`float`): The moment.
 
-def _require_captions(window: Mapping[str, Any], index: int) -> None:
-    missing = [name for name in CAPTIONS if f"{name}s" not in window]
-    if missing:
+    Raises:
+        ValueError: If `captions` are neither.
+    """
+    if captions is None or isinstance(captions, str):
+        return captions
+    try:
+        windows = [(*window["timestamp"], window["text"]) for window in captions]
+        return next((text for start, end, text in windows if start <= seconds < end), None)
+    except (TypeError, KeyError, ValueError) as error:
         raise ValueError(
-            f"Window {index + 1} has no {' and no '.join(f'`{name}`' for name in missing)}: a model with "
-            "`enrichment='case'` reads what a model of the sound alone, and one of the picture alone, say of each window. "
-            "Give the input as a dict with `media`, `audio_caption` and `video_caption`, each a sentence, or a list of "
-            "one for each window."
-        )
+            f'A caption must be a sentence, or a list of {{"timestamp": (start, end), "text": …}}, got {captions!r}.'
+        ) from error
 
 
 class _FileWindows:
@@ -498,7 +507,7 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
                 names of the processor, `"videos"` and `"images"`, are accepted too; other keys are ignored. A
                 `"video"` file alone also gives the sound. For a model with `enrichment="case"` a dict also has
                 `"audio_caption"` and `"video_caption"`: what a model of the sound alone, and one of the picture alone,
-                say of it, each a sentence, or a list with one for each window. A list or tuple of inputs gives a list. A generator, a
+                say of it, each a sentence, or the `"chunks"` of a result, of which a window reads the one in its middle. A list or tuple of inputs gives a list. A generator, a
                 PyTorch or `datasets` dataset, or a column of one, gives an iterator that reads as it goes.
             batch_size (`int`, *optional*, defaults to 1): Number of windows in a batch, across inputs.
             num_workers (`int`, *optional*, defaults to 0):

@@ -134,10 +134,14 @@ def with_features(entries: list["Entry"], folder: Path) -> list["Entry"]:
 
 
 def with_captions(entries: list["Entry"], captions: Captions) -> list["Entry"]:
-    """The clips with `audio_caption` and `video_caption` among their fields, those of their first window."""
-    found = [
-        captions_of(captions, audio=entry.media or entry.audio, video=entry.media or entry.video) for entry in entries
-    ]
+    """The clips with `audio_caption` and `video_caption` among their fields, those of the window in which they begin."""
+    from ..processing.pipeline_evacap import caption_at
+
+    found = []
+    for entry in entries:
+        said = captions_of(captions, audio=entry.media or entry.audio, video=entry.media or entry.video)
+        sentences = {name: caption_at(of_windows, entry.start) for name, of_windows in said.items()}
+        found.append({name: sentence for name, sentence in sentences.items() if sentence is not None})
     for name, of_files in captions.items():
         lacking = [entry.id for entry, those in zip(entries, found) if name not in those]
         if len(lacking) == len(entries):
@@ -147,10 +151,7 @@ def with_captions(entries: list["Entry"], captions: Captions) -> list["Entry"]:
             )
         if lacking:
             print(f"note: {len(lacking)} of {len(entries)} clips have no `{name}`, such as {printable(lacking[0])}")
-    return [
-        replace(entry, extra={**entry.extra, **{name: windows[0] for name, windows in those.items()}})
-        for entry, those in zip(entries, found)
-    ]
+    return [replace(entry, extra={**entry.extra, **those}) for entry, those in zip(entries, found)]
 
 
 def read_clips(arguments: argparse.Namespace) -> tuple[list["Entry"], str]:

@@ -76,9 +76,9 @@ def test_files_are_captioned_with_the_captions_of_single_streams(folder, caption
     for name, result in results.items():
         inputs = {"media": str(folder / "clips" / Path(result["file"]).name)}
         for stream in spoken:
-            windows = spoken[stream][name].get("chunks", [spoken[stream][name]])
-            if "text" in windows[0]:
-                inputs[f"{stream}_caption"] = [window["text"] for window in windows]
+            said = spoken[stream][name]
+            if "text" in said:
+                inputs[f"{stream}_caption"] = said.get("chunks", said["text"])
         assert captioner(inputs, num_beams=1)["text"] == result["text"]
     # Each of the captions counts.
     inputs = {"media": str(folder / "clips" / "a.mp4"), "audio_caption": "dog dog", "video_caption": "rain"}
@@ -94,17 +94,22 @@ def test_one_clip_without_captions_loses_no_other(folder, captions):
     captioner = evacap.AudioVisualCaptioningPipeline(model, make_processor(), device="cpu")
     clip, long = (str(folder / "clips" / name) for name in ("a.mp4", "long.mp4"))
     both = {"audio_caption": "dog", "video_caption": "rain"}
+    first = [{"timestamp": [0.0, WINDOW], "text": "dog"}]
     inputs = [
         {"media": clip, **both},
         clip,
         {"media": clip, "audio_caption": "dog"},
+        {"media": long, **both, "audio_caption": first},
+        {"media": long, **both, "audio_caption": [5]},
         {"media": long, **both},
         str(folder / "clips" / "sound.wav"),
     ]
     results = captioner(inputs, batch_size=4, on_error="skip")
-    assert ["error" in result for result in results] == [False, True, True, True, False]
+    assert ["error" in result for result in results] == [False, True, True, True, True, False, False]
     assert "no `audio_caption` and no `video_caption`" in results[1]["error"]
-    assert "Window 1 has no `video_caption`" in results[2]["error"] and "Window 2" in results[3]["error"]
+    assert "has no `video_caption`" in results[2]["error"]
+    assert "from 2.56 to 5.12 s has no `audio_caption`" in results[3]["error"]
+    assert "must be a sentence" in results[4]["error"]
 
 
 def test_options_and_model_belong_together(folder, captions, capsys):
@@ -158,5 +163,5 @@ def test_prepared_clips_have_them_and_swapped_videos_bring_theirs(folder, captio
     freeze(model, ["model.decoder.*", "lm_head.*"])
     assert not model.get_input_embeddings().weight.requires_grad
     lacking = {name: value for name, value in batch.items() if name != "video_caption_ids"}
-    with pytest.raises(ValueError, match="`video_caption_ids` is missing: .* `video_captions`"):
+    with pytest.raises(ValueError, match="`video_caption_ids` is missing.* `video_captions`"):
         model(**lacking)
