@@ -304,16 +304,16 @@ def make_page(captioner: AudioVisualCaptioningPipeline, limits: Limits) -> "grad
             return {"media": clip}
         return {"audio": sound} | ({} if clip is None else {"video": clip})
 
-    def caption(clip: str | None, sound: str | None, beams: float) -> dict[str, Any]:
+    def caption(clip: str | None, sound: str | None, beams: float) -> tuple[dict[str, Any], dict[str, str]]:
         inputs = inputs_of(clip, sound)
         result = explained(lambda: page_captioner.caption(page_captioner.windows(inputs), num_beams=int(beams)))
-        return {"file": Path(clip or sound).name, **result}
+        return {"file": Path(clip or sound).name, **result}, inputs
 
-    def draw(clip: str | None, sound: str | None, result: dict[str, Any]) -> Any:
-        windows = explained(lambda: page_captioner.windows(inputs_of(clip, sound)))
+    def draw(inputs: dict[str, str], result: dict[str, Any]) -> Any:
+        windows = explained(lambda: page_captioner.windows(inputs))
         return plot_over_time(windows, result, captioner.processor, result["file"], threshold, width=7.0)
 
-    def swap(first: str | None, second: str | None, beams: float) -> list[dict[str, Any]]:
+    def swap(first: str | None, second: str | None, beams: float) -> tuple[list[dict[str, Any]], dict[str, str]]:
         if first is None or second is None:
             raise gr.Error("Two clips are needed: drop them, or make sample clips.", print_exception=False)
         clips, results = {"A": first, "B": second}, []
@@ -324,13 +324,13 @@ def make_page(captioner: AudioVisualCaptioningPipeline, limits: Limits) -> "grad
                     lambda inputs=inputs: page_captioner.caption(page_captioner.windows(inputs), num_beams=int(beams))
                 )
                 results.append({"picture": picture, "sound": sound, **result})
-        return results
+        return results, clips
 
-    def play_swapped(first: str, second: str) -> list[str]:
+    def play_swapped(clips: dict[str, str]) -> list[str]:
         folder = Path(tempfile.mkdtemp(prefix="evacap-swapped-"))
         outputs = [str(folder / "picture_A_sound_B.mp4"), str(folder / "picture_B_sound_A.mp4")]
-        for picture, sound, output in ((first, second, outputs[0]), (second, first, outputs[1])):
-            task = {"task": "swap", "picture": picture, "sound": sound, "output": output}
+        for picture, sound, output in (("A", "B", outputs[0]), ("B", "A", outputs[1])):
+            task = {"task": "swap", "picture": clips[picture], "sound": clips[sound], "output": output}
             explained(lambda task=task: page_captioner.read(task))
         return outputs
 
@@ -381,14 +381,16 @@ def make_page(captioner: AudioVisualCaptioningPipeline, limits: Limits) -> "grad
                 swapped = gr.JSON(show_label=False)
         with gr.Accordion("Settings", open=False):
             beams = gr.Slider(1, 8, value=4, step=1, label="beams")
+        # The page may show other clips by the time that these have their captions.
+        captioned, swapped_clips = gr.State(), gr.State()
         new.click(lambda: (make_sample(), None), None, [clip, sound], **private)
-        run.click(caption, [clip, sound, beams], result, api_name="caption", **public).success(
+        run.click(caption, [clip, sound, beams], [result, captioned], api_name="caption", **public).success(
             lambda result: show_caption(result, threshold), result, said, **private
-        ).success(draw, [clip, sound, result], plot, **private)
+        ).success(draw, [captioned, result], plot, **private)
         new_two.click(lambda: (make_sample(), make_sample()), None, [first, second], **private)
-        run_swap.click(swap, [first, second, beams], swapped, api_name="swap", **public).success(
+        run_swap.click(swap, [first, second, beams], [swapped, swapped_clips], api_name="swap", **public).success(
             lambda results: show_swap(results, threshold), swapped, cards, **private
-        ).success(play_swapped, [first, second], outputs, **private)
+        ).success(play_swapped, swapped_clips, outputs, **private)
     # One call at a time uses the model and the reading process; the others wait.
     return page.queue(max_size=20, default_concurrency_limit=1)
 
