@@ -67,7 +67,10 @@ def test_the_bundled_checkpoint_as_a_program_of_torch_export(tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "export.json").read_text())["format"] == "torch"
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("concat", "adaptive", "audio_only", "video_only")]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("concat", "late_concat", "adaptive", "audio_only", "video_only")
+]
 
 
 @pytest.mark.parametrize("fusion_type", ["gated_cross_attention", *SLOW])
