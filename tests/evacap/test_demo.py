@@ -76,7 +76,7 @@ def test_a_clip_is_captioned_on_a_telephone_without_a_network(page, demo, clips,
 
 def test_a_bad_file_shows_an_error(page, clips):
     page.locator("input[type=file]").first.set_input_files(clips / "<b>bad.mp4")
-    page.wait_for_load_state("networkidle")
+    page.locator("video").first.wait_for()
     page.get_by_role("button", name="Caption", exact=True).click()
     # A browser that cannot play a file says so, too.
     toast = page.get_by_test_id("toast-body").filter(has_text="bad.mp4")
