@@ -95,7 +95,10 @@ def encoder(config: EVACapConfig, batch: int, frames: int) -> list[Product]:
         products.append(linear(batch * heard, audio.hidden_size, audio.hidden_size))
         products += [linear(batch * seen, video.hidden_size, audio.hidden_size)] * 2
         products += attention(batch, audio.num_attention_heads, heard, seen, audio.hidden_size)
-    return products + _vit_layer(batch, prefix_tokens(config, frames), config.encoder_config) * config.num_joint_layers
+    joined = [heard, seen] if config.fusion_type == "late_concat" else [prefix_tokens(config, frames)]
+    for tokens in filter(None, joined):
+        products += _vit_layer(batch, tokens, config.encoder_config) * config.num_joint_layers
+    return products
 
 
 def _text(config: EVACapTextConfig, clips: int, beams: int, prefix: int, past: int) -> list[Product]:

@@ -30,7 +30,7 @@ def count(function, *args, **kwargs) -> int:
 
 
 @pytest.mark.parametrize("attention", ["full", "frame"])
-@pytest.mark.parametrize("variant", ["audio-only", "avcap", "video-only"])
+@pytest.mark.parametrize("variant", ["audio-only", "avcap", "late-concat", "video-only"])
 def test_encoder(variant, attention):
     config, model = eager_model(variant, attention=attention)
     inputs = make_inputs(config, BATCH, FRAMES)

@@ -415,7 +415,8 @@ def _from_line(fields: dict[str, Any]) -> tuple[str, str | None, int, Caption]:
 
 def _fingerprint(model: EVACapCaptioner, processor: EVACapProcessor) -> str:
     """A hash of everything that a checkpoint computes with, independent of where it is stored."""
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("transformers_version", "auto_map")}
+    unread = ("_name_or_path", "transformers_version", "auto_map")
+    config = {k: v for k, v in model.config.to_dict().items() if k not in unread}
     digest = hashlib.sha256(json.dumps([config, processor.to_dict()], sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
