@@ -105,10 +105,13 @@ def python_examples(text: str) -> str:
     return "\n".join(re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
 
 
-def example_code(repo_id: str) -> str:
-    """The examples of the template for a repository; the files of a model folder have no part in them."""
+def example_code(repo_id: str, with_captions: bool = False) -> str:
+    """The examples of the template for a repository, also for a model that reads captions of the streams.
+
+    The text of a model folder has no part in them.
+    """
     validate_repo_id(repo_id)
-    return _template(python_examples).render(repo_id=repo_id)
+    return _template(python_examples).render(repo_id=repo_id, reads_captions=with_captions)
 
 
 def _template(part: Callable[[str], str] = str) -> Template:

@@ -262,7 +262,8 @@ def caption_alone(folder: Path, repo_id: str) -> tuple[list[str], dict[str, Any]
         (place / repo_id).symlink_to(folder)
         environment = {**_safe_environment(), "HOME": str(place), "HF_HOME": str(place / "hub")}
         command = [sys.executable, "-c", _RUN_ALONE, repo_id]
-        code = example_code(repo_id)
+        with_captions = json.loads((Path(folder) / "config.json").read_text()).get("enrichment") == "case"
+        code = example_code(repo_id, with_captions)
         try:
             done = subprocess.run(
                 command,
