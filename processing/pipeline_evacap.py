@@ -507,8 +507,9 @@ class AudioVisualCaptioningPipeline(ChunkPipeline):
                 names of the processor, `"videos"` and `"images"`, are accepted too; other keys are ignored. A
                 `"video"` file alone also gives the sound. For a model with `enrichment="case"` a dict also has
                 `"audio_caption"` and `"video_caption"`: what a model of the sound alone, and one of the picture alone,
-                say of it, each a sentence, or the `"chunks"` of a result, of which a window reads the one in its middle. A list or tuple of inputs gives a list. A generator, a
-                PyTorch or `datasets` dataset, or a column of one, gives an iterator that reads as it goes.
+                say of it, each a sentence, or the `"chunks"` of a result, of which a window reads the one in its middle.
+                A list or tuple of inputs gives a list. A generator, a PyTorch or `datasets` dataset, or a column of
+                one, gives an iterator that reads as it goes.
             batch_size (`int`, *optional*, defaults to 1): Number of windows in a batch, across inputs.
             num_workers (`int`, *optional*, defaults to 0):
                 Processes that read and decode, each within a budget of memory; a generator is read by one at most,

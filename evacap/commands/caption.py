@@ -156,7 +156,7 @@ def run(arguments: argparse.Namespace) -> int:
     outputs.name_clips(media, arguments.media)
     require_some(media, "evacap caption")
     # Before a model is loaded for them.
-    read_captions(arguments)
+    arguments.captions = read_captions(arguments)
     return write_outputs(arguments, media, outputs) if arguments.output else print_captions(arguments, media, outputs)
 
 
@@ -263,7 +263,7 @@ def print_captions(arguments: argparse.Namespace, media: list[Media], outputs: O
         show,
         batch_size=arguments.batch_size or 1,
         num_workers=arguments.workers or 0,
-        captions=read_captions(arguments),
+        captions=arguments.captions,
         **caption_options(arguments, captioner, outputs, with_gate=form is None or arguments.json),
     )
     if results and not (form in SUBTITLES and failures):
@@ -387,7 +387,7 @@ def _caption_with_progress(
             take_and_count,
             batch_size=arguments.batch_size or BATCH_SIZE,
             num_workers=min(usable_cores(), MAX_WORKERS) if arguments.workers is None else arguments.workers,
-            captions=read_captions(arguments),
+            captions=arguments.captions,
             **caption_options(arguments, captioner, outputs, with_gate=arguments.json),
         )
 

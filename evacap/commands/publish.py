@@ -18,6 +18,8 @@ from yaml import YAMLError
 
 from .. import modeling_evacap, processing
 from ..model_card import EVALUATION_FILE, TRAINING_FILE, check_metadata, example_code, fill_model_card
+from ..modeling_evacap.configuration_evacap import EVACapConfig
+from ..processing.captioning_evacap import reads_captions
 from ..processing.known_answer_evacap import KNOWN_ANSWER_FILE, compare, read_known_answer, save_answer
 from ..space import caption_by_space, space_files
 from ..training.files import write_text
@@ -262,8 +264,7 @@ def caption_alone(folder: Path, repo_id: str) -> tuple[list[str], dict[str, Any]
         (place / repo_id).symlink_to(folder)
         environment = {**_safe_environment(), "HOME": str(place), "HF_HOME": str(place / "hub")}
         command = [sys.executable, "-c", _RUN_ALONE, repo_id]
-        with_captions = json.loads((Path(folder) / "config.json").read_text()).get("enrichment") == "case"
-        code = example_code(repo_id, with_captions)
+        code = example_code(repo_id, reads_captions(EVACapConfig.from_pretrained(folder)))
         try:
             done = subprocess.run(
                 command,

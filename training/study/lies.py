@@ -3,8 +3,6 @@
 python -m evacap.training.study.lies MODEL
 """
 
-import argparse
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -12,15 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModel
 
 from ...processing.captioning_evacap import require_agreement
-from ...processing.processing_evacap import EVACapProcessor
 from ..metrics.bootstrap import roc_auc
 from ..procedural.dataset import ProceduralClips
 from ..procedural.kinds import KINDS
 from ..procedural.scenes import Scene, make_scene, render_waveform
 from ..procedural.sounds import SAMPLING_RATE
+from .judge import load_captioner, print_judgement
 
 
 LIES = {
@@ -52,11 +49,8 @@ def judge_lies(
         picture against that with the lie, or `nothing to see`, the share of the clips of which it says so. Beside it
         `oracle`, the area for a judge who knows every kind that is heard and seen, and when it sounds and moves.
     """
-    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=False).eval()
-    require_agreement(model.config)
-    processor = EVACapProcessor.from_pretrained(checkpoint)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    encoder = model.to(device).get_encoder()
+    model, processor = load_captioner(checkpoint, require_agreement)
+    encoder = model.get_encoder()
     clips = ProceduralClips(processor, num_clips, "test", seed)
     scenes = [make_scene(seed, "test", index) for index in range(num_clips)]
     rng = np.random.default_rng([seed, num_clips])
@@ -76,7 +70,7 @@ def judge_lies(
                 videos=list(seen[first : first + batch_size]),
                 do_sample_frames=False,
                 return_tensors="pt",
-            ).to(device)
+            ).to(model.device)
             encoded = encoder(inputs["input_features"], inputs["pixel_values_videos"])
             parts.append([encoded.agreement.double().cpu(), encoded.agreement_by_step.double().cpu()])
         return tuple(torch.cat(part).numpy() for part in zip(*parts))
@@ -208,14 +202,8 @@ def _partners(scenes: Sequence[Scene]) -> dict[int, int]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m evacap.training.study.lies",
-        description="Shows a captioner procedural test clips with pictures that lie.",
-    )
-    parser.add_argument("model", metavar="MODEL", help="folder of a captioner with gate_type='agreement'")
-    parser.add_argument("--num-clips", type=int, default=500, help="number of test clips (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    print(json.dumps(judge_lies(options.model, options.num_clips), indent=1))
+    description = "Shows a captioner procedural test clips with pictures that lie."
+    print_judgement(judge_lies, "lies", description, "gate_type='agreement'", arguments)
 
 
 if __name__ == "__main__":

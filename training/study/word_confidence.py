@@ -3,8 +3,6 @@
 python -m evacap.training.study.word_confidence MODEL
 """
 
-import argparse
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,16 +11,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModel
 
 from ...processing.captioning_evacap import caption_batch, require_confidence, words_with_confidence
-from ...processing.processing_evacap import EVACapProcessor
 from ..data.collator import EVACapDataCollator
 from ..evaluation.captioner import choose_videos, list_clips
 from ..metrics.bootstrap import Statistic, draw, interval, ratio, roc_auc
 from ..procedural.captions import names_in_caption
 from ..procedural.dataset import ProceduralClips
 from ..procedural.kinds import SOUND_ALIKES
+from .judge import load_captioner, print_judgement
 
 
 WORDS: dict[str, Callable[[str], bool]] = {
@@ -61,11 +58,8 @@ def judge_confidence(
     Raises:
         ValueError: If the captioner has no confidence.
     """
-    model = AutoModel.from_pretrained(checkpoint, trust_remote_code=False).eval()
-    require_confidence(model.config)
-    processor = EVACapProcessor.from_pretrained(checkpoint)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    model.to(device)
+    model, processor = load_captioner(checkpoint, require_confidence)
+    device = model.device
     clips = ProceduralClips(processor, num_clips, "test", seed)
     loader = DataLoader(clips, batch_size, collate_fn=EVACapDataCollator(p_mix=0.0), num_workers=num_workers)
     batches = list(tqdm(loader, desc="clips", unit="batch"))
@@ -135,14 +129,8 @@ def _mean(clips: Words, stream: str) -> Statistic:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m evacap.training.study.word_confidence",
-        description="Measures how far the words of a captioner trust the picture: its own, another clip's, or none.",
-    )
-    parser.add_argument("model", metavar="MODEL", help="folder of a captioner with text_fusion='adaptive'")
-    parser.add_argument("--num-clips", type=int, default=500, help="number of test clips (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    print(json.dumps(judge_confidence(options.model, options.num_clips), indent=1))
+    description = "Measures how far the words of a captioner trust the picture: its own, another clip's, or none."
+    print_judgement(judge_confidence, "word_confidence", description, "text_fusion='adaptive'", arguments)
 
 
 if __name__ == "__main__":
