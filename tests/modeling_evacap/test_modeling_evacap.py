@@ -853,15 +853,17 @@ def test_every_weight_is_born_by_init_weights():
     torch.testing.assert_close(model.model.encoder.audio_tower.embeddings.position_embeddings.data, expected)
 
 
-def test_device_map_and_half_precision(tmp_path):
-    build().save_pretrained(tmp_path)
+@pytest.mark.parametrize("fusion_type", VARIANTS)
+def test_device_map_and_half_precision(tmp_path, fusion_type):
+    build(fusion_type=fusion_type).save_pretrained(tmp_path)
     model = EVACapForConditionalGeneration.from_pretrained(tmp_path, device_map="auto", dtype="bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    output = model(**tiny_inputs(), labels=tiny_labels())
+    inputs = streams(fusion_type, tiny_inputs())
+    output = model(**inputs, labels=tiny_labels())
     assert output.logits.dtype == torch.bfloat16
-    reference = build()(**tiny_inputs(), labels=tiny_labels())
+    reference = build(fusion_type=fusion_type)(**inputs, labels=tiny_labels())
     torch.testing.assert_close(output.loss.float(), reference.loss, atol=0.1, rtol=0.1)
-    assert model.generate(**tiny_inputs(), num_beams=2, max_new_tokens=4).shape == (BATCH_SIZE, 5)
+    assert model.generate(**inputs, num_beams=2, max_new_tokens=4).shape == (BATCH_SIZE, 5)
 
 
 def test_resizing_token_embeddings_keeps_the_tie():
