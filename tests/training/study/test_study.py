@@ -180,10 +180,12 @@ def load_section(name: str):
     return section
 
 
-def test_the_committed_runs_count_as_done():
-    study = Study(results=Path("docs/study"), keep_clips=True)
-    runs = [path.stem.rsplit("-seed", 1) for path in Path("docs/study/runs").glob("*-seed*.json")]
+@pytest.mark.parametrize("folder", ["docs/study", "docs/study/systems"])
+def test_the_committed_runs_count_as_done(folder):
+    study = Study(results=Path(folder), keep_clips=True)
+    runs = [path.stem.rsplit("-seed", 1) for path in (study.results / "runs").glob("*-seed*.json")]
     assert len(runs) > 30 and all(study.is_done(name, int(seed)) for name, seed in runs)
+    assert len({result.get("start") for result in read_results(folder)} - {None}) == 1
 
 
 def test_every_variant_has_a_place_in_the_report():
