@@ -275,6 +275,20 @@ class Captioner:
         accelerator.wait_for_everyone()
         return self._read(numbers)
 
+    def caption_all(
+        self, make_clips: MakeClips, accelerator: Accelerator, batch_size: int = 64, **options
+    ) -> list[str]:
+        """The captions of all clips with their own pictures, in their order.
+
+        Args:
+            make_clips (`MakeClips`), accelerator (`Accelerator`), options: See [`~Captioner.caption`].
+            batch_size (`int`, *optional*, defaults to 64): Clips of a batch.
+        """
+        clips = list_clips(make_clips(self.processor))
+        pairs = self.pairs(Condition(), clips)
+        found = self.caption(make_batches([pairs], batch_size), clips, make_clips, accelerator, **options)
+        return [found[pair].text for pair in pairs]
+
     def _settle(self, settings: dict[str, Any], accelerator: Accelerator) -> None:
         """Makes sure that the folder can be continued with these settings."""
         path = self.output / "settings.json"

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
@@ -30,6 +31,7 @@ from ...modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from ...processing.processing_evacap import EVACapProcessor
 from ..components import make_model, make_processor_and_config
 from ..evaluation.calibration import calibrate
+from ..evaluation.captioner import MakeClips
 from ..evaluation.evaluate import SHARES, evaluate
 from ..files import check_settings, write_json, write_text
 from ..metrics.compute import METRICS
@@ -43,6 +45,7 @@ from .mismatch_detectors import detect_mismatch
 from .oracles import judge_oracles
 from .pretraining import pretrain, retrieval
 from .report import ORACLE_RESULT, PRETRAINED, is_run, read_results, write_report
+from .stream_captions import StreamCaptionedRun, with_stream_captions
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ EXTRA = {
     "vact": Variant(("model.preset=vact", "data.p_mix=0")),
     "caste": Variant(("model.preset=evacap-caste",)),
     "caste-losses": Variant(("model.preset=evacap-caste-losses",)),
+    "case": Variant(("model.preset=evacap-case",), run_class=StreamCaptionedRun),
     "video-only": Variant(("model.preset=video-only", "data.p_mix=0")),
     **{f"dali-{loss.replace('_', '-')}": Variant((*ALIGNED, f"alignment.loss={loss}")) for loss in LOSSES},
     "dali-none": Variant((*ALIGNED, "optimization.max_steps=0")),
@@ -278,11 +282,12 @@ def run_variant(study: Study, name: str, seed: int) -> int:
             return status
     # Test and validation clips are not kept.
     workers = dataclasses.replace(study, keep_clips=False).run_config(name, seed).resources.num_workers
-    make_clips = partial(make_test_clips, study.test_clips)
+    judged = partial(clips_to_judge, study, model, seed, workers)
+    make_clips = judged()
     forget_accelerator()
     if EVACapConfig.from_pretrained(model).has_matching_head:
         with stopwatch(folder, "calibration"):
-            calibrate(model, partial(make_clips, split="validation"), num_workers=workers)
+            calibrate(model, judged("validation"), num_workers=workers)
     judge = partial(
         evaluate,
         {name: model},
@@ -297,8 +302,7 @@ def run_variant(study: Study, name: str, seed: int) -> int:
         mismatch = detect_mismatch(model, make_clips, TEST_SEED, num_workers=workers)
         half_dubbed = None
         if evaluation["checkpoints"][name]["looks"]:
-            make_dubbed = partial(make_test_clips, study.test_clips, kind=HalfDubbedClips)
-            dubbed = judge(make_dubbed, folder / "half-dubbed", f"{clips}, dubbed in half", shares=())
+            dubbed = judge(judged(kind=HalfDubbedClips), folder / "half-dubbed", f"{clips}, dubbed in half", shares=())
             half_dubbed = dubbed["checkpoints"][name]["conditions"][0]["metrics"]
     entry = evaluation["checkpoints"][name]
     log = read_log(folder)
@@ -327,8 +331,27 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
+def clips_to_judge(
+    study: Study,
+    model: Path,
+    seed: int,
+    num_workers: int,
+    split: str = "test",
+    kind: type[ProceduralClips] = ProceduralClips,
+) -> MakeClips:
+    """The clips on which the model of a run is judged, with captions of their streams if it reads them."""
+    make = partial(make_test_clips, study.test_clips, split, kind)
+    if EVACapConfig.from_pretrained(model).enrichment != "case":
+        return make
+    forget_accelerator()
+    folder = model.parent / "captions" / f"{split}-{kind.__name__}"
+    make = with_stream_captions(make, study.output, seed, folder, Accelerator(), num_workers)
+    forget_accelerator()
+    return make
+
+
 def make_test_clips(
-    num_clips: int, processor: EVACapProcessor, split: str = "test", kind: type[ProceduralClips] = ProceduralClips
+    num_clips: int, split: str, kind: type[ProceduralClips], processor: EVACapProcessor
 ) -> ProceduralClips:
     return kind(processor, num_clips, split, TEST_SEED)
 

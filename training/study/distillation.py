@@ -6,8 +6,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ...processing.processing_evacap import EVACapProcessor
-from ..components import make_clips
-from ..evaluation.captioner import Captioner, Condition, list_clips, make_batches
+from ..evaluation.captioner import Captioner
 from ..train import TrainingRun
 
 
@@ -40,21 +39,12 @@ class DistillationRun(TrainingRun):
     """
 
     NUM_BEAMS = 4
-    CLIPS_AT_ONCE = 64
 
     def make_clips(self, reader: EVACapProcessor) -> Recaptioned:
         """The clips of the configuration, with the captions of both streams."""
-        config = self.config
-
-        def make(processor: EVACapProcessor) -> Dataset:
-            return make_clips(config.data, processor, config.seed, kept_clips=config.resources.kept_clips)
-
-        captioner = Captioner(
-            "late_concat", Path(config.model.start).with_name("late_concat"), self.folder / "captions"
-        )
-        clips = make(reader)
-        tested = list_clips(clips)
-        pairs = captioner.pairs(Condition(), tested)
-        options = {"data": f"{len(clips)} procedural clips, seed {config.seed}", "num_beams": self.NUM_BEAMS}
-        found = captioner.caption(make_batches([pairs], self.CLIPS_AT_ONCE), tested, make, self.accelerator, **options)
-        return Recaptioned(clips, [found[pair].text for pair in pairs], reader)
+        folder = Path(self.config.model.start).with_name("late_concat")
+        captioner = Captioner("late_concat", folder, self.folder / "captions")
+        clips = super().make_clips(reader)
+        options = {"data": f"{len(clips)} procedural clips, seed {self.config.seed}", "num_beams": self.NUM_BEAMS}
+        captions = captioner.caption_all(super().make_clips, self.accelerator, **options)
+        return Recaptioned(clips, captions, reader)

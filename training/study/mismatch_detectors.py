@@ -5,11 +5,13 @@ Each is measured by token, by head and by clip.
 
 import os
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModel
@@ -82,14 +84,18 @@ def detect_mismatch(
     dataset = make_clips(processor)
     clips = list_clips(dataset)
     loader = DataLoader(dataset, batch_size, collate_fn=EVACapDataCollator(p_mix=0.0), num_workers=num_workers)
-    parts = [
-        (
-            encoder.audio_tower(batch["input_features"].to(device)).last_hidden_state.cpu(),
-            encoder.video_tower(batch["pixel_values_videos"].to(device)).last_hidden_state.cpu(),
-        )
-        for batch in loader
-    ]
-    sounds, pictures = (torch.cat(part) for part in zip(*parts))
+    parts = {"audio": [], "video": []}
+    for batch in loader:
+        for stream, name in (("audio", "input_features"), ("video", "pixel_values_videos")):
+            tokens = encoder.get_submodule(f"{stream}_tower")(batch[name].to(device)).last_hidden_state.cpu()
+            captions = batch.get(f"{stream}_caption_ids")
+            parts[stream].append([tokens] if captions is None else [tokens, captions])
+    # The tokens of all clips, and behind them the captions that the model reads, if it does.
+    heard, seen = (
+        [pad_sequence([*chain(*part)], batch_first=True, padding_value=-100) for part in zip(*stream)]
+        for stream in parts.values()
+    )
+    sounds, pictures = heard[0], seen[0]
     videos = np.array(choose_videos(clips, 1.0, seed))
     places = {"own": torch.arange(len(clips)), "swapped": torch.from_numpy(videos)}
 
@@ -101,7 +107,9 @@ def detect_mismatch(
     means = [F.normalize(stream[:CROSSED].mean(1), dim=-1) for stream in (sounds, pictures)]
     crossed = {"similarity": (means[0] @ means[1].T).numpy()}
     if model.config.fusion_type == "gated_cross_attention":
-        states = {name: _look(encoder, sounds, pictures[index], batch_size, device) for name, index in places.items()}
+        states = {
+            name: _look(encoder, heard, _rows(seen, index), batch_size, device) for name, index in places.items()
+        }
         (own, own_gate, *own_agreement), (swapped, swapped_gate, *swapped_agreement) = states["own"], states["swapped"]
         # What should be high with the own picture.
         figures |= {
@@ -135,8 +143,8 @@ def detect_mismatch(
             for unit in ("clip", "token")
         }
         rows = [
-            _look(encoder, sound.expand(len(means[1]), -1, -1), pictures[:CROSSED], batch_size, device)
-            for sound in tqdm(sounds[:CROSSED], desc="sounds with all pictures", unit="sound")
+            _look(encoder, _rows(heard, [sound] * len(means[1])), _rows(seen, slice(CROSSED)), batch_size, device)
+            for sound in tqdm(range(len(means[0])), desc="sounds with all pictures", unit="sound")
         ]
         entropies, gates = (np.stack([row[place].mean(-1) for row in rows]) for place in (0, 1))
         crossed |= {"entropy": -entropies.mean(2)}
@@ -218,10 +226,14 @@ def _own_above(table: np.ndarray) -> float:
     return _above(table.diagonal()[:, None], others)
 
 
+def _rows(stream: list[torch.Tensor], index: Any) -> list[torch.Tensor]:
+    return [values[index] for values in stream]
+
+
 def _look(
     encoder: EVACapEncoder,
-    sounds: torch.Tensor,
-    pictures: torch.Tensor,
+    heard: list[torch.Tensor],
+    seen: list[torch.Tensor],
     batch_size: int,
     device: torch.device,
 ) -> list[np.ndarray]:
@@ -230,10 +242,12 @@ def _look(
     With a matching head also the agreement of the clips (clips,) and of their time steps (clips, T).
     """
     parts = []
-    for streams in zip(sounds.split(batch_size), pictures.split(batch_size)):
-        audio, video = (EVACapEncoderOutput(last_hidden_state=stream.to(device)) for stream in streams)
+    for batch in zip(*(values.split(batch_size) for values in (*heard, *seen))):
+        batch = [values.to(device) for values in batch]
+        (sound, *audio_caption), (picture, *video_caption) = batch[: len(heard)], batch[len(heard) :]
+        audio, video = (EVACapEncoderOutput(last_hidden_state=tokens) for tokens in (sound, picture))
         opening, matched = encoder.match(audio, video)
-        encoder.enrich(audio, video)
+        encoder.enrich(audio, video, *audio_caption, *video_caption)
         outputs = encoder.fuse(audio, video, opening, output_attentions=True)
         weights = outputs.cross_attentions
         entropy = (torch.special.entr(weights).sum(-1) / np.log(weights.shape[-1])).clamp(0, 1)

@@ -55,6 +55,7 @@ VARIANT_TITLES = {
     "vact": "sound and picture weighed for each word",
     "caste": "EVACap with CASTE",
     "caste-losses": "agreement gate with CASTE and the objectives",
+    "case": "EVACap with CASE",
     "video-only": "video only",
     "dali-mmd": "sound aligned with video only, MMD",
     "dali-ot": "sound aligned with video only, OT",
@@ -81,7 +82,7 @@ TABLES = {
     ),
     "Optimal transport, and a language model as decoder": ("evacap", "lavcap", "lavcap-mean", "language-model"),
     "A decoder that weighs sound and picture for each word": ("avcap", "evacap", "vact"),
-    "Enrichment by agreement (CAE-AV)": ("evacap", "caste", "agreement-sms-5", "caste-losses"),
+    "Enrichment by agreement (CAE-AV)": ("evacap", "caste", "agreement-sms-5", "caste-losses", "case"),
     "A captioner of sounds from no captions of sounds (DALI)": (
         "audio-only",
         "video-only",
@@ -108,7 +109,7 @@ SHUFFLED = (
     "lavcap-mean",
     "vact",
 )
-SYSTEMS = ("audio-only", "avcap", "evacap", "agreement", "lavcap", "caste", "caste-losses", "vact", "dali-ot")
+SYSTEMS = ("audio-only", "avcap", "evacap", "agreement", "lavcap", "caste", "caste-losses", "case", "vact", "dali-ot")
 """One row for each system of the sources."""
 OWN, SWAPPED, NO_VIDEO = 0.0, 1.0, None
 SYSTEM_COLUMNS = (

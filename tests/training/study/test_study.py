@@ -99,6 +99,7 @@ CHANGES = {
     "vact": {"model.preset": "vact", "data.p_mix": 0},
     "caste": {"model.preset": "evacap-caste"},
     "caste-losses": {"model.preset": "evacap-caste-losses"},
+    "case": {"model.preset": "evacap-case"},
     "video-only": {"model.preset": "video-only", "data.p_mix": 0.0},
     **{f"dali-{loss}": {**ALIGNED, "alignment.loss": loss.replace("-", "_")} for loss in LOSSES},
     "dali-none": {**ALIGNED, "optimization.max_steps": 0},
