@@ -594,10 +594,10 @@ class EVACapConfig(PreTrainedConfig):
         _require_choice("ot_context", self.ot_context, TRANSPORT_CONTEXTS)
         number = getattr(self.text_config, "num_prompt_tokens", 0)
         _require(
-            number == 0 or self.text_fusion == "prefix",
+            number == 0 or (self.text_fusion == "prefix" and self.is_encoder_decoder),
             "text_config.num_prompt_tokens",
             number,
-            "0 without `text_fusion='prefix'`",
+            "0 without `text_fusion='prefix'`, and with a language model",
         )
         _require_choice("text_fusion", self.text_fusion, TEXT_FUSIONS)
         _require(

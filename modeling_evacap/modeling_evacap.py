@@ -921,7 +921,7 @@ class EVACapEncoder(EVACapPreTrainedModel):
         """The summaries of the towers that the losses of a training read."""
         contrast, summaries = self.config.caption_contrast_weight > 0, {}
         if self.training and audio is not None and (contrast or self.config.hearing_weight > 0):
-            summaries["audio_summary"] = mean_and_max(audio.last_hidden_state, audio.attention_mask, 1)
+            summaries["audio_summary"] = mean_and_max(audio.last_hidden_state, all_where_none(audio.attention_mask), 1)
         if self.training and video is not None and contrast:
             tokens, mask = video.last_hidden_state, video.attention_mask
             exists = tokens.new_ones(len(tokens), 1, dtype=torch.bool) if mask is None else mask.any(1, keepdim=True)
@@ -1631,6 +1631,11 @@ class EVACapModel(EVACapPreTrainedModel):
                 return_dict=True,
             )
         elif isinstance(encoder_outputs, tuple):
+            if self.config.text_fusion == "adaptive":
+                raise ValueError(
+                    "`encoder_outputs` is a tuple, which does not tell the tokens of sound and picture apart, but a model with "
+                    "`text_fusion='adaptive'` weighs them: pass the `EVACapEncoderOutput` of the encoder."
+                )
             encoder_outputs = EVACapEncoderOutput(last_hidden_state=encoder_outputs[0])
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,

@@ -7,10 +7,13 @@ other. No caption is read. See [`alignment`] for the paper and its losses.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils.generic import maybe_autocast
 
 from ..modeling_evacap.configuration_evacap import EVACapConfig
 from ..modeling_evacap.language_model_evacap import captioner_class
@@ -29,6 +32,8 @@ PARTS = 20
 """Parts of a run, for the weight of the entropy: the published run has so many epochs."""
 SAME_SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "hidden_act", "qkv_bias", "layer_norm_eps")
 """What the joint block of the teacher, which the student takes over, has from the configuration of its tower."""
+ONLY_IN_TRAINING = {"caption_contrast_weight": 0.0}
+"""Fields of a teacher's configuration that mean nothing without captions."""
 
 
 def late_concat(picture: EVACapCaptioner, sound: EVACapCaptioner) -> EVACapCaptioner:
@@ -42,21 +47,32 @@ def late_concat(picture: EVACapCaptioner, sound: EVACapCaptioner) -> EVACapCapti
         A captioner with `fusion_type="late_concat"` and copies of the weights, on the CPU, in evaluation mode.
 
     Raises:
-        ValueError: If one of the two is of another `fusion_type`.
+        ValueError: If one of the two is of another `fusion_type`, or if they do not fit.
     """
     for name, model, needed in (("picture", picture, "video_only"), ("sound", sound, "audio_only")):
         found = model.config.fusion_type
         if found != needed:
             raise ValueError(f"`{name}` has `fusion_type={found!r}`, but it must be {needed!r}.")
-    fields = {"fusion_type": "late_concat", "audio_pooling": sound.config.audio_pooling}
+    layers = [model.config.num_joint_layers for model in (picture, sound)]
+    if layers[0] != layers[1]:
+        raise ValueError(
+            f"`picture` has {layers[0]} joint layers and `sound` has {layers[1]}, but they must have the same."
+        )
+    fields = {"fusion_type": "late_concat", "audio_pooling": sound.config.audio_pooling, **ONLY_IN_TRAINING}
     fields["audio_config"] = sound.config.audio_config.to_dict()
     joined = captioner_class(picture.config)(EVACapConfig.from_dict(picture.config.to_dict() | fields))
     weights = {
-        name.replace("encoder.joint.", "encoder.video_joint."): value for name, value in picture.state_dict().items()
+        name.replace("encoder.joint.", "encoder.video_joint."): value
+        for name, value in decoding_weights(picture).items()
     }
     weights |= {name: value for name, value in sound.state_dict().items() if ".encoder." in f".{name}"}
     joined.load_state_dict(weights)
     return joined.eval()
+
+
+def decoding_weights(model: EVACapCaptioner) -> dict[str, torch.Tensor]:
+    """The weights of a captioner without those that only its training on captions needs."""
+    return {name: value for name, value in model.state_dict().items() if not name.startswith("contrast_head.")}
 
 
 class AlignedStudent(nn.Module):
@@ -100,9 +116,10 @@ class AlignedStudent(nn.Module):
         loss = alignment_loss(section.loss, heard, seen, heard_mask, seen_mask, self.scorers, section.keep, **options)
         if self.scorers is None:
             return loss, None
-        tokens = heard.detach().float(), seen.float()
-        weights = [uniform_weights(*side) for side in zip(tokens, (heard_mask, seen_mask))]
-        return loss, entropy(*self.scorers(*tokens, *weights))
+        with maybe_autocast(heard.device.type, enabled=False):
+            tokens = heard.detach().float(), seen.float()
+            weights = [uniform_weights(*side) for side in zip(tokens, (heard_mask, seen_mask))]
+            return loss, entropy(*self.scorers(*tokens, *weights))
 
     def _drawn(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A random subset of the tokens, the same places in all clips."""
@@ -150,8 +167,10 @@ class AlignmentRun(TrainingRun):
                     f"`audio_config.{field}` of the student is {own!r}, but `video_config.{field}` of the teacher {name} is "
                     f"{other!r}: they must be equal, as the student takes over the teacher's joint block and decoder."
                 )
-        fields = {"fusion_type": "audio_only", "audio_config": config.audio_config.to_dict(), "video_pooling": None}
+        own = {"audio_config": config.audio_config.to_dict(), "audio_pooling": config.audio_pooling}
+        fields = {"fusion_type": "audio_only", "video_pooling": None, **own, **ONLY_IN_TRAINING}
         student_config = EVACapConfig.from_dict(teacher_config.to_dict() | fields)
+        _check_fields(self.config.model.config, student_config.to_dict(), name)
         self.reader = EVACapProcessor(
             processor.feature_extractor, known.video_processor, known.tokenizer, max_text_length=known.max_text_length
         )
@@ -173,10 +192,11 @@ class AlignmentRun(TrainingRun):
         if self.accelerator.is_fsdp2:
             raise ValueError("`alignment` works with one process or several whole copies (DDP), but not with FSDP.")
         section = self.config.model
-        towers = make_model(section, self.start_config).state_dict()
-        weights = {name: value for name, value in self.teacher.state_dict().items() if ".video_tower." not in name}
-        weights |= {name: value for name, value in towers.items() if ".audio_tower." in name}
+        tower = make_model(section, self.start_config).get_encoder().audio_tower
         student = make_model(dataclasses.replace(section, start=None), self.model_config)
+        student.get_encoder().audio_tower.load_state_dict(tower.state_dict())
+        weights = {name: value for name, value in student.state_dict().items() if ".audio_tower." in f".{name}"}
+        weights |= {k: value for k, value in decoding_weights(self.teacher).items() if ".video_tower." not in f".{k}"}
         student.load_state_dict(weights)
         freeze(student, [name for name, _ in student.named_parameters() if ".encoder." not in f".{name}"])
         freeze(student, section.freeze, section.freeze_except)
@@ -189,6 +209,8 @@ class AlignmentRun(TrainingRun):
 
     def end(self) -> None:
         """See [`TrainingRun.end`]. The folder `late_concat` gets the student and its teacher, joined."""
+        # Before anything that a full disk could refuse.
+        self.checkpoints.save(self.state.step)
         joined = late_concat(self.teacher, self.captioner)
         models = Models(self.folder, self.accelerator, joined, self.reader, self.models.training, self.models.code)
         models.final_folder = self.folder / "late_concat"
@@ -253,4 +275,18 @@ def _check(config: RunConfig) -> None:
             raise ValueError(
                 f"`{key}` is {value!r}, but with `alignment` it must be {needed!r}: an audio-only student learns from the "
                 "pictures of its own clips, and no caption is read."
+            )
+
+
+def _check_fields(
+    given: Mapping[str, Any], student: Mapping[str, Any], teacher: str, key: str = "model.config"
+) -> None:
+    """Checks that the configuration asks for nothing that the student, which has the fields of its teacher, has not."""
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            _check_fields(value, student[name] or {}, teacher, f"{key}.{name}")
+        elif student.get(name) != value:
+            raise ValueError(
+                f"`{key}.{name}` is {value!r}, but it is {student.get(name)!r} in the teacher {teacher}, and the student has "
+                "all but its `audio_config` and `audio_pooling` from there: leave it out."
             )

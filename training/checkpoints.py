@@ -170,6 +170,11 @@ class Checkpoints:
             optim_state_dict=states,
             options=StateDictOptions(full_state_dict=True, strict=not self.only_trained),
         )
+        # Loading makes a state of zeros for a parameter that has had no gradient, with one step behind it.
+        parameters = dict(self.accelerator.unwrap_model(self.model).named_parameters())
+        for name, state in states["state"].items():
+            if not state and name in parameters:
+                self.optimizer.state.pop(parameters[name], None)
         states = load_states(newest / RANDOM_STATES.format(self.accelerator.process_index))
         set_random_states(states, self.accelerator.device)
         return True

@@ -38,11 +38,16 @@ def make_processor_and_config(section: ModelSection) -> tuple[EVACapProcessor, E
     if section.start is not None:
         with loading(section.start):
             config = EVACapConfig.from_pretrained(section.start)
-        wanted = preset.config()
-        if _variant(config) != _variant(wanted):
+        # Any variant can be put behind an enrichment, which initially changes nothing, and goes on with it.
+        enrichment = {name: value for name, value in section.config.items() if name == "enrichment"}
+        found, wanted = EVACapConfig.from_dict(config.to_dict() | enrichment), preset.config(**enrichment)
+        if _variant(found) != _variant(wanted):
+            advice = "choose the preset that fits"
+            if found.enrichment != wanted.enrichment:
+                advice += f", or give `model.config.enrichment={found.enrichment or wanted.enrichment}`"
             raise ValueError(
                 f"`model.start` {section.start} is {_variant(config)}, but `model.preset` {section.preset!r} is "
-                f"{_variant(wanted)}: choose the preset that fits, or import the weights with --as {section.preset}."
+                f"{_variant(wanted)}: {advice}, or import the weights with --as {section.preset}."
             )
         config = EVACapConfig.from_dict(_with_fields(config.to_dict(), section.config, "model.config"))
         return load_processor(section.start), config

@@ -133,7 +133,7 @@ class AlignmentSection:
 
     Args:
         teacher (`str`): The folder of a trained `video_only` captioner, or its name on the Hub. It is frozen.
-        loss (`str`, defaults to `"mmd"`): See [`alignment_loss`].
+        loss (`str`, defaults to `"ot"`): See [`alignment_loss`].
         solver (`str`, defaults to `"sinkhorn"`), epsilon (`float`, defaults to 0.05), iterations (`int`, defaults to 50): See
             [`transport_cost`].
         keep (`float`, defaults to 0.5): The share of the clips of a batch that count: those whose sound and picture agree
@@ -144,7 +144,7 @@ class AlignmentSection:
     """
 
     teacher: str
-    loss: Literal["mmd", "ot", "attentive_ot", "contrast"] = "mmd"
+    loss: Literal["mmd", "ot", "attentive_ot", "contrast"] = "ot"
     solver: Literal["sinkhorn", "exact"] = "sinkhorn"
     epsilon: float = 0.05
     iterations: int = 50

@@ -140,6 +140,14 @@ def test_half_precision_keeps_the_confidence_in_float32(dtype):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_tokens_without_their_streams_are_refused():
+    model, inputs = build(), tiny_inputs()
+    encoded = model.get_encoder()(**inputs)
+    model(encoder_outputs=encoded, decoder_input_ids=IDS)
+    with pytest.raises(ValueError, match="`encoder_outputs` is a tuple"):
+        model(encoder_outputs=(encoded.last_hidden_state,), decoder_input_ids=IDS)
+
+
 def test_saving_keeps_every_weight(tmp_path):
     model = build()
     model.save_pretrained(tmp_path)

@@ -373,6 +373,10 @@ def test_swapped_and_missing_pictures_in_the_objectives():
     mask[1] = False
     without = model.model.encoder(**tiny_inputs(), pixel_values_videos_mask=mask)
     assert without.video_summary.isnan().all(1).tolist() == [False, True, False]
+    # A clip all of whose sound is masked does not spoil the loss of the batch.
+    heard = torch.ones(tiny_inputs()["input_features"].shape[:2], dtype=torch.bool)
+    heard[1] = False
+    assert model(**tiny_inputs(), labels=labels, input_features_mask=heard, use_cache=False).loss.isfinite()
     loss = head(without.audio_summary, without.video_summary, labels, words)
     loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)

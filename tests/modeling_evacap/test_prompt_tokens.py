@@ -59,3 +59,5 @@ def test_other_numbers_are_refused():
         make_model(-1)
     with pytest.raises(ValueError, match="num_prompt_tokens"):
         EVACapConfig(text_config={"num_prompt_tokens": 2}, text_fusion="adaptive", fusion_type="concat")
+    with pytest.raises(ValueError, match="with a language model"):
+        EVACapConfig(text_config={"model_type": "llama", "num_prompt_tokens": 2})

@@ -153,6 +153,8 @@ def test_the_clips_that_agree_most_are_kept():
     assert most_agreeing(sounds, pictures, counted, 0.5).tolist() == [True] * 4 + [False] * 4
     counted[0] = False
     assert most_agreeing(sounds, pictures, counted, 0.4).sum() == 3
+    many = torch.randn(25, 4)
+    assert most_agreeing(many, many + torch.randn(25, 4), torch.ones(25, dtype=torch.bool), 0.6).sum() == 15
 
 
 def test_the_encoder_gets_no_gradient_of_the_entropy(teacher):
@@ -243,6 +245,54 @@ def test_teacher_and_student_are_joined_in_one_captioner_of_both_streams(tmp_pat
     assert isinstance(processor.batch_decode(joined.generate(**inputs, num_beams=2, max_new_tokens=5))[0], str)
     with pytest.raises(ValueError, match="`sound` has `fusion_type='video_only'`"):
         late_concat(picture, picture)
+    sound.config.num_joint_layers = 2
+    with pytest.raises(ValueError, match="`picture` has 1 joint layers and `sound` has 2"):
+        late_concat(picture, sound)
+
+
+def test_a_run_goes_on_from_before_the_scorers_learn(tmp_path, teacher):
+    """In the first of 20 parts they have no gradient, so there is nothing of theirs in the optimizer."""
+    options = {"optimization": {"epochs": 20, "max_steps": 41}, "saving": {"every_steps": 1, "keep": 41}}
+    for name in ("whole", "parts"):
+        config = write_config(tmp_path / f"{name}.yaml", changes(teacher, "attentive_ot", tokens=12), options)
+        if name == "parts":
+            shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+            shutil.rmtree(tmp_path / "parts" / "model")
+            for later in sorted((tmp_path / "parts" / "checkpoints").iterdir())[1:]:
+                shutil.rmtree(later)
+        assert run(config) == 0
+    last = "checkpoints/step-00000041/model.safetensors"
+    assert (tmp_path / "whole" / last).read_bytes() == (tmp_path / "parts" / last).read_bytes()
+
+
+LLAMA = {"text_config": {"model_type": "llama"}}
+
+
+@pytest.mark.parametrize("fields", [{"caption_contrast_weight": 0.1}, LLAMA], ids=["contrast", "llama"])
+def test_teachers_of_other_kinds(tmp_path, fields):
+    pictures = {"model": {"preset": "video-only", "config": fields}, "data": {"p_mix": 0}}
+    step = {"optimization": {"max_steps": 1}}
+    assert run(write_config(tmp_path / "teacher.yaml", pictures, step)) == 0
+    pooled = {"model": {"config": {"audio_pooling": "frequency"}}}
+    student = write_config(tmp_path / "run.yaml", changes(tmp_path / "teacher" / "model", "ot"), step, pooled)
+    assert run(student) == 0
+    paths = tmp_path / "teacher" / "model", tmp_path / "run" / "model", tmp_path / "run" / "late_concat"
+    picture, sound, joined = (AutoModel.from_pretrained(path).eval() for path in paths)
+    assert sound.config.audio_pooling == joined.config.audio_pooling == "frequency"
+    decoders = [
+        {name: value for name, value in model.state_dict().items() if ".encoder." not in f".{name}"}
+        for model in (picture, sound, joined)
+    ]
+    assert all(
+        torch.equal(value, one[name]) for one in decoders[1:] for name, value in one.items() if name in decoders[0]
+    )
+    assert not any("contrast" in name for one in decoders[1:] for name in one)
+    inputs = {"input_features": torch.randn(1, 64, 32), "pixel_values_videos": torch.randn(1, 2, 3, 32, 32)}
+    tokens = [
+        picture.get_encoder()(pixel_values_videos=inputs["pixel_values_videos"]).last_hidden_state,
+        sound.get_encoder()(input_features=inputs["input_features"]).last_hidden_state,
+    ]
+    assert_close(joined.get_encoder()(**inputs).last_hidden_state, torch.cat(tokens, 1))
 
 
 def test_prefix_tuning_of_a_teacher_changes_nothing_else(tmp_path, teacher):
@@ -275,6 +325,11 @@ def test_prefix_tuning_of_a_teacher_changes_nothing_else(tmp_path, teacher):
         ({"validation": {"every_steps": 4, "procedural": 4}}, "validation.every_steps"),
         ({"model": {"config": {"audio_config": {"hidden_size": 32}}}}, "audio_config.hidden_size"),
         ({"alignment": {"keep": 0.0}}, "alignment.keep"),
+        ({"model": {"config": {"label_smoothing": 0.3}}}, "model.config.label_smoothing` is 0.3, but it is 0.1"),
+        (
+            {"model": {"config": {"text_config": {"num_prompt_tokens": 4}}}},
+            "model.config.text_config.num_prompt_tokens",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, teacher, change, message):

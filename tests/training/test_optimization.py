@@ -4,6 +4,7 @@ import pytest
 import torch
 from training_runs import write_config
 
+from evacap.modeling_evacap.modeling_evacap import EVACapForConditionalGeneration
 from evacap.training.components import make_model, make_processor_and_config
 from evacap.training.optimization import freeze, make_optimizer, make_scheduler, parameter_groups
 from evacap.training.run_config import OptimizationSection, load_run_config
@@ -47,6 +48,17 @@ def test_freezing_by_pattern(model):
     assert {p for group in parameter_groups(model, 0.1) for p in group["params"]} == {
         p for p in model.parameters() if p.requires_grad
     }
+
+
+def test_what_reads_the_streams_is_trained_in_the_recipe_of_adaptive_fusion():
+    config = load_run_config(
+        "vact", ["data.procedural=1", "validation.every_steps=null", "model.tokenizer=procedural"]
+    )
+    with torch.device("meta"):
+        model = EVACapForConditionalGeneration(make_processor_and_config(config.model)[1])
+    frozen = freeze(model, config.model.freeze, config.model.freeze_except)
+    assert not any("encoder_attn" in name or "encoder." in name for name in frozen)
+    assert {"model.decoder.layers.0.fc1.weight", "model.decoder.layers.5.self_attn.q_proj.weight"} <= set(frozen)
 
 
 def test_a_pattern_that_fits_nothing_is_an_error(model):

@@ -26,7 +26,9 @@ def test_the_rows_of_the_paper():
     lavcap = rows.pop("lavcap")
     assert (lavcap.model.preset, lavcap.data.p_mix, lavcap.model.lora.r) == ("lavcap", 0.0, 8)
     align = rows.pop("align")
-    assert (align.model.preset, align.data.p_mix, align.alignment.loss) == ("audio-only", 0.0, "mmd")
+    assert (align.model.preset, align.data.p_mix, align.alignment.loss) == ("audio-only", 0.0, "ot")
+    vact = rows.pop("vact")
+    assert (vact.model.preset, vact.data.p_mix) == ("vact", 0.0)
     assert {name: (config.model.preset, config.data.p_mix) for name, config in rows.items()} == {
         "audio_only": ("audio-only", 0.0),
         "avcap": ("avcap", 0.0),

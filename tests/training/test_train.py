@@ -245,6 +245,22 @@ def test_what_does_not_fit_is_said_at_once(tmp_path, override, error, message):
     assert not (tmp_path / "a").exists()
 
 
+def test_a_model_behind_an_enrichment_goes_on_with_it(tmp_path):
+    one_step = {"optimization": {"max_steps": 1}}
+    plain = {"model": {"preset": "avcap"}}
+    start = f"model.start={tmp_path / 'plain' / 'model'}"
+    assert run(write_config(tmp_path / "plain.yaml", plain, one_step)) == 0
+    enriched = write_config(tmp_path / "enriched.yaml", plain, one_step)
+    assert run(enriched, start, "model.config.enrichment=caste") == 0
+    start = f"model.start={tmp_path / 'enriched' / 'model'}"
+    more = write_config(tmp_path / "more.yaml", plain, one_step)
+    with pytest.raises(ValueError, match="concat with enrichment caste.*or give `model.config.enrichment=caste`"):
+        run(more, start)
+    assert run(more, start, "model.config.enrichment=caste") == 0
+    with pytest.raises(ValueError, match="choose the preset that fits, or import"):
+        run(write_config(tmp_path / "other.yaml", one_step), start, "model.config.enrichment=caste")
+
+
 def test_the_command_says_errors_in_a_line(tmp_path, capsys):
     assert evacap(["train", "nowhere"]) == 1
     assert capsys.readouterr().err.startswith("evacap train: nowhere: there is no such file")

@@ -121,7 +121,7 @@ EXTRA = {
     "case": Variant(("model.preset=evacap-case",), run_class=StreamCaptionedRun),
     "video-only": Variant(("model.preset=video-only", "data.p_mix=0")),
     **{f"dali-{loss.replace('_', '-')}": Variant((*ALIGNED, f"alignment.loss={loss}")) for loss in LOSSES},
-    "dali-none": Variant((*ALIGNED, "optimization.max_steps=0")),
+    "dali-none": Variant((*ALIGNED, "alignment.loss=mmd", "optimization.max_steps=0")),
     "dali-late-concat": Variant(
         ("model.preset=late-concat", "data.p_mix=0", "optimization.max_steps=0"), origin="dali-ot/late_concat"
     ),
