@@ -261,6 +261,11 @@ class TrainingRun:
             `learning_rate`), and whether a signal has stopped any process.
         """
         accelerator, model, terms = self.accelerator, self.model, self._loss_terms()
+        if "labels" not in batches[0]:
+            raise ValueError(
+                f"The clips of {self.config.data.prepared} have no captions to learn from: prepare them without --no-captions. "
+                "Only `evacap train align` learns without captions."
+            )
         counts = [(batch["labels"] != -100).sum() for batch in batches]
         # The caption loss is the mean over all caption tokens of the step, in all processes and batches.
         count = accelerator.reduce(sum(counts))

@@ -42,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--manifest", metavar="FILE", help="a list of clips of your own, .jsonl or .csv")
     parser.add_argument("--media", metavar="FOLDER", help="folder with the clips of the CSV file")
     parser.add_argument(
+        "--no-captions",
+        action="store_true",
+        help="prepare the clips of --folder or --manifest without captions, for `evacap train align`",
+    )
+    parser.add_argument(
         "--video-features",
         metavar="FOLDER",
         help="instead of pictures, ID.npy of this folder for each clip: vectors of a video tower, (frames, width)",
@@ -168,6 +173,8 @@ def read_clips(arguments: argparse.Namespace) -> tuple[list["Entry"], str]:
         raise ValueError(f"--{with_media} needs --media, the folder with the clips")
     if not with_media and arguments.media is not None:
         raise ValueError(f"--media belongs to --{', --'.join(WITH_MEDIA)}, which are lists without their clips")
+    if arguments.no_captions and not (arguments.folder or arguments.manifest):
+        raise ValueError("--no-captions belongs to --folder and --manifest; the other lists have captions")
     shards = arguments.webdataset
     source = getattr(arguments, with_media) if with_media else arguments.manifest or arguments.folder or shards[0]
     split = arguments.split or split_of(source)
@@ -178,8 +185,8 @@ def read_clips(arguments: argparse.Namespace) -> tuple[list["Entry"], str]:
     if arguments.vggsound:
         return read_vggsound(source, arguments.media, split), split
     if arguments.folder:
-        return read_folder(source), split
-    return (read_webdataset(shards) if shards else read_manifest(source)), split
+        return read_folder(source, not arguments.no_captions), split
+    return (read_webdataset(shards) if shards else read_manifest(source, not arguments.no_captions)), split
 
 
 def split_of(source: str) -> str:

@@ -12,6 +12,8 @@ import pytest
 import evacap
 from evacap.cli import main
 from evacap.commands.prepare import split_of
+from evacap.processing.processing_evacap import EVACapProcessor
+from evacap.training.data.prepared_clips import PreparedClips
 from evacap.training.procedural.scenes import write_dataset
 
 
@@ -89,6 +91,39 @@ def test_a_file_that_is_away_for_a_moment(clips, tmp_path, capsys):
     (tmp_path / "away").rename(away)
     assert main(call) == 0
     assert capsys.readouterr().out.startswith("test: 3 of 3 clips, ")
+
+
+def test_clips_without_captions(clips, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for file in clips.parent.glob("*.mp4"):
+        (folder / file.name).symlink_to(file)
+    options = ["--model", evacap.TINY, "--workers", "1", "--split", "train", "--output"]
+    call = ["prepare", "--folder", str(folder), *options, str(tmp_path / "folder")]
+    assert main(call) == 1
+    assert "has no caption" in capsys.readouterr().err
+    assert main([*call, "--no-captions"]) == 0
+    (folder / "metadata.csv").write_text(
+        "file_name,place\n" + "".join(f"{f.name},here\n" for f in folder.glob("*.mp4"))
+    )
+    listed = ["prepare", "--folder", str(folder), *options, str(tmp_path / "listed"), "--no-captions"]
+    assert main(listed) == 0
+    # Captions that are there do not count.
+    manifest = ["prepare", "--manifest", str(clips), *options, str(tmp_path / "manifest"), "--no-captions"]
+    assert main(manifest) == 0
+    processor = EVACapProcessor.from_pretrained(evacap.TINY)
+    for name in ("folder", "listed", "manifest"):
+        prepared = PreparedClips(tmp_path / name, "train", processor)
+        assert len(prepared) == 3 and prepared.captions(0) == []
+        assert prepared[0].keys() == {"input_features", "pixel_values_videos"}
+    capsys.readouterr()
+    command = ["evaluate", evacap.TINY, "--data", str(tmp_path / "folder"), "--split", "train"]
+    assert main([*command, "--output", str(tmp_path / "evaluation")]) == 1
+    assert "has no caption to compare with" in capsys.readouterr().err
+    shards = ["prepare", "--webdataset", "a.tar", *options, str(tmp_path / "shards"), "--no-captions"]
+    assert main(shards) == 1
+    assert "--no-captions belongs to --folder and --manifest" in capsys.readouterr().err
 
 
 def test_wrong_calls(clips, tmp_path, capsys):

@@ -21,7 +21,11 @@ from evacap.training.alignment import (
     transport_cost,
     uniform_weights,
 )
-from evacap.training.run_config import AlignmentSection
+from evacap.training.components import make_processor_and_config
+from evacap.training.data.manifest import read_manifest
+from evacap.training.data.prepare import prepare
+from evacap.training.procedural.scenes import write_dataset
+from evacap.training.run_config import AlignmentSection, load_run_config
 
 
 FOLDER = "peers/eye_for_an_ear"
@@ -263,6 +267,16 @@ def test_a_run_goes_on_from_before_the_scorers_learn(tmp_path, teacher):
         assert run(config) == 0
     last = "checkpoints/step-00000041/model.safetensors"
     assert (tmp_path / "whole" / last).read_bytes() == (tmp_path / "parts" / last).read_bytes()
+
+
+def test_clips_without_captions_are_enough(tmp_path, teacher):
+    processor, _ = make_processor_and_config(load_run_config(write_config(tmp_path / "small.yaml")).model)
+    clips = read_manifest(write_dataset(tmp_path / "clips", "train", 4, seed=0), captions=False)
+    prepare(clips, tmp_path / "prepared", processor, "train", num_workers=1)
+    data = {"data": {"procedural": None, "prepared": str(tmp_path / "prepared")}}
+    assert run(write_config(tmp_path / "run.yaml", changes(teacher, "ot"), data)) == 0
+    with pytest.raises(ValueError, match="have no captions to learn from"):
+        run(write_config(tmp_path / "plain.yaml", data))
 
 
 LLAMA = {"text_config": {"model_type": "llama"}}

@@ -20,7 +20,7 @@ class Entry:
 
     Args:
         id (`str`): Its name, unique in the manifest.
-        captions (`tuple[str, ...]`): One or more captions.
+        captions (`tuple[str, ...]`): Its captions.
         media (`str` or `TarMember`, *optional*): File with sound and picture.
         audio (`str`, *optional*): File with the sound, instead of `media`.
         video (`str`, *optional*): File with the picture, with `audio`.
@@ -67,12 +67,16 @@ class Entry:
         return None if source is None else str(source)
 
 
-def read_manifest(path: str | os.PathLike) -> list[Entry]:
+def read_manifest(path: str | os.PathLike, captions: bool = True) -> list[Entry]:
     """Reads a manifest: a `.jsonl` file with one object per line, or a `.csv` file with a header.
 
     Its fields: `id`; `media`, or `audio` with `video` or `frames`, or either with `video_features` (relative to the
     manifest's folder); `captions` (a list) or `caption`; optionally `start` and `duration` in seconds. See [`Entry`]. All other fields are kept in
     `extra`. Rows with the same `id` and the same files are one clip with several captions.
+
+    Args:
+        path (`str` or `os.PathLike`): The manifest.
+        captions (`bool`, *optional*, defaults to `True`): Whether clips must have captions. Otherwise they get none.
 
     Raises:
         ValueError: If a row lacks a field or has a wrong one, with file and line, or if the manifest is empty.
@@ -83,7 +87,7 @@ def read_manifest(path: str | os.PathLike) -> list[Entry]:
     for line, row in read_rows(path):
         if path.suffix.lower() == ".csv":
             row = {name: value for name, value in row.items() if value != ""}
-        entry = _entry(path, line, row)
+        entry = _entry(path, line, row, captions)
         first = clips.setdefault(entry.id, entry)
         if first is not entry:
             if any(
@@ -176,13 +180,14 @@ def _parse(path: Path, line: int, text: str) -> Any:
         raise ValueError(f"{path}, line {line}: is not JSON ({error})") from error
 
 
-def _entry(path: Path, line: int, row: dict[str, Any]) -> Entry:
+def _entry(path: Path, line: int, row: dict[str, Any], with_captions: bool) -> Entry:
     extra = dict(row)
     name = extra.pop("id", None)
     name = "" if name is None else str(name)
     caption, captions = extra.pop("caption", None), extra.pop("captions", None)
     captions = caption if captions is None else captions
     captions = [captions] if isinstance(captions, str) else captions
+    captions = captions if with_captions else ()
     sources = {source: extra.pop(source, None) for source in (*SOURCES, "video_features")}
     window = {key: extra.pop(key) for key in ("start", "duration") if extra.get(key) is not None}
     given = [source for source, value in sources.items() if value is not None]
@@ -190,7 +195,7 @@ def _entry(path: Path, line: int, row: dict[str, Any]) -> Entry:
     try:
         if not name:
             raise ValueError("`id` is missing")
-        if (
+        if with_captions and (
             not captions
             or not isinstance(captions, list)
             or not all(isinstance(c, str) and c.strip() for c in captions)

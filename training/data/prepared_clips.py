@@ -69,8 +69,9 @@ class _Clips:
         # The random choices of a clip depend neither on its position nor on the process.
         rng = np.random.default_rng([self.seed, self.epoch, crc32(row["id"][0].as_py().encode())])
         clip: dict[str, Any] = {}
-        caption = captions[0] if self.augmentation is None else captions[rng.integers(len(captions))]
-        clip["labels"] = self.processor(text=caption)["labels"][0]
+        if captions:
+            caption = captions[0] if self.augmentation is None else captions[rng.integers(len(captions))]
+            clip["labels"] = self.processor(text=caption)["labels"][0]
         extra = json.loads(row["extra"][0].as_py())
         for stream in STREAMS_OF[self.processor.modalities]:
             if isinstance(extra.get(f"{stream}_caption"), str):
@@ -157,7 +158,7 @@ class PreparedClips(_Clips, Dataset):
 
         Returns:
             `input_features` (T, M) float32, `pixel_values_videos` (F, 3, H, W) float32, or, where the clips were prepared
-            with them, `video_features` (F, D) float32, and `labels`.
+            with them, `video_features` (F, D) float32, and `labels`, if it has a caption.
         """
         return self._clip(self.rows[int(index)])
 

@@ -129,6 +129,9 @@ def evaluate(
     conditions += [Condition(frames=count) for count in sorted(set(frames))]
     captioners = [Captioner(name, folder, output) for name, folder in checkpoints.items()]
     clips = list_clips(make_clips(captioners[0].processor), max_clips)
+    without = next((clip.id for clip in clips if not clip.references), None)
+    if without is not None:
+        raise ValueError(f"clip {without!r} has no caption to compare with: prepare the clips without --no-captions")
     plans = [
         {condition: captioner.pairs(condition, clips, seed) for condition in conditions} for captioner in captioners
     ]
