@@ -272,7 +272,7 @@ def test_a_run_goes_on_from_before_the_scorers_learn(tmp_path, teacher):
 def test_clips_without_captions_are_enough(tmp_path, teacher):
     processor, _ = make_processor_and_config(load_run_config(write_config(tmp_path / "small.yaml")).model)
     clips = read_manifest(write_dataset(tmp_path / "clips", "train", 4, seed=0), captions=False)
-    prepare(clips, tmp_path / "prepared", processor, "train", num_workers=1)
+    prepare(clips, tmp_path / "prepared", processor, "train", fps=2, num_workers=1)
     data = {"data": {"procedural": None, "prepared": str(tmp_path / "prepared")}}
     assert run(write_config(tmp_path / "run.yaml", changes(teacher, "ot"), data)) == 0
     with pytest.raises(ValueError, match="have no captions to learn from"):
