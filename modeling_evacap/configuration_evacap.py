@@ -31,6 +31,16 @@ AUDIO_POOLINGS = (None, "frequency")
 VIDEO_POOLINGS = (None, "frame")
 TRANSPORT_CONTEXTS = ("mass", "mean")
 TEXT_FUSIONS = ("prefix", "adaptive")
+LOSS_WEIGHTS = {
+    "gate_stability": "gate_stability_weight",
+    "matching_loss": "matching_weight",
+    "heard_words": "hearing_weight",
+    "caption_contrast": "caption_contrast_weight",
+    "picture_entropy": "entropy_weight",
+    "transport_loss": "ot_loss_weight",
+    "semantic_consistency": "semantic_consistency_weight",
+}
+"""The terms of the loss beside the caption loss, by their names in the output of a captioner, with the fields of their weights."""
 ENRICHMENTS = (None, "caste", "case")
 
 # The classes of captioners, by their decoder: the one of GIT, or a language model.
@@ -462,13 +472,7 @@ class EVACapConfig(PreTrainedConfig):
         "past_key_values",
         "encoder_last_hidden_state",
         "caption_loss",
-        "gate_stability",
-        "semantic_consistency",
-        "matching_loss",
-        "heard_words",
-        "caption_contrast",
-        "picture_entropy",
-        "transport_loss",
+        *LOSS_WEIGHTS,
         "confidence",
     ]
 
@@ -616,8 +620,7 @@ class EVACapConfig(PreTrainedConfig):
         for field in ("gate_weight_init", "gate_bias_init", "label_smoothing"):
             _require(_is_number(getattr(self, field)), field, getattr(self, field), "a number")
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "at least 0 and below 1")
-        weights = ("gate_stability_weight", "semantic_consistency_weight", "matching_weight", "hearing_weight")
-        for field in (*weights, "caption_contrast_weight", "entropy_weight", "ot_loss_weight"):
+        for field in LOSS_WEIGHTS.values():
             value = getattr(self, field)
             _require(_is_number(value) and value >= 0, field, value, "a number from 0 up")
         width, temperature, threshold = (
@@ -687,9 +690,10 @@ class EVACapConfig(PreTrainedConfig):
         return self.fusion_type != "optimal_transport" or self.num_joint_layers > 0
 
     @property
-    def has_transport_loss(self) -> bool:
-        """Whether the loss of optimal transport is one of the terms."""
-        return self.fusion_type == "optimal_transport" and self.ot_loss_weight > 0
+    def loss_terms(self) -> list[str]:
+        """The terms of the loss beside the caption loss, by their names in the output of a captioner."""
+        absent = set() if self.fusion_type == "optimal_transport" else {"transport_loss"}
+        return [name for name, field in LOSS_WEIGHTS.items() if getattr(self, field) > 0 and name not in absent]
 
     @property
     def audio_rows(self) -> int:

@@ -50,6 +50,7 @@ from .adaptive_evacap import (
 )
 from .attention_evacap import all_where_none, blockwise_attention_forward, eager_attention_forward
 from .configuration_evacap import (
+    LOSS_WEIGHTS,
     EVACapAudioConfig,
     EVACapCEDConfig,
     EVACapCLIPConfig,
@@ -1663,25 +1664,23 @@ class EVACapModel(EVACapPreTrainedModel):
         )
 
 
+FROM_ENCODER = [
+    field.name
+    for field in fields(EVACapEncoderOutput)
+    if field.name
+    in {field.name for field in fields(EVACapSeq2SeqModelOutput)} - {"last_hidden_state", "cross_attentions"}
+]
+"""The fields that an output of the whole model has under the same name as that of its encoder."""
+
+
 def encoder_fields(encoder_outputs: EVACapEncoderOutput) -> dict[str, Any]:
     """The fields of [`EVACapSeq2SeqModelOutput`] that come from the encoder."""
-    copied = (
-        "fusion_gate",
-        "attention_entropy",
-        "agreement",
-        "agreement_by_step",
-        "matching_loss",
-        "audio_summary",
-        "video_summary",
-        "transport_map",
-        "transport_loss",
-    )
     return {
         "encoder_last_hidden_state": encoder_outputs.last_hidden_state,
         "encoder_hidden_states": encoder_outputs.hidden_states,
         "encoder_attentions": encoder_outputs.attentions,
         "encoder_attention_mask": getattr(encoder_outputs, "attention_mask", None),
-        **{name: getattr(encoder_outputs, name, None) for name in copied},
+        **{name: getattr(encoder_outputs, name, None) for name in FROM_ENCODER},
     }
 
 
@@ -1780,13 +1779,11 @@ class EVACapCaptioner(EVACapPreTrainedModel):
             gate, mask = outputs.fusion_gate[: len(labels)], outputs.encoder_attention_mask
             mask = None if mask is None else mask[: len(labels)].to(gate.device)
             terms["gate_stability"] = gate_stability(gate, self.config.audio_rows, mask).to(loss.device)
-            loss = loss + share * self.config.gate_stability_weight * terms["gate_stability"]
         if self.config.hearing_weight > 0 and outputs.audio_summary is not None:
             # The words' vectors are left to the captions.
             words = self.get_output_embeddings().weight.detach()
             summary = self.hearing_head(outputs.audio_summary[: len(labels)]).to(words.device)
             terms["heard_words"] = heard_words(F.linear(summary, words), labels)
-            loss = loss + share * self.config.hearing_weight * terms["heard_words"]
         shuffled = None if shuffled is None else shuffled.to(loss.device).bool()
         if self.training and self.config.caption_contrast_weight > 0:
             summaries = (outputs.audio_summary, outputs.video_summary)
@@ -1794,22 +1791,19 @@ class EVACapCaptioner(EVACapPreTrainedModel):
             if any(summary is not None for summary in summaries):
                 words = self.get_output_embeddings().weight.detach()
                 terms["caption_contrast"] = self.contrast_head(*summaries, labels, words, shuffled).to(loss.device)
-                loss = loss + share * self.config.caption_contrast_weight * terms["caption_contrast"]
         if self.training and self.config.entropy_weight > 0 and outputs.attention_entropy is not None:
             entropy, mask = outputs.attention_entropy[: len(labels)].to(loss.device), outputs.encoder_attention_mask
             mask = None if mask is None else mask[: len(labels)].to(loss.device)
             terms["picture_entropy"] = picture_entropy(entropy, shuffled, mask)
-            loss = loss + share * self.config.entropy_weight * terms["picture_entropy"]
         if outputs.matching_loss is not None:
             terms["matching_loss"] = outputs.matching_loss.to(loss.device)
-            loss = loss + share * self.config.matching_weight * terms["matching_loss"]
         if outputs.transport_loss is not None:
             terms["transport_loss"] = outputs.transport_loss.to(loss.device)
-            loss = loss + share * self.config.ot_loss_weight * terms["transport_loss"]
         if swapped is not None:
             rows = swapped.to(logits.device)
             terms["semantic_consistency"] = semantic_consistency(matched_logits, logits[rows], labels[rows])
-            loss = loss + share * self.config.semantic_consistency_weight * terms["semantic_consistency"]
+        for name, term in terms.items():
+            loss = loss + share * getattr(self.config, LOSS_WEIGHTS[name]) * term
         if terms:
             terms = {name: term.detach() for name, term in {"caption_loss": caption_loss, **terms}.items()}
         return loss, terms
@@ -1998,8 +1992,7 @@ class EVACapForConditionalGeneration(EVACapCaptioner, GenerationMixin):
                 "`label_smoothing_factor` or `compute_loss_func` keeps the labels to itself: give the model to the data "
                 "collator, `EVACapDataCollator(model=model)`, which then makes `decoder_input_ids`."
             )
-        names = ("gate_stability", "semantic_consistency", "matching", "hearing", "caption_contrast", "entropy")
-        weights = [f"`{name}_weight`" for name in names if getattr(self.config, f"{name}_weight") > 0]
+        weights = [f"`{LOSS_WEIGHTS[name]}`" for name in self.config.loss_terms]
         if self.training and weights:
             logger.warning_once(
                 f"Without `labels` the model computes no loss: the terms of {', '.join(weights)} are left out of whatever "

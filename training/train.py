@@ -302,16 +302,7 @@ class TrainingRun:
 
     def _loss_terms(self) -> list[str]:
         """The names of the terms of the loss, if it has more than the caption loss."""
-        weights = {
-            "gate_stability": self.model_config.gate_stability_weight,
-            "matching_loss": self.model_config.matching_weight,
-            "heard_words": self.model_config.hearing_weight,
-            "caption_contrast": self.model_config.caption_contrast_weight,
-            "picture_entropy": self.model_config.entropy_weight,
-            "transport_loss": self.model_config.has_transport_loss,
-            "semantic_consistency": self.model_config.semantic_consistency_weight,
-        }
-        terms = [name for name, weight in weights.items() if weight > 0]
+        terms = self.model_config.loss_terms
         return ["caption_loss", *terms] if terms else []
 
     def _check_finite(self, figures: dict[str, float]) -> None:
