@@ -283,8 +283,8 @@ def run_variant(study: Study, name: str, seed: int) -> int:
     # Test and validation clips are not kept.
     workers = dataclasses.replace(study, keep_clips=False).run_config(name, seed).resources.num_workers
     judged = partial(clips_to_judge, study, model, seed, workers)
-    make_clips = judged()
     forget_accelerator()
+    make_clips = judged()
     if EVACapConfig.from_pretrained(model).has_matching_head:
         with stopwatch(folder, "calibration"):
             calibrate(model, judged("validation"), num_workers=workers)
@@ -343,11 +343,8 @@ def clips_to_judge(
     make = partial(make_test_clips, study.test_clips, split, kind)
     if EVACapConfig.from_pretrained(model).enrichment != "case":
         return make
-    forget_accelerator()
     folder = model.parent / "captions" / f"{split}-{kind.__name__}"
-    make = with_stream_captions(make, study.output, seed, folder, Accelerator(), num_workers)
-    forget_accelerator()
-    return make
+    return with_stream_captions(make, study.output, seed, folder, Accelerator(), num_workers)
 
 
 def make_test_clips(

@@ -2,31 +2,10 @@
 
 from pathlib import Path
 
-import torch
-from torch.utils.data import Dataset
-
 from ...processing.processing_evacap import EVACapProcessor
 from ..evaluation.captioner import Captioner
 from ..train import TrainingRun
-
-
-class Recaptioned(Dataset):
-    """Clips with other captions.
-
-    Args:
-        clips (`Dataset`): The clips, as the data collator takes them.
-        captions (`list[str]`): A caption for each.
-        processor ([`EVACapProcessor`]): Makes the labels.
-    """
-
-    def __init__(self, clips: Dataset, captions: list[str], processor: EVACapProcessor):
-        self.clips, self.captions, self.processor = clips, captions, processor
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {**self.clips[index], "labels": self.processor(text=self.captions[index])["labels"][0]}
+from .recaptioned import RecaptionedClips
 
 
 class DistillationRun(TrainingRun):
@@ -40,11 +19,11 @@ class DistillationRun(TrainingRun):
 
     NUM_BEAMS = 4
 
-    def make_clips(self, reader: EVACapProcessor) -> Recaptioned:
+    def make_clips(self, reader: EVACapProcessor) -> RecaptionedClips:
         """The clips of the configuration, with the captions of both streams."""
         folder = Path(self.config.model.start).with_name("late_concat")
         captioner = Captioner("late_concat", folder, self.folder / "captions")
         clips = super().make_clips(reader)
         options = {"data": f"{len(clips)} procedural clips, seed {self.config.seed}", "num_beams": self.NUM_BEAMS}
         captions = captioner.caption_all(super().make_clips, self.accelerator, **options)
-        return Recaptioned(clips, captions, reader)
+        return RecaptionedClips(clips, {"text": captions})

@@ -143,7 +143,7 @@ def detect_mismatch(
             for unit in ("clip", "token")
         }
         rows = [
-            _look(encoder, _rows(heard, [sound] * len(means[1])), _rows(seen, slice(CROSSED)), batch_size, device)
+            _look(encoder, _repeated(heard, sound, len(means[1])), _rows(seen, slice(CROSSED)), batch_size, device)
             for sound in tqdm(range(len(means[0])), desc="sounds with all pictures", unit="sound")
         ]
         entropies, gates = (np.stack([row[place].mean(-1) for row in rows]) for place in (0, 1))
@@ -228,6 +228,11 @@ def _own_above(table: np.ndarray) -> float:
 
 def _rows(stream: list[torch.Tensor], index: Any) -> list[torch.Tensor]:
     return [values[index] for values in stream]
+
+
+def _repeated(stream: list[torch.Tensor], index: int, times: int) -> list[torch.Tensor]:
+    """A row as often as that, without copies."""
+    return [values[index].expand(times, *values.shape[1:]) for values in stream]
 
 
 def _look(

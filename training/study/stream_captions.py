@@ -1,40 +1,17 @@
 """Procedural clips with a caption of each stream, for the variant that reads them (CASE)."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
-from torch.utils.data import Dataset
 
 from ...processing.processing_evacap import EVACapProcessor
 from ..evaluation.captioner import Captioner, MakeClips
-from ..procedural.dataset import ProceduralClips
 from ..train import TrainingRun
+from .recaptioned import RecaptionedClips
 
 
 STREAMS = ("audio", "video")
-
-
-class StreamCaptionedClips(Dataset):
-    """Procedural clips with captions of their streams.
-
-    Args:
-        clips ([`ProceduralClips`]): The clips.
-        captions (`Mapping[str, list[str]]`): By `"audio_captions"` and `"video_captions"`, one for each clip.
-    """
-
-    def __init__(self, clips: ProceduralClips, captions: Mapping[str, list[str]]):
-        self.clips, self.captions = clips, captions
-        self.processor, self.split, self.seed = clips.processor, clips.split, clips.seed
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = self.processor(**{name: texts[index] for name, texts in self.captions.items()})
-        return {**self.clips[index], **{name: values[0] for name, values in ids.items()}}
 
 
 def with_stream_captions(
@@ -63,8 +40,8 @@ def with_stream_captions(
         options = {"num_beams": 1, "num_workers": num_workers}
         captions[f"{stream}_captions"] = captioner.caption_all(make_clips, accelerator, **options)
 
-    def make(processor: EVACapProcessor) -> StreamCaptionedClips:
-        return StreamCaptionedClips(make_clips(processor), captions)
+    def make(processor: EVACapProcessor) -> RecaptionedClips:
+        return RecaptionedClips(make_clips(processor), captions)
 
     return make
 
@@ -75,7 +52,7 @@ class StreamCaptionedRun(TrainingRun):
     It supports procedural clips only.
     """
 
-    def make_clips(self, reader: EVACapProcessor) -> StreamCaptionedClips:
+    def make_clips(self, reader: EVACapProcessor) -> RecaptionedClips:
         """The clips of the configuration, with captions."""
         place = self.folder.parent, self.config.seed, self.folder / "captions" / "train"
         return with_stream_captions(super().make_clips, *place, self.accelerator)(reader)
