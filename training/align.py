@@ -23,7 +23,7 @@ from ..processing.processing_evacap import EVACapProcessor
 from .alignment import TokenScorers, alignment_loss, entropy, uniform_weights
 from .checkpoints import Models
 from .components import make_model
-from .optimization import freeze
+from .optimization import freeze, make_optimizer
 from .run_config import AlignmentSection, RunConfig
 from .train import StopSignals, TrainingRun
 
@@ -202,6 +202,10 @@ class AlignmentRun(TrainingRun):
         freeze(student, section.freeze, section.freeze_except)
         return AlignedStudent(student, self.config.alignment)
 
+    def make_optimizer(self, model: AlignedStudent) -> torch.optim.Optimizer:
+        """The optimizer: the scorers do not decay and have the same learning rate throughout, as in DALI."""
+        return make_optimizer(model, self.config.optimization, constant=model.scorers)
+
     @property
     def captioner(self) -> EVACapCaptioner:
         """The model that is saved."""
@@ -220,8 +224,8 @@ class AlignmentRun(TrainingRun):
     def step(self, batches: list[dict[str, torch.Tensor]], stop: StopSignals) -> tuple[dict[str, float], bool]:
         """See [`TrainingRun.step`]. The encoder gets the gradient of the loss, the scorers that of loss - λ entropy.
 
-        One AdamW for both does what two would, because it treats each parameter alone: gradients are clipped for the student
-        alone, and what has no gradient is left as it is. Unlike in DALI, the scorers follow the learning rate schedule.
+        The scorers have an optimizer of their own as a group of AdamW, which treats each parameter alone: without weight decay
+        and schedule. Gradients are clipped for the student alone, and what has no gradient is left as it is.
         """
         accelerator, model = self.accelerator, self.model
         entropy_weight = self.entropy_weight()

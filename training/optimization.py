@@ -48,24 +48,31 @@ def _matches(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
     return matches
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The trained parameters in two groups for AdamW.
+def parameter_groups(model: nn.Module, weight_decay: float, constant: nn.Module | None = None) -> list[dict]:
+    """The trained parameters in groups for AdamW.
 
     The weights of linear layers and patch embeddings decay. Biases, norms, word and position embeddings, modality
     vectors and the gate's scalars do not.
+
+    Args:
+        model (`nn.Module`): The model.
+        weight_decay (`float`): The weight decay.
+        constant (`nn.Module`, *optional*): A part of the model whose parameters are a group of their own: they do not decay, and
+            [`make_scheduler`] leaves their learning rate as it is.
     """
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    decaying, others = [], []
+    decaying, others, apart = [], [], [] if constant is None else list(constant.parameters())
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not any(parameter is one for one in apart):
             decays = name.endswith(".weight") and parameter.ndim > 1 and parameter not in tables
             (decaying if decays else others).append(parameter)
-    return [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return groups + ([{"params": apart, "weight_decay": 0.0, "is_constant": True}] if apart else [])
 
 
-def make_optimizer(model: nn.Module, section: OptimizationSection) -> AdamW:
+def make_optimizer(model: nn.Module, section: OptimizationSection, constant: nn.Module | None = None) -> AdamW:
     """AdamW with the groups of [`parameter_groups`]."""
-    groups = parameter_groups(model, section.weight_decay)
+    groups = parameter_groups(model, section.weight_decay, constant)
     return AdamW(groups, lr=section.learning_rate, betas=tuple(section.betas), fused=True)
 
 
@@ -82,10 +89,15 @@ def make_scheduler(
         steps_per_epoch (`float`): Steps of an epoch.
         total_steps (`int`): Steps of the run.
     """
-    return get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
+    scheduler = get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
         optimizer,
         num_warmup_steps=min(round(section.warmup_epochs * steps_per_epoch), total_steps),
         num_training_steps=total_steps,
         min_lr_rate=section.min_learning_rate / section.learning_rate,
         warmup_lr_rate=section.warmup_start / section.learning_rate,
     )
+    for place, group in enumerate(optimizer.param_groups):
+        if group.get("is_constant"):
+            scheduler.lr_lambdas[place] = lambda step: 1.0
+            group["lr"] = scheduler.base_lrs[place]
+    return scheduler

@@ -120,7 +120,7 @@ class TrainingRun:
             self.clips = self.make_clips(reader)
         self.loader = make_loader(config, self.clips, collator, accelerator)
         model = self.make_model()
-        optimizer = make_optimizer(model, config.optimization)
+        optimizer = self.make_optimizer(model)
         self._count_steps()
         self.scheduler = make_scheduler(optimizer, config.optimization, self.steps_per_epoch, self.total_steps)
         if accelerator.is_fsdp2:
@@ -157,6 +157,10 @@ class TrainingRun:
         model = make_model(section, self.model_config)
         freeze(model, section.freeze, section.freeze_except)
         return model
+
+    def make_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of what is trained."""
+        return make_optimizer(model, self.config.optimization)
 
     @property
     def captioner(self) -> torch.nn.Module:
