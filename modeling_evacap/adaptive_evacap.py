@@ -26,55 +26,15 @@ w starts at 0, b_a at 4 and b_v at 0: the sound is trusted, the picture half.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import EncoderDecoderCache
 
-from .attention_evacap import at_least_float32
+from .attention_evacap import EVACapTextAttention, at_least_float32, by_caption, by_clip
 from .configuration_evacap import EVACapTextConfig
 
 
 CONFIDENCE_BIAS = (4.0, 0.0)
 """The confidence in sound and picture before training, as a logit."""
-
-
-class EVACapTextAttention(nn.Module):
-    """The projections of an attention whose queries are text tokens."""
-
-    def __init__(self, config: EVACapTextConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def _heads(self, states: torch.Tensor) -> torch.Tensor:
-        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def _keys_and_values(
-        self, memory: torch.Tensor | None, cache: EncoderDecoderCache | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of the encoded clips, which are in the cache if `memory` is `None`."""
-        if memory is None:
-            layer = cache.cross_attention_cache.layers[self.layer_idx]
-            return layer.keys, layer.values
-        key, value = self._heads(self.k_proj(memory)), self._heads(self.v_proj(memory))
-        if cache is not None:
-            key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
-            cache.is_updated[self.layer_idx] = True
-        return key, value
-
-    def _weights(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        scores = torch.matmul(query * self.scaling, key.mT)
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        return F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-
-    def _dropout(self, weights: torch.Tensor) -> torch.Tensor:
-        return F.dropout(weights, self.config.attention_probs_dropout_prob, self.training)
 
 
 class EVACapTextSelfAttention(EVACapTextAttention):
@@ -146,14 +106,4 @@ class EVACapAdaptiveAttention(EVACapTextAttention):
         return self.o_proj(mixed), weights, confidence
 
 
-def by_clip(states: torch.Tensor, clips: int) -> torch.Tensor:
-    """The captions of a clip as more queries of one row: (clips, num_heads, captions * length, n)."""
-    return states.unflatten(0, (clips, -1)).transpose(1, 2).flatten(2, 3)
-
-
-def by_caption(states: torch.Tensor, captions: int) -> torch.Tensor:
-    """What [`by_clip`] has put together apart again: (captions, num_heads, length, n)."""
-    return states.unflatten(2, (captions // states.shape[0], -1)).transpose(1, 2).flatten(0, 1)
-
-
-__all__ = ["EVACapAdaptiveAttention", "EVACapTextAttention", "EVACapTextSelfAttention"]
+__all__ = ["EVACapAdaptiveAttention", "EVACapTextSelfAttention"]

@@ -11,15 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Attention in blocks of scores, for towers and fusion, so that the whole score matrix is never in memory."""
+"""What the attentions of the model share: scores in blocks, for little memory, and what those of the text have in common."""
 
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
+
+from .configuration_evacap import EVACapTextConfig
 
 
 # Size of a block of attention scores in bytes, and its greatest number of queries. On a CPU a block fits the cache.
@@ -108,3 +111,52 @@ def blockwise_attention_forward(
     for block, scores in score_blocks(query * scaling, key, mask):
         output[block] = torch.bmm(scores.softmax(-1), values[block[0]])
     return output.view_as(query).transpose(1, 2), None
+
+
+class EVACapTextAttention(nn.Module):
+    """The projections of an attention whose queries are text tokens."""
+
+    def __init__(self, config: EVACapTextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def _heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _keys_and_values(
+        self, memory: torch.Tensor | None, cache: EncoderDecoderCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of the encoded clips, which are in the cache if `memory` is `None`."""
+        if memory is None:
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            return layer.keys, layer.values
+        key, value = self._heads(self.k_proj(memory)), self._heads(self.v_proj(memory))
+        if cache is not None:
+            key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
+            cache.is_updated[self.layer_idx] = True
+        return key, value
+
+    def _weights(self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        scores = torch.matmul(query * self.scaling, key.mT)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        return F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+
+    def _dropout(self, weights: torch.Tensor) -> torch.Tensor:
+        return F.dropout(weights, self.config.attention_probs_dropout_prob, self.training)
+
+
+def by_clip(states: torch.Tensor, clips: int) -> torch.Tensor:
+    """The captions of a clip as more queries of one row: (clips, num_heads, captions * length, n)."""
+    return states.unflatten(0, (clips, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def by_caption(states: torch.Tensor, captions: int) -> torch.Tensor:
+    """What [`by_clip`] has put together apart again: (captions, num_heads, length, n)."""
+    return states.unflatten(2, (captions // states.shape[0], -1)).transpose(1, 2).flatten(0, 1)

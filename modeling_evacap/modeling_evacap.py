@@ -40,15 +40,15 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .adaptive_evacap import (
-    CONFIDENCE_BIAS,
-    EVACapAdaptiveAttention,
+from .adaptive_evacap import CONFIDENCE_BIAS, EVACapAdaptiveAttention, EVACapTextSelfAttention
+from .attention_evacap import (
     EVACapTextAttention,
-    EVACapTextSelfAttention,
+    all_where_none,
+    blockwise_attention_forward,
     by_caption,
     by_clip,
+    eager_attention_forward,
 )
-from .attention_evacap import all_where_none, blockwise_attention_forward, eager_attention_forward
 from .configuration_evacap import (
     LOSS_WEIGHTS,
     EVACapAudioConfig,
