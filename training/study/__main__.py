@@ -43,6 +43,7 @@ from .distillation import DistillationRun
 from .lies import HalfDubbedClips
 from .mismatch_detectors import detect_mismatch
 from .oracles import judge_oracles
+from .picture_captions import PAIRS, PictureCaptionedRun, PromptingRun
 from .pretraining import pretrain, retrieval
 from .report import ORACLE_RESULT, PRETRAINED, is_run, read_results, write_report
 from .stream_captions import StreamCaptionedRun, with_stream_captions
@@ -88,6 +89,18 @@ DISTILLED = (
     "data.procedural=3840",
 )
 """One epoch over a tenth of the clips: DALI distils from a small part of its clips too."""
+PROMPTED = (
+    "model.preset=video-only",
+    "model.config.text_config.num_prompt_tokens=16",
+    "model.freeze=['*']",
+    "model.freeze_except=[model.decoder.prompt]",
+    "data.p_mix=0",
+    "data.procedural=64",
+    f"optimization.batch_size={PAIRS}",
+    "optimization.epochs=500",
+    "optimization.weight_decay=0",
+)
+"""Prompt tuning as in DALI: 16 vectors, 16 pairs, 500 steps."""
 LOSSES = get_args(get_type_hints(AlignmentSection)["loss"])
 VARIANTS = {
     "audio-only": Variant(("model.preset=audio-only", "data.p_mix=0")),
@@ -126,6 +139,18 @@ EXTRA = {
         ("model.preset=late-concat", "data.p_mix=0", "optimization.max_steps=0"), origin="dali-ot/late_concat"
     ),
     "dali-distilled": Variant(DISTILLED, origin="dali-ot/model", run_class=DistillationRun),
+    "pictures": Variant(("model.preset=video-only", "data.p_mix=0"), run_class=PictureCaptionedRun),
+    "pictures-prompted": Variant(PROMPTED, origin="pictures/model", run_class=PromptingRun),
+    "dali-prompted": Variant((*ALIGNED, "alignment.teacher=pictures-prompted", "alignment.loss=ot")),
+    "dali-pictures": Variant(
+        (
+            "model.preset=audio-only",
+            "model.config.text_config.num_prompt_tokens=0",
+            "data.p_mix=0",
+            "optimization.max_steps=0",
+        ),
+        origin="dali-prompted/model",
+    ),
 }
 """Variants that run only on request, which might make the entropy more informative (ours).
 

@@ -64,6 +64,10 @@ VARIANT_TITLES = {
     "dali-none": "sound with video only's decoder, not aligned",
     "dali-late-concat": "video only and the aligned sound (OT), read together",
     "dali-distilled": "the aligned sound (OT), taught by these captions",
+    "pictures": "video only, taught by captions of what is seen",
+    "pictures-prompted": "the same, prompted by 16 captions of sounds",
+    "dali-prompted": "sound aligned with this one (OT)",
+    "dali-pictures": "sound aligned with this one (OT), without the prompt",
 }
 """The variants, in the order of the rows."""
 TABLES = {
@@ -93,6 +97,14 @@ TABLES = {
         "dali-none",
         "dali-late-concat",
         "dali-distilled",
+    ),
+    "The same from no captions of sounds but 16": (
+        "audio-only",
+        "dali-ot",
+        "pictures",
+        "pictures-prompted",
+        "dali-prompted",
+        "dali-pictures",
     ),
     "Further variants": ("evacap", "gate-stability", "semantic-consistency", "closed-gate"),
 }

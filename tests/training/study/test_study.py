@@ -111,6 +111,25 @@ CHANGES = {
         "data.p_mix": 0,
         "data.procedural": 3840,
     },
+    "pictures": {"model.preset": "video-only", "data.p_mix": 0.0},
+    "pictures-prompted": {
+        "model.preset": "video-only",
+        "text_config": load_run_config("study/tiny").model.config["text_config"] | {"num_prompt_tokens": 16},
+        "model.freeze": ["*"],
+        "model.freeze_except": ["model.decoder.prompt"],
+        "data.p_mix": 0.0,
+        "data.procedural": 64,
+        "optimization.batch_size": 16,
+        "optimization.epochs": 500,
+        "optimization.weight_decay": 0,
+    },
+    "dali-prompted": {**ALIGNED, "alignment.teacher": "pictures-prompted", "alignment.loss": "ot"},
+    "dali-pictures": {
+        "model.preset": "audio-only",
+        "text_config": load_run_config("study/tiny").model.config["text_config"] | {"num_prompt_tokens": 0},
+        "data.p_mix": 0.0,
+        "optimization.max_steps": 0,
+    },
 }
 """All that a variant's settings have other than EVACap's."""
 NETWORKS = {
@@ -125,6 +144,8 @@ NETWORKS = {
     "lavcap-mean": ("optimal_transport", "entropy"),
     "vact": ("concat", "entropy"),
     "video-only": ("video_only", "entropy"),
+    "pictures": ("video_only", "entropy"),
+    "pictures-prompted": ("video_only", "entropy"),
     **{name: ("audio_only", "entropy") for name in CHANGES if name.startswith("dali-")},
     "dali-late-concat": ("late_concat", "entropy"),
 }
@@ -157,11 +178,12 @@ def test_only_the_network_differs():
     modalities = {name: processor.modalities for name, (processor, _) in built.items()}
     one_stream = {name: kind for name, kind in modalities.items() if kind != "audio_video"}
     aligned = dict.fromkeys((name for name, (kind, _) in NETWORKS.items() if kind == "audio_only"), "audio")
-    assert one_stream == {"video-only": "video", **aligned}
+    seen = dict.fromkeys((name for name, (kind, _) in NETWORKS.items() if kind == "video_only"), "video")
+    assert one_stream == seen | aligned
     parts = [
         [part.to_dict() for part in (config.audio_config, config.video_config, config.text_config)]
         for name, (_, config) in built.items()
-        if name != "language-model"
+        if name not in ("language-model", "pictures-prompted")
     ]
     assert all(each == parts[0] for each in parts)
 
