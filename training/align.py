@@ -203,8 +203,13 @@ class AlignmentRun(TrainingRun):
         return AlignedStudent(student, self.config.alignment)
 
     def make_optimizer(self, model: AlignedStudent) -> torch.optim.Optimizer:
-        """The optimizer: the scorers do not decay and have the same learning rate throughout, as in DALI."""
-        return make_optimizer(model, self.config.optimization, constant=model.scorers)
+        """One for the student, and one for the scorers as a group of it: without weight decay and schedule (DALI)."""
+        optimizer = make_optimizer(model.student, self.config.optimization)
+        if model.scorers is not None:
+            rate = self.config.alignment.scorers_learning_rate
+            group = {"params": list(model.scorers.parameters()), "lr": rate, "weight_decay": 0.0, "is_constant": True}
+            optimizer.add_param_group(group)
+        return optimizer
 
     @property
     def captioner(self) -> EVACapCaptioner:
@@ -224,8 +229,8 @@ class AlignmentRun(TrainingRun):
     def step(self, batches: list[dict[str, torch.Tensor]], stop: StopSignals) -> tuple[dict[str, float], bool]:
         """See [`TrainingRun.step`]. The encoder gets the gradient of the loss, the scorers that of loss - λ entropy.
 
-        The scorers have an optimizer of their own as a group of AdamW, which treats each parameter alone: without weight decay
-        and schedule. Gradients are clipped for the student alone, and what has no gradient is left as it is.
+        The scorers have an optimizer of their own, as AdamW treats each parameter alone and takes what has no gradient as it
+        is. Gradients are clipped for the student alone.
         """
         accelerator, model = self.accelerator, self.model
         entropy_weight = self.entropy_weight()

@@ -48,31 +48,24 @@ def _matches(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
     return matches
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, constant: nn.Module | None = None) -> list[dict]:
-    """The trained parameters in groups for AdamW.
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """The trained parameters in two groups for AdamW.
 
     The weights of linear layers and patch embeddings decay. Biases, norms, word and position embeddings, modality
     vectors and the gate's scalars do not.
-
-    Args:
-        model (`nn.Module`): The model.
-        weight_decay (`float`): The weight decay.
-        constant (`nn.Module`, *optional*): A part of the model whose parameters are a group of their own: they do not decay, and
-            [`make_scheduler`] leaves their learning rate as it is.
     """
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    decaying, others, apart = [], [], [] if constant is None else list(constant.parameters())
+    decaying, others = [], []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not any(parameter is one for one in apart):
+        if parameter.requires_grad:
             decays = name.endswith(".weight") and parameter.ndim > 1 and parameter not in tables
             (decaying if decays else others).append(parameter)
-    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return groups + ([{"params": apart, "weight_decay": 0.0, "is_constant": True}] if apart else [])
+    return [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def make_optimizer(model: nn.Module, section: OptimizationSection, constant: nn.Module | None = None) -> AdamW:
+def make_optimizer(model: nn.Module, section: OptimizationSection) -> AdamW:
     """AdamW with the groups of [`parameter_groups`]."""
-    groups = parameter_groups(model, section.weight_decay, constant)
+    groups = parameter_groups(model, section.weight_decay)
     return AdamW(groups, lr=section.learning_rate, betas=tuple(section.betas), fused=True)
 
 
@@ -81,7 +74,8 @@ def make_scheduler(
 ) -> LRScheduler:
     """The learning rate schedule: linear warm-up, then cosine decay (AVCap).
 
-    The rate rises from `warmup_start` to `learning_rate` and falls to `min_learning_rate` in the last step.
+    The rate rises from `warmup_start` to `learning_rate` and falls to `min_learning_rate` in the last step. That of a group
+    with `is_constant=True` stays as it is.
 
     Args:
         optimizer (`Optimizer`): The optimizer of [`make_optimizer`].

@@ -141,6 +141,8 @@ class AlignmentSection:
         tokens (`int`, *optional*): Draws so many tokens of each stream at random in each step; by default it takes all.
         entropy_weight (`float`, defaults to 100.0): With `"attentive_ot"`: the weight of the entropy of the tokens' weights at
             the end of the run, see [`~AlignmentRun.entropy_weight`].
+        scorers_learning_rate (`float`, defaults to 1e-4): With `"attentive_ot"`: the learning rate of [`TokenScorers`], which
+            does not change.
     """
 
     teacher: str
@@ -151,6 +153,7 @@ class AlignmentSection:
     keep: float = 0.5
     tokens: int | None = None
     entropy_weight: float = 100.0
+    scorers_learning_rate: float = 1e-4
 
 
 @dataclass

@@ -87,16 +87,18 @@ def test_the_learning_rate_rises_along_a_line_and_falls_along_a_cosine_to_its_fl
     assert [group["betas"] for group in optimizer.param_groups] == [(0.95, 0.999)] * 2
 
 
-def test_a_constant_part_learns_as_by_an_adam_of_its_own():
+def test_a_constant_group_learns_as_by_an_adam_of_its_own():
     def parts():
         torch.manual_seed(0)
         return torch.nn.ModuleDict({"student": torch.nn.Linear(4, 4), "scorers": torch.nn.Linear(4, 4)})
 
     section = OptimizationSection(learning_rate=1e-2, weight_decay=0.5)
     together, apart = parts(), parts()
-    optimizer = make_optimizer(together, section, constant=together["scorers"])
+    optimizer = make_optimizer(torch.nn.ModuleDict({"student": together["student"]}), section)
+    scorers = list(together["scorers"].parameters())
+    optimizer.add_param_group({"params": scorers, "lr": 2e-3, "weight_decay": 0.0, "is_constant": True})
     scheduler = make_scheduler(optimizer, section, steps_per_epoch=2, total_steps=20)
-    own = torch.optim.Adam(apart["scorers"].parameters(), lr=1e-2, betas=section.betas)
+    own = torch.optim.Adam(apart["scorers"].parameters(), lr=2e-3, betas=section.betas)
     alone = make_optimizer(torch.nn.ModuleDict({"student": apart["student"]}), section)
     alone_scheduler = make_scheduler(alone, section, steps_per_epoch=2, total_steps=20)
     for step in range(20):
@@ -113,6 +115,6 @@ def test_a_constant_part_learns_as_by_an_adam_of_its_own():
         scheduler.step()
         alone_scheduler.step()
     rates = [group["lr"] for group in optimizer.param_groups]
-    assert rates[2] == 1e-2 and rates[0] == rates[1] == alone.param_groups[0]["lr"] < 1e-3
+    assert rates[2] == 2e-3 and rates[0] == rates[1] == alone.param_groups[0]["lr"] < 1e-3
     for name, parameter in together.named_parameters():
         torch.testing.assert_close(parameter, apart.get_parameter(name), atol=1e-7, rtol=1e-6)

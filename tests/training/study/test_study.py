@@ -60,6 +60,7 @@ ALIGNED = {
     "alignment.iterations": 50,
     "alignment.keep": 0.5,
     "alignment.entropy_weight": 100.0,
+    "alignment.scorers_learning_rate": 1e-4,
 }
 CHANGES = {
     "audio-only": {"model.preset": "audio-only", "data.p_mix": 0.0},
