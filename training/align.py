@@ -203,7 +203,7 @@ class AlignmentRun(TrainingRun):
         return AlignedStudent(student, self.config.alignment)
 
     def make_optimizer(self, model: AlignedStudent) -> torch.optim.Optimizer:
-        """One for the student, and one for the scorers as a group of it: without weight decay and schedule (DALI)."""
+        """AdamW, with a group for the scorers, without schedule, as in DALI, and without weight decay (ours; there 5e-7)."""
         optimizer = make_optimizer(model.student, self.config.optimization)
         if model.scorers is not None:
             rate = self.config.alignment.scorers_learning_rate
@@ -229,8 +229,8 @@ class AlignmentRun(TrainingRun):
     def step(self, batches: list[dict[str, torch.Tensor]], stop: StopSignals) -> tuple[dict[str, float], bool]:
         """See [`TrainingRun.step`]. The encoder gets the gradient of the loss, the scorers that of loss - λ entropy.
 
-        The scorers have an optimizer of their own, as AdamW treats each parameter alone and takes what has no gradient as it
-        is. Gradients are clipped for the student alone.
+        The group of the scorers learns as by an optimizer of its own, because AdamW treats each parameter alone and leaves what
+        has no gradient as it is. Gradients are clipped for the student alone.
         """
         accelerator, model = self.accelerator, self.model
         entropy_weight = self.entropy_weight()

@@ -150,7 +150,7 @@ def describe_training(config: RunConfig, num_clips: int) -> dict[str, Any]:
     data = config.data
     if data.procedural is not None:
         source = (
-            f"{data.procedural:,} procedural clips of 5 s (`python -m evacap.training.procedural.scenes`, seed {config.seed}): "
+            f"{num_clips:,} procedural clips of 5 s (`python -m evacap.training.procedural.scenes`, seed {config.seed}): "
             f"synthesised sounds of {len(KINDS)} kinds and drawn pictures of their sources. For trying and testing: a "
             "model of them knows these kinds and nothing of real recordings"
         )

@@ -450,6 +450,7 @@ def _check(config: RunConfig) -> None:
         "optimization.warmup_epochs",
         "optimization.learning_rate",
         "alignment.entropy_weight",
+        "alignment.scorers_learning_rate",
     }
     for key, value in flatten(config).items():
         least = 1 if key in at_least_one else 0 if key in not_negative else None

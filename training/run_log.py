@@ -13,7 +13,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from .files import JsonLines, check_settings, write_json
-from .run_config import RunConfig, flatten
+from .run_config import AlignmentSection, RunConfig, flatten
 
 
 PACKAGES = ("evacap", "torch", "transformers", "accelerate", "datasets", "numpy")
@@ -26,8 +26,10 @@ def check_run(folder: Path, config: RunConfig) -> None:
     path = folder / "run.json"
     if path.exists():
         before = flatten(json.loads(path.read_text(encoding="utf-8"))["config"])
-        # A setting that did not exist yet had the value of its present default.
-        before = flatten(RunConfig(output="")) | before
+        # A setting that did not exist yet had the value of its present default. Only the scorers learned at another rate.
+        has_scorers = before.get("alignment.loss", "attentive_ot") == "attentive_ot"
+        defaults = RunConfig(output="", alignment=None if has_scorers else AlignmentSection(""))
+        before = flatten(defaults) | before
         now = dict.fromkeys(before) | flatten(config)
         settled = {key: now[key] for key in sorted(now) if key.startswith(SETTLED)}
         check_settings(folder, before, settled, "Give a new `output`, or the settings of before to go on.")

@@ -1,5 +1,6 @@
 """The alignment of an audio encoder with a captioner of pictures: DALI's known answers, its masks, and a run."""
 
+import json
 import shutil
 
 import pytest
@@ -21,6 +22,7 @@ from evacap.training.alignment import (
     transport_cost,
     uniform_weights,
 )
+from evacap.training.checkpoints import load_states
 from evacap.training.components import make_processor_and_config
 from evacap.training.data.manifest import read_manifest
 from evacap.training.data.prepare import prepare
@@ -256,7 +258,11 @@ def test_teacher_and_student_are_joined_in_one_captioner_of_both_streams(tmp_pat
 
 def test_a_run_goes_on_from_before_the_scorers_learn(tmp_path, teacher):
     """In the first of 20 parts they have no gradient, so there is nothing of theirs in the optimizer."""
-    options = {"optimization": {"epochs": 20, "max_steps": 41}, "saving": {"every_steps": 1, "keep": 41}}
+    options = {
+        "optimization": {"epochs": 20, "max_steps": 41},
+        "saving": {"every_steps": 1, "keep": 41},
+        "alignment": {"scorers_learning_rate": 3e-4},
+    }
     for name in ("whole", "parts"):
         config = write_config(tmp_path / f"{name}.yaml", changes(teacher, "attentive_ot", tokens=12), options)
         if name == "parts":
@@ -267,6 +273,9 @@ def test_a_run_goes_on_from_before_the_scorers_learn(tmp_path, teacher):
         assert run(config) == 0
     last = "checkpoints/step-00000041/model.safetensors"
     assert (tmp_path / "whole" / last).read_bytes() == (tmp_path / "parts" / last).read_bytes()
+    *groups, scorers = load_states((tmp_path / "whole" / last).with_name("optimizer.safetensors"))["param_groups"]
+    assert (scorers["lr"], scorers["weight_decay"], len(scorers["params"])) == (3e-4, 0.0, 20)
+    assert len(groups) == 2 and all(group["lr"] < 3e-4 for group in groups)
 
 
 def test_clips_without_captions_are_enough(tmp_path, teacher):
@@ -350,3 +359,20 @@ def test_what_does_not_fit_is_refused(tmp_path, teacher, change, message):
     config = write_config(tmp_path / "run.yaml", changes(teacher, "mmd"), change)
     with pytest.raises(ValueError, match=message):
         run(config)
+
+
+@pytest.mark.parametrize(("loss", "goes_on"), [("ot", True), ("attentive_ot", False)])
+def test_a_run_from_before_the_scorers_had_a_rate_of_their_own_goes_on_if_it_has_none(
+    tmp_path, teacher, loss, goes_on
+):
+    config = write_config(tmp_path / "run.yaml", changes(teacher, loss, tokens=12), {"optimization": {"max_steps": 1}})
+    assert run(config) == 0
+    path = tmp_path / "run" / "run.json"
+    content = json.loads(path.read_text())
+    del content["config"]["alignment"]["scorers_learning_rate"]
+    path.write_text(json.dumps(content))
+    if goes_on:
+        assert run(config) == 0
+    else:
+        with pytest.raises(ValueError, match="`alignment.scorers_learning_rate` is None there and 0.0001 here"):
+            run(config)

@@ -98,6 +98,7 @@ def test_a_constant_group_learns_as_by_an_adam_of_its_own():
     scorers = list(together["scorers"].parameters())
     optimizer.add_param_group({"params": scorers, "lr": 2e-3, "weight_decay": 0.0, "is_constant": True})
     scheduler = make_scheduler(optimizer, section, steps_per_epoch=2, total_steps=20)
+    assert optimizer.param_groups[2]["lr"] == 2e-3
     own = torch.optim.Adam(apart["scorers"].parameters(), lr=2e-3, betas=section.betas)
     alone = make_optimizer(torch.nn.ModuleDict({"student": apart["student"]}), section)
     alone_scheduler = make_scheduler(alone, section, steps_per_epoch=2, total_steps=20)

@@ -77,6 +77,10 @@ def test_lists_are_replaced_and_nothing_is_none(tmp_path):
         ("zzz=0", r"`zzz` is not a key.*There are `output`"),
         ("optimization.epochs=1.5", r"`optimization.epochs` is 1.5, but it must be a whole number"),
         ("optimization.epochs=true", r"`optimization.epochs` is True"),
+        (
+            "alignment={teacher: a, scorers_learning_rate: -1}",
+            r"`alignment.scorers_learning_rate` is -1.0, but it must be at least 0",
+        ),
         ("optimization.epochs=0", r"`optimization.epochs` is 0, but it must be at least 1"),
         ("optimization.learning_rate=high", r"`optimization.learning_rate` is 'high', but it must be a number"),
         ("optimization.betas=[0.9]", r"`optimization.betas`.*two numbers"),

@@ -87,7 +87,7 @@ TABLES = {
     "Optimal transport, and a language model as decoder": ("evacap", "lavcap", "lavcap-mean", "language-model"),
     "A decoder that weighs sound and picture for each word": ("avcap", "evacap", "vact"),
     "Enrichment by agreement (CAE-AV)": ("evacap", "caste", "agreement-sms-5", "caste-losses", "case"),
-    "A captioner of sounds from no captions of sounds (DALI)": (
+    "A captioner of sounds that heard none with its caption (DALI)": (
         "audio-only",
         "video-only",
         "dali-mmd",
@@ -98,7 +98,7 @@ TABLES = {
         "dali-late-concat",
         "dali-distilled",
     ),
-    "The same from no captions of sounds but 16": (
+    "The same, by a decoder that has read what is seen": (
         "audio-only",
         "dali-ot",
         "pictures",
