@@ -151,6 +151,9 @@ EXTRA = {
         ),
         origin="dali-prompted/model",
     ),
+    "dali-pictures-none": Variant(
+        (*ALIGNED, "alignment.teacher=pictures", "alignment.loss=ot", "optimization.max_steps=0")
+    ),
 }
 """Variants that run only on request, which might make the entropy more informative (ours).
 

@@ -68,6 +68,7 @@ VARIANT_TITLES = {
     "pictures-prompted": "the same, prompted by 16 captions of sounds",
     "dali-prompted": "sound aligned with this one (OT)",
     "dali-pictures": "sound aligned with this one (OT), without the prompt",
+    "dali-pictures-none": "sound with the same decoder, not aligned",
 }
 """The variants, in the order of the rows."""
 TABLES = {
@@ -105,6 +106,7 @@ TABLES = {
         "pictures-prompted",
         "dali-prompted",
         "dali-pictures",
+        "dali-pictures-none",
     ),
     "Further variants": ("evacap", "gate-stability", "semantic-consistency", "closed-gate"),
 }

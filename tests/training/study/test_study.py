@@ -125,6 +125,12 @@ CHANGES = {
         "optimization.weight_decay": 0,
     },
     "dali-prompted": {**ALIGNED, "alignment.teacher": "pictures-prompted", "alignment.loss": "ot"},
+    "dali-pictures-none": {
+        **ALIGNED,
+        "alignment.teacher": "pictures",
+        "alignment.loss": "ot",
+        "optimization.max_steps": 0,
+    },
     "dali-pictures": {
         "model.preset": "audio-only",
         "text_config": load_run_config("study/tiny").model.config["text_config"] | {"num_prompt_tokens": 0},
