@@ -64,11 +64,11 @@ VARIANT_TITLES = {
     "dali-none": "sound with video only's decoder, not aligned",
     "dali-late-concat": "video only and the aligned sound (OT), read together",
     "dali-distilled": "the aligned sound (OT), taught by these captions",
-    "pictures": "video only, taught by captions of what is seen",
-    "pictures-prompted": "the same, prompted by 16 captions of sounds",
-    "dali-prompted": "sound aligned with this one (OT)",
-    "dali-pictures": "sound aligned with this one (OT), without the prompt",
-    "dali-pictures-none": "sound with the same decoder, not aligned",
+    "pictures": "video only, taught what is seen",
+    "pictures-prompted": "video only, taught what is seen, prompted",
+    "dali-prompted": "sound aligned with what is seen (OT), prompted",
+    "dali-pictures": "sound aligned with what is seen (OT)",
+    "dali-pictures-none": "sound with the decoder of what is seen, not aligned",
 }
 """The variants, in the order of the rows."""
 TABLES = {
