@@ -23,7 +23,7 @@ from ..processing.processing_evacap import EVACapProcessor
 from .alignment import TokenScorers, alignment_loss, entropy, uniform_weights
 from .checkpoints import Models
 from .components import make_model
-from .optimization import freeze, make_optimizer
+from .optimization import freeze
 from .run_config import AlignmentSection, RunConfig
 from .train import StopSignals, TrainingRun
 
@@ -204,7 +204,7 @@ class AlignmentRun(TrainingRun):
 
     def make_optimizer(self, model: AlignedStudent) -> torch.optim.Optimizer:
         """AdamW, with a group for the scorers, without schedule, as in DALI, and without weight decay (ours; there 5e-7)."""
-        optimizer = make_optimizer(model.student, self.config.optimization)
+        optimizer = super().make_optimizer(model.student)
         if model.scorers is not None:
             rate = self.config.alignment.scorers_learning_rate
             group = {"params": list(model.scorers.parameters()), "lr": rate, "weight_decay": 0.0, "is_constant": True}

@@ -14,7 +14,7 @@ from transformers.video_utils import VideoMetadata
 from ...processing.processing_evacap import EVACapProcessor
 from ..files import whole_file
 from . import kinds, pictures, scenes, sounds
-from .scenes import make_scene, render_frames, render_waveform
+from .scenes import Scene, make_scene, render_frames, render_waveform
 from .sounds import SAMPLING_RATE
 
 
@@ -54,18 +54,22 @@ class ProceduralClips(Dataset):
             inputs["input_features"] = self.features(index)
         return inputs
 
+    def scene(self, index: int) -> Scene:
+        """The description of a clip."""
+        return make_scene(self.seed, self.split, index)
+
     def captions(self, index: int) -> list[str]:
         """All captions of a clip."""
-        return make_scene(self.seed, self.split, index).captions
+        return self.scene(index).captions
 
     def features(self, index: int) -> np.ndarray:
         """The sound of a clip: `input_features` (T, M) float32."""
-        waveform = render_waveform(make_scene(self.seed, self.split, index))
+        waveform = render_waveform(self.scene(index))
         return self.processor(audio=waveform, sampling_rate=SAMPLING_RATE)["input_features"][0]
 
     def frames(self, index: int) -> np.ndarray:
         """The picture of a clip: (frames, height, width, 3) uint8 RGB, the frames that would be sampled from its file."""
-        scene, video_processor = make_scene(self.seed, self.split, index), self.processor.video_processor
+        scene, video_processor = self.scene(index), self.processor.video_processor
         metadata = VideoMetadata(total_num_frames=round(scene.duration * CLIP_FPS), fps=CLIP_FPS)
         timestamps = video_processor.sample_frames(metadata) / CLIP_FPS
         return render_frames(scene, timestamps, video_processor.crop_size["height"])

@@ -6,7 +6,7 @@ from torch.utils.data import Dataset, Subset
 
 from ...processing.processing_evacap import EVACapProcessor
 from ..procedural.kinds import KINDS
-from ..procedural.scenes import Scene, make_scene
+from ..procedural.scenes import Scene
 from ..train import TrainingRun
 from .recaptioned import RecaptionedClips
 
@@ -29,8 +29,7 @@ class PictureCaptionedRun(TrainingRun):
     def make_clips(self, reader: EVACapProcessor) -> RecaptionedClips:
         """The clips of the configuration, with a [`picture_caption`] each."""
         clips = super().make_clips(reader)
-        scenes = (make_scene(clips.seed, clips.split, index) for index in range(len(clips)))
-        return RecaptionedClips(clips, {"text": [picture_caption(scene) for scene in scenes]})
+        return RecaptionedClips(clips, {"text": [picture_caption(clips.scene(index)) for index in range(len(clips))]})
 
 
 class PromptingRun(TrainingRun):
@@ -42,6 +41,6 @@ class PromptingRun(TrainingRun):
     def make_clips(self, reader: EVACapProcessor) -> Dataset:
         """The chosen ones among the clips of the configuration."""
         clips = super().make_clips(reader)
-        scenes = ((index, make_scene(clips.seed, clips.split, index)) for index in range(len(clips)))
-        fitting = (index for index, scene in scenes if all(event.place is not None for event in scene.events))
+        numbers = range(len(clips))
+        fitting = (n for n in numbers if all(event.place is not None for event in clips.scene(n).events))
         return Subset(clips, list(islice(fitting, PAIRS)))

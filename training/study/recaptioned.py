@@ -1,4 +1,4 @@
-"""Procedural clips with captions that models have written."""
+"""Procedural clips with captions other than their own."""
 
 from collections.abc import Mapping
 
